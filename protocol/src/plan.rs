@@ -1,0 +1,54 @@
+//! What a scheduler asks an engine to run, and what comes back.
+
+use crate::ids::{BlockId, RequestId, TokenId};
+use crate::sampling::SamplingParams;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// One forward pass over a ragged batch: prefill chunks and decode steps are the same thing with other lengths.
+#[derive(Clone, Debug)]
+pub struct BatchPlan {
+    /// Counts plans of one node; comes back with the result.
+    pub step: u64,
+    /// At least one sequence, each at most once.
+    pub items: Vec<PlanItem>,
+}
+
+/// One sequence's part of a pass.
+#[derive(Clone, Debug)]
+pub struct PlanItem {
+    /// Whose it is.
+    pub request: RequestId,
+    /// The tokens to run, at positions `start..start + tokens.len()`; at least one.
+    pub tokens: Vec<TokenId>,
+    /// Tokens before these whose KV is already in the blocks.
+    pub start: u32,
+    /// Blocks of the whole sequence so far, in order: covers `start + tokens.len()` positions.
+    pub block_table: Vec<BlockId>,
+    /// Sample a token after the last of `tokens`, or only fill the cache.
+    pub sample: Option<SampleSpec>,
+}
+
+/// How to sample after a plan item's last token.
+#[derive(Clone, Debug)]
+pub struct SampleSpec {
+    /// The sequence's parameters.
+    pub params: Arc<SamplingParams>,
+    /// Prompt and generated tokens so far, in order; empty unless `params.needs_history()`.
+    pub history: Vec<TokenId>,
+    /// How many of `history` are the prompt's.
+    pub prompt_len: u32,
+    /// Position of the token to be drawn (the counter of the generator): the number of tokens before it.
+    pub position: u32,
+}
+
+/// A sampled token.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct TokenOut {
+    /// The token.
+    pub token: TokenId,
+    /// Its log-probability before temperature and filters, when asked for.
+    pub logprob: Option<f32>,
+    /// The likeliest tokens with their log-probabilities, likeliest first, when asked for.
+    pub top: Vec<(TokenId, f32)>,
+}

@@ -1,0 +1,59 @@
+//! What a node reports to the router about itself, for placement and for `/metrics`.
+
+use serde::{Deserialize, Serialize};
+
+/// Blocks of a pool by state. `free + cached + used + reserved + held == total` at all times.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct BlockCounts {
+    /// In the pool.
+    pub total: u32,
+    /// With no content worth keeping.
+    pub free: u32,
+    /// Kept for prefix reuse, evictable.
+    pub cached: u32,
+    /// Part of a sequence that is being computed.
+    pub used: u32,
+    /// Waiting for KV to land.
+    pub reserved: u32,
+    /// Computed, waiting for the hand-off to be acknowledged.
+    pub held: u32,
+}
+
+/// A node's counters since it started, and its gauges now.
+#[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct NodeStats {
+    /// Blocks by state.
+    pub blocks: BlockCounts,
+    /// Blocks owned by no request and no cache: must read 0.
+    pub orphaned_blocks: u32,
+    /// Requests waiting for blocks or for a batch.
+    pub waiting: u32,
+    /// Requests in the running batch (decode) or being prefilled.
+    pub running: u32,
+    /// Prompt tokens waiting to be computed.
+    pub queued_tokens: u64,
+    /// Prompt tokens computed on this node.
+    pub computed_tokens: u64,
+    /// Prompt tokens found in this node's prefix cache.
+    pub cached_tokens: u64,
+    /// Prompt tokens computed again on a decode node because of preemption or a failed transfer.
+    pub recomputed_tokens: u64,
+    /// Tokens sampled.
+    pub generated_tokens: u64,
+    /// Sequences pushed out of the batch for want of blocks.
+    pub preemptions: u64,
+    /// KV page bytes that went out or came in, headers not counted.
+    pub transfer_bytes: u64,
+    /// KV pages that went out or came in.
+    pub transfer_pages: u64,
+    /// Hand-offs that were committed.
+    pub transfers_committed: u64,
+    /// Hand-offs that were aborted, by either side.
+    pub transfers_aborted: u64,
+    /// Pages whose digest did not match.
+    pub digest_failures: u64,
+    /// Engine passes run.
+    pub steps: u64,
+    /// Time spent in engine passes, in microseconds.
+    pub busy_us: u64,
+}

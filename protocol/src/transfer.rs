@@ -1,0 +1,149 @@
+//! What a node's scheduling machine and its half of the KV hand-off say to each other.
+//!
+//! The scheduler owns the blocks, the transfer machine owns the conversation with the peer. The shell carries
+//! these values between them, so neither imports the other. Block numbers only; bytes stay in the shell.
+
+use crate::ids::{BlockHash, BlockId, NodeName, RequestId};
+use crate::plan::TokenOut;
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+
+/// Where a decode node receives KV.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct KvPeer {
+    /// Its name, which its certificate must carry.
+    pub name: NodeName,
+    /// Its QUIC address.
+    pub addr: SocketAddr,
+}
+
+/// From the prefill scheduler to the sender.
+#[derive(Clone, PartialEq, Debug)]
+pub enum SendCommand {
+    /// Offer a prompt's blocks to a decode node.
+    Begin(SendJob),
+    /// The pages of blocks `first..end` of the sequence are complete in `layer`.
+    Ready {
+        /// The transfer.
+        request: RequestId,
+        /// The layer, from 0.
+        layer: u32,
+        /// First block index.
+        first: u32,
+        /// One past the last block index.
+        end: u32,
+    },
+    /// All pages are ready and the first token is known.
+    Finish {
+        /// The transfer.
+        request: RequestId,
+        /// The token sampled after the prompt.
+        first: TokenOut,
+    },
+    /// Give up; the scheduler has already forgotten the request.
+    Cancel {
+        /// The transfer.
+        request: RequestId,
+        /// Said to the peer and logged.
+        reason: String,
+    },
+}
+
+/// What is offered.
+#[derive(Clone, PartialEq, Debug)]
+pub struct SendJob {
+    /// The transfer.
+    pub request: RequestId,
+    /// To whom.
+    pub to: KvPeer,
+    /// Prompt length in tokens.
+    pub tokens: u32,
+    /// All blocks of the prompt in order, the last possibly part-filled.
+    pub blocks: Vec<BlockId>,
+    /// Chain hashes of the full blocks, in order.
+    pub hashes: Vec<BlockHash>,
+    /// Layers of the model.
+    pub layers: u32,
+}
+
+/// From the sender to the prefill scheduler.
+#[derive(Clone, PartialEq, Debug)]
+pub enum SendEvent {
+    /// The transfer is over and its blocks may go. Said exactly once per `Begin` that was not cancelled.
+    Settled {
+        /// The transfer.
+        request: RequestId,
+        /// How it ended.
+        outcome: Outcome,
+    },
+}
+
+/// From the decode scheduler to the receiver.
+#[derive(Clone, PartialEq, Debug)]
+pub enum ReceiveCommand {
+    /// Blocks are reserved for this transfer.
+    Expect(ReceiveJob),
+    /// Give up; the scheduler takes its blocks back at once.
+    Cancel {
+        /// The transfer.
+        request: RequestId,
+        /// Said to the peer and logged.
+        reason: String,
+    },
+}
+
+/// What is expected.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ReceiveJob {
+    /// The transfer.
+    pub request: RequestId,
+    /// From whom; an offer by anybody else is refused.
+    pub from: NodeName,
+    /// Prompt length in tokens.
+    pub tokens: u32,
+    /// Reserved blocks of the whole prompt, in order.
+    pub blocks: Vec<BlockId>,
+    /// Chain hashes of the full blocks as this node computed them; the offer must agree.
+    pub hashes: Vec<BlockHash>,
+    /// Leading blocks whose KV this node already has: only the others are granted.
+    pub have: u32,
+    /// Layers of the model.
+    pub layers: u32,
+}
+
+/// From the receiver to the decode scheduler.
+#[derive(Clone, PartialEq, Debug)]
+pub enum ReceiveEvent {
+    /// Every granted page landed and verified: the reservation may be committed.
+    Landed {
+        /// The transfer.
+        request: RequestId,
+        /// The token sampled by the prefill node.
+        first: TokenOut,
+        /// Pages that came over the wire.
+        pages: u64,
+        /// Their bytes, headers not counted.
+        bytes: u64,
+    },
+    /// The transfer failed; the reservation must be given up or filled some other way.
+    Failed {
+        /// The transfer.
+        request: RequestId,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// How a transfer ended on the sender's side.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// The receiver verified and committed everything.
+    Committed {
+        /// Pages sent.
+        pages: u64,
+        /// Their bytes.
+        bytes: u64,
+    },
+    /// It failed or was aborted by the receiver.
+    Aborted(String),
+}
