@@ -1,0 +1,242 @@
+//! Checks each kernel against the reference, then times it beside what this machine can do at most.
+//!
+//! `cargo run --release -p ridge-kernels --example kernel_speed [threads]`
+//!
+//! The limits (memory read bandwidth, register-only multiply-adds) are measured in the same run, because absolute figures
+//! drift from hour to hour.
+
+use ridge_kernels::{AttentionItem, Cpu, DType, Isa, KvDtype, KvFormat, Matrix, quantize_row, reference};
+use rustix::time::{ClockId, clock_gettime};
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+fn main() {
+    let available = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let threads = std::env::args().nth(1).and_then(|t| t.parse().ok()).unwrap_or(available);
+    let cpu = Cpu::new(threads, Some(&(0..available).collect::<Vec<_>>()));
+    ridge_kernels::sync::pool::pin_to(0);
+    println!("{} on {} threads", cpu.isa().name(), cpu.threads());
+
+    let read = read_bandwidth(&cpu);
+    let fma = flops(&cpu, peak::f32_loop);
+    let bf16 = if cpu.isa() == Isa::Avx512Bf16 { flops(&cpu, peak::bf16_loop) } else { fma };
+    println!("limits: read {read:.1} GB/s, f32 {fma:.0} GFLOP/s, bf16 {bf16:.0} GFLOP/s\n");
+
+    println!(
+        "{:8} {:>5} {:>6} {:>6} {:>10} {:>7} {:>8} {:>7}",
+        "weights", "m", "n", "k", "GFLOP/s", "of max", "GB/s", "of max"
+    );
+    for dtype in [DType::BF16, DType::F16, DType::F32, DType::Q8_0, DType::Q4_0, DType::Q4K, DType::Q5K, DType::Q6K] {
+        let max = if dtype == DType::BF16 { bf16 } else { fma };
+        for (m, n, k) in [(1, 32768, 2048), (4, 32768, 2048), (16, 8192, 2048), (512, 8192, 2048), (512, 2048, 8192)] {
+            let (seconds, bytes) = matmul(&cpu, dtype, m, n, k);
+            let rate = 2.0 * (m * n * k) as f64 / seconds / 1e9;
+            let stream = bytes as f64 / seconds / 1e9;
+            println!(
+                "{:8} {m:5} {n:6} {k:6} {rate:10.1} {:6.0}% {stream:8.1} {:6.0}%",
+                dtype.name(),
+                100.0 * rate / max,
+                100.0 * stream / read
+            );
+        }
+    }
+    println!();
+    for (rows, start) in [(1, 4095), (512, 0), (512, 3584)] {
+        attention(&cpu, rows, start, fma, read);
+    }
+}
+
+/// Seconds per call, the best of several: other tenants of the machine only ever add time. On one thread it is the thread's own
+/// CPU time, so that a busy machine can be measured too.
+fn best(threads: usize, mut f: impl FnMut()) -> f64 {
+    let clock = if threads == 1 { ClockId::ThreadCPUTime } else { ClockId::Monotonic };
+    let now = || {
+        let t = clock_gettime(clock);
+        t.tv_sec as f64 + 1e-9 * t.tv_nsec as f64
+    };
+    f();
+    let (begin, mut best) = (Instant::now(), f64::INFINITY);
+    let mut calls = 0;
+    while calls < 3 || (begin.elapsed() < Duration::from_millis(400) && calls < 1000) {
+        let start = now();
+        f();
+        best = best.min(now() - start);
+        calls += 1;
+    }
+    best
+}
+
+fn random(seed: &mut u32) -> f32 {
+    *seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+    (*seed >> 8) as f32 / (1 << 23) as f32 - 1.0
+}
+
+/// Seconds per product and bytes of weights, after a check of some rows.
+fn matmul(cpu: &Cpu, dtype: DType, m: usize, n: usize, k: usize) -> (f64, usize) {
+    let mut seed = 1;
+    let row: Vec<f32> = (0..k + 256).map(|_| random(&mut seed)).collect();
+    let (mut data, mut distinct) = (Vec::new(), Vec::new());
+    // Encoding is slow, so a few distinct rows repeat.
+    for i in 0..8 {
+        quantize_row(dtype, &row[32 * i..][..k], &mut distinct).expect("whole blocks of finite values");
+    }
+    while data.len() < n * distinct.len() / 8 {
+        data.extend_from_slice(&distinct);
+    }
+    let w = Matrix::new(dtype, n, k, &data).expect("n rows");
+    let x: Vec<f32> = (0..m * k).map(|_| half::bf16::from_f32(random(&mut seed)).to_f32()).collect();
+    let mut y = vec![0.0; m * n];
+    cpu.matmul(&x, &w, None, &mut y);
+    let few = Matrix::new(dtype, 8, k, &data[..distinct.len()]).expect("8 rows");
+    let mut want = vec![0.0; m * 8];
+    reference::matmul(&x, &few, None, &mut want);
+    for (got, want) in y.chunks(n).zip(want.chunks(8)) {
+        for (i, got) in got.iter().enumerate() {
+            assert!((got - want[i % 8]).abs() < 1e-2, "{dtype:?}: {got} for {}", want[i % 8]);
+        }
+    }
+    (best(cpu.threads(), || cpu.matmul(black_box(&x), &w, None, black_box(&mut y))), data.len())
+}
+
+/// Llama-3.2-1B's heads: 32 queries, 8 keys of 64, bf16, blocks of 32.
+fn attention(cpu: &Cpu, rows: usize, start: usize, fma: f64, read: f64) {
+    let fmt = KvFormat { dtype: KvDtype::BF16, kv_heads: 8, head_dim: 64, block_size: 32 };
+    let (heads, scale, mut seed) = (32, 0.125, 1);
+    let width = fmt.kv_heads * fmt.head_dim;
+    let keys = start + rows;
+    let mut pages = vec![vec![0; fmt.page_bytes()]; keys.div_ceil(fmt.block_size)];
+    for pos in 0..keys {
+        let kv: Vec<f32> = (0..2 * width).map(|_| random(&mut seed)).collect();
+        fmt.write(&mut pages[pos / fmt.block_size], pos % fmt.block_size, &kv[..width], &kv[width..]);
+    }
+    let pages: Vec<&[u8]> = pages.iter().map(Vec::as_slice).collect();
+    let q: Vec<f32> = (0..rows * heads * fmt.head_dim).map(|_| random(&mut seed)).collect();
+    let mut out = vec![0.0; q.len()];
+    let items = [AttentionItem { pages: &pages, first_row: 0, rows, start }];
+    cpu.attention(&fmt, &items, heads, scale, None, &q, &mut out);
+    let (last, mut want) = ((rows - 1) * heads * fmt.head_dim, vec![0.0; heads * fmt.head_dim]);
+    let item = [AttentionItem { pages: &pages, first_row: 0, rows: 1, start: start + rows - 1 }];
+    reference::attention(&fmt, &item, heads, scale, None, &q[last..], &mut want);
+    assert!(out[last..].iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-4));
+
+    let seconds =
+        best(cpu.threads(), || cpu.attention(&fmt, &items, heads, scale, None, black_box(&q), black_box(&mut out)));
+    let pairs: usize = (start + 1..=keys).sum();
+    let rate = 4.0 * (pairs * heads * fmt.head_dim) as f64 / seconds / 1e9;
+    let stream = (keys * 4 * width) as f64 / seconds / 1e9;
+    println!(
+        "attention {rows:4} rows from {start:5}: {:8.0} us, {rate:6.1} GFLOP/s ({:.0}% of f32), {stream:5.1} GB/s ({:.0}%)",
+        seconds * 1e6,
+        100.0 * rate / fma,
+        100.0 * stream / read
+    );
+}
+
+/// GB/s of reading a buffer far larger than any cache, in all threads.
+fn read_bandwidth(cpu: &Cpu) -> f64 {
+    let data = vec![1u64; 1 << 26];
+    let chunk = data.len() / cpu.threads();
+    let seconds = best(cpu.threads(), || {
+        cpu.pool().run(cpu.threads(), &|i| {
+            black_box(data[i * chunk..][..chunk].iter().fold(0u64, |sum, v| sum.wrapping_add(*v)));
+        });
+    });
+    (chunk * cpu.threads() * 8) as f64 / seconds / 1e9
+}
+
+/// GFLOP/s of a register-only loop in all threads; the loop returns the operations it did.
+fn flops(cpu: &Cpu, work: fn(Isa) -> usize) -> f64 {
+    let isa = cpu.isa();
+    let done = std::sync::atomic::AtomicUsize::new(0);
+    let seconds = best(cpu.threads(), || {
+        cpu.pool().run(cpu.threads(), &|_| done.store(work(isa), std::sync::atomic::Ordering::Relaxed));
+    });
+    (done.into_inner() * cpu.threads()) as f64 / seconds / 1e9
+}
+
+#[cfg(target_arch = "x86_64")]
+mod peak {
+    //! Loops that do nothing but multiply and add, twelve independent chains of them.
+    use super::{Isa, black_box};
+    use std::arch::x86_64::*;
+
+    const ROUNDS: usize = 1 << 20;
+
+    pub(crate) fn f32_loop(isa: Isa) -> usize {
+        if isa >= Isa::Avx512 {
+            // SAFETY: the ISA was detected.
+            unsafe { f32_zmm() };
+            return ROUNDS * 12 * 32;
+        }
+        if isa == Isa::Avx2 {
+            // SAFETY: the ISA was detected.
+            unsafe { f32_ymm() };
+            return ROUNDS * 12 * 16;
+        }
+        let mut sums = [1.0f32; 32];
+        for _ in 0..ROUNDS {
+            sums = black_box(sums).map(|s| s * 0.5 + 1.0);
+        }
+        black_box(sums);
+        ROUNDS * 64
+    }
+
+    pub(crate) fn bf16_loop(_: Isa) -> usize {
+        // SAFETY: only called when AVX512-BF16 was detected.
+        unsafe { bf16_zmm() };
+        ROUNDS * 12 * 64
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn f32_zmm() {
+        let mut sums = [_mm512_set1_ps(1.0); 12];
+        let a = black_box(_mm512_set1_ps(0.5));
+        for _ in 0..ROUNDS {
+            for s in &mut sums {
+                *s = _mm512_fmadd_ps(*s, a, a);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn f32_ymm() {
+        let mut sums = [_mm256_set1_ps(1.0); 12];
+        let a = black_box(_mm256_set1_ps(0.5));
+        for _ in 0..ROUNDS {
+            for s in &mut sums {
+                *s = _mm256_fmadd_ps(*s, a, a);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn bf16_zmm() {
+        let mut sums = [_mm512_set1_ps(1.0); 12];
+        let a = black_box(_mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5), _mm512_set1_ps(0.25)));
+        for _ in 0..ROUNDS {
+            for s in &mut sums {
+                *s = _mm512_dpbf16_ps(*s, a, a);
+            }
+        }
+        black_box(sums);
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod peak {
+    //! No ISA but the portable one has kernels here.
+    use super::{Isa, black_box};
+
+    pub(crate) fn f32_loop(_: Isa) -> usize {
+        let mut sums = [1.0f32; 32];
+        for _ in 0..1 << 20 {
+            sums = black_box(sums).map(|s| s * 0.5 + 1.0);
+        }
+        black_box(sums);
+        (1 << 20) * 64
+    }
+
+    pub(crate) use f32_loop as bf16_loop;
+}

@@ -1,0 +1,159 @@
+//! AVX2 with FMA and F16C (x86-64-v3): eight lanes.
+
+use super::vector::Vector;
+use std::arch::x86_64::*;
+
+/// Eight lanes; a value is only made where AVX2 and FMA are enabled.
+#[derive(Clone, Copy)]
+pub(crate) struct Ymm(__m256);
+
+/// Mask of the first `n` of eight lanes.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn first(n: usize) -> __m256i {
+    // SAFETY: AVX2, by contract.
+    unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
+}
+
+/// Four sums of four lanes each, `(l0 + l2) + (l1 + l3)`.
+///
+/// # Safety
+/// The CPU has SSE (every x86-64 does).
+#[inline(always)]
+pub(super) unsafe fn sum4_xmm([a, b, c, d]: [__m128; 4]) -> [f32; 4] {
+    // SAFETY: SSE only; the array has room for the store.
+    unsafe {
+        // Transpose, so that vector i holds lane i of each input.
+        let (ab_lo, ab_hi) = (_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+        let (cd_lo, cd_hi) = (_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+        let (l0, l1) = (_mm_movelh_ps(ab_lo, cd_lo), _mm_movehl_ps(cd_lo, ab_lo));
+        let (l2, l3) = (_mm_movelh_ps(ab_hi, cd_hi), _mm_movehl_ps(cd_hi, ab_hi));
+        let sums = _mm_add_ps(_mm_add_ps(l0, l2), _mm_add_ps(l1, l3));
+        let mut out = [0.0; 4];
+        _mm_storeu_ps(out.as_mut_ptr(), sums);
+        out
+    }
+}
+
+/// Lanes i and i + 4 added.
+///
+/// # Safety
+/// The CPU has AVX.
+#[inline(always)]
+pub(super) unsafe fn fold_ymm(v: __m256) -> __m128 {
+    // SAFETY: AVX, by contract.
+    unsafe { _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v)) }
+}
+
+/// Largest of eight lanes.
+///
+/// # Safety
+/// The CPU has AVX.
+#[inline(always)]
+pub(super) unsafe fn largest_ymm(v: __m256) -> f32 {
+    // SAFETY: AVX, by contract.
+    unsafe {
+        let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+        let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+        _mm_cvtss_f32(_mm_max_ss(v, _mm_shuffle_ps::<1>(v, v)))
+    }
+}
+
+impl Vector for Ymm {
+    const LANES: usize = 8;
+    // 3 x 4 accumulators, 3 rows of x and one of w fill the 16 registers.
+    const TILE_ROWS: usize = 3;
+    const TILE_QUERIES: usize = 2;
+
+    #[inline(always)]
+    unsafe fn splat(v: f32) -> Self {
+        // SAFETY: AVX2, by contract.
+        Ymm(unsafe { _mm256_set1_ps(v) })
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: AVX2 and eight readable floats, by contract.
+        Ymm(unsafe { _mm256_loadu_ps(p) })
+    }
+    #[inline(always)]
+    unsafe fn load_first(p: *const f32, n: usize) -> Self {
+        // SAFETY: AVX2, by contract; the mask leaves `n` floats to read.
+        Ymm(unsafe { _mm256_maskload_ps(p, first(n)) })
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: eight writable floats, by contract.
+        unsafe { _mm256_storeu_ps(p, self.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, p: *mut f32, n: usize) {
+        // SAFETY: the mask leaves `n` floats to write, which the contract allows.
+        unsafe { _mm256_maskstore_ps(p, first(n), self.0) }
+    }
+    #[inline(always)]
+    fn add(self, b: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        Ymm(unsafe { _mm256_add_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn sub(self, b: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        Ymm(unsafe { _mm256_sub_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn mul(self, b: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        Ymm(unsafe { _mm256_mul_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn div(self, b: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        Ymm(unsafe { _mm256_div_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn max(self, b: Self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        Ymm(unsafe { _mm256_max_ps(self.0, b.0) })
+    }
+    #[inline(always)]
+    fn fma(self, b: Self, c: Self) -> Self {
+        // SAFETY: `self` proves FMA.
+        Ymm(unsafe { _mm256_fmadd_ps(self.0, b.0, c.0) })
+    }
+    #[inline(always)]
+    fn round(self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        Ymm(unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0) })
+    }
+    #[inline(always)]
+    fn exp2_integral(self) -> Self {
+        // SAFETY: `self` proves AVX2.
+        Ymm(unsafe {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(self.0), _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+        })
+    }
+    #[inline(always)]
+    fn zero_below(self, probe: Self, limit: f32) -> Self {
+        // SAFETY: `self` proves AVX2.
+        Ymm(unsafe { _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(probe.0, _mm256_set1_ps(limit)), self.0) })
+    }
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        Self::sum4([self; 4])[0]
+    }
+    #[inline(always)]
+    fn largest(self) -> f32 {
+        // SAFETY: `self` proves AVX.
+        unsafe { largest_ymm(self.0) }
+    }
+    #[inline(always)]
+    fn sum4(v: [Self; 4]) -> [f32; 4] {
+        // SAFETY: the values prove AVX.
+        unsafe { sum4_xmm([fold_ymm(v[0].0), fold_ymm(v[1].0), fold_ymm(v[2].0), fold_ymm(v[3].0)]) }
+    }
+}
+
+super::instantiate!("avx2,fma,f16c,bmi1,bmi2", super::Ymm);

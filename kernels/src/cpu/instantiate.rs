@@ -1,0 +1,81 @@
+//! Compiles the generic algorithms for one ISA: thin functions that switch the target features on, and their table.
+
+/// `instantiate!("features", Vector)`: a table `KERNELS` of the generic algorithms under these target features (none if empty).
+macro_rules! instantiate {
+    ($features:literal, $vector:ty) => {
+        $crate::cpu::instantiate!(@table [target_feature(enable = $features)] $vector);
+    };
+    ($vector:ty) => {
+        $crate::cpu::instantiate!(@table [inline] $vector);
+    };
+    (@table [$($attribute:tt)*] $vector:ty) => {
+        mod compiled {
+            //! The generic algorithms under this ISA's target features. Safety: as the generic function, and the CPU has
+            //! the features.
+            use $crate::cpu::generic::{attention, matmul, rows};
+            use $crate::DType;
+
+            // SAFETY (all of these): the contract is passed on unchanged.
+            #[$($attribute)*]
+            pub(super) unsafe fn matmul_f32(p: &matmul::Product<f32>) {
+                // SAFETY: passed on.
+                unsafe { matmul::product::<matmul::F32Dot<$vector>>(p) }
+            }
+            #[$($attribute)*]
+            pub(super) unsafe fn to_bf16(src: &[f32], dst: &mut [u16]) {
+                for (s, d) in src.iter().zip(dst) {
+                    *d = $crate::quant::f32_to_bf16(*s);
+                }
+            }
+            #[$($attribute)*]
+            pub(super) unsafe fn dequantize(dtype: DType, src: &[u8], dst: &mut [f32]) {
+                $crate::quant::decode_row(dtype, src, dst);
+            }
+            #[$($attribute)*]
+            pub(super) unsafe fn rms_norm(x: *const f32, out: *mut f32, n: usize, weight: &[f32], eps: f32) {
+                // SAFETY: passed on.
+                unsafe { rows::rms_norm::<$vector>(x, out, n, weight, eps) }
+            }
+            #[$($attribute)*]
+            pub(super) unsafe fn rope(token: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
+                // SAFETY: passed on.
+                unsafe { rows::rope::<$vector>(token, head_dim, cos, sin) }
+            }
+            #[$($attribute)*]
+            pub(super) unsafe fn silu_mul(gate: &mut [f32], up: &[f32]) {
+                // SAFETY: passed on.
+                unsafe { rows::combine::<$vector, rows::SiluMul>(gate, up) }
+            }
+            #[$($attribute)*]
+            pub(super) unsafe fn gelu_tanh_mul(gate: &mut [f32], up: &[f32]) {
+                // SAFETY: passed on.
+                unsafe { rows::combine::<$vector, rows::GeluTanhMul>(gate, up) }
+            }
+            #[$($attribute)*]
+            pub(super) unsafe fn add(x: &mut [f32], y: &[f32]) {
+                // SAFETY: passed on.
+                unsafe { rows::combine::<$vector, rows::Add>(x, y) }
+            }
+            #[$($attribute)*]
+            pub(super) unsafe fn attention(run: &attention::Run<'_>, scratch: &mut attention::Scratch) {
+                // SAFETY: passed on.
+                unsafe { attention::attention::<$vector>(run, scratch) }
+            }
+        }
+
+        /// This ISA's row of the dispatch table.
+        pub(crate) const KERNELS: $crate::cpu::dispatch::Kernels = $crate::cpu::dispatch::Kernels {
+            matmul_f32: compiled::matmul_f32,
+            matmul_bf16: None,
+            to_bf16: compiled::to_bf16,
+            dequantize: compiled::dequantize,
+            rms_norm: compiled::rms_norm,
+            rope: compiled::rope,
+            silu_mul: compiled::silu_mul,
+            gelu_tanh_mul: compiled::gelu_tanh_mul,
+            add: compiled::add,
+            attention: compiled::attention,
+        };
+    };
+}
+pub(crate) use instantiate;

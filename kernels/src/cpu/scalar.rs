@@ -1,0 +1,105 @@
+//! The portable ISA: four f32 lanes as an array, multiply and add rounded separately. Any compiler turns it into what the
+//! machine has; it is the fallback and the check on the others, not a fast path.
+
+use super::vector::Vector;
+
+/// Four lanes.
+#[derive(Clone, Copy)]
+pub(crate) struct Lanes([f32; 4]);
+
+impl Lanes {
+    #[inline(always)]
+    fn zip(self, b: Lanes, f: impl Fn(f32, f32) -> f32) -> Lanes {
+        Lanes([f(self.0[0], b.0[0]), f(self.0[1], b.0[1]), f(self.0[2], b.0[2]), f(self.0[3], b.0[3])])
+    }
+}
+
+impl Vector for Lanes {
+    const LANES: usize = 4;
+    const TILE_ROWS: usize = 2;
+    const TILE_QUERIES: usize = 2;
+
+    #[inline(always)]
+    unsafe fn splat(v: f32) -> Self {
+        Lanes([v; 4])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: four readable floats, by contract.
+        Lanes(unsafe { p.cast::<[f32; 4]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn load_first(p: *const f32, n: usize) -> Self {
+        let mut v = [0.0; 4];
+        for (i, v) in v.iter_mut().enumerate().take(n) {
+            // SAFETY: `n` readable floats, by contract.
+            *v = unsafe { p.add(i).read_unaligned() };
+        }
+        Lanes(v)
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: four writable floats, by contract.
+        unsafe { p.cast::<[f32; 4]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, p: *mut f32, n: usize) {
+        for (i, v) in self.0.iter().enumerate().take(n) {
+            // SAFETY: `n` writable floats, by contract.
+            unsafe { p.add(i).write_unaligned(*v) }
+        }
+    }
+    #[inline(always)]
+    fn add(self, b: Self) -> Self {
+        self.zip(b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, b: Self) -> Self {
+        self.zip(b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, b: Self) -> Self {
+        self.zip(b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn div(self, b: Self) -> Self {
+        self.zip(b, |a, b| a / b)
+    }
+    #[inline(always)]
+    fn max(self, b: Self) -> Self {
+        self.zip(b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn fma(self, b: Self, c: Self) -> Self {
+        // A fused multiply-add without hardware is a slow library call, so this ISA rounds twice.
+        self.mul(b).add(c)
+    }
+    #[inline(always)]
+    fn round(self) -> Self {
+        // Adding and subtracting 1.5 * 2^23 rounds to nearest even for |x| < 2^22; `f32::round_ties_even` is a library call here.
+        self.zip(self, |a, _| (a + 12_582_912.0) - 12_582_912.0)
+    }
+    #[inline(always)]
+    fn exp2_integral(self) -> Self {
+        self.zip(self, |a, _| f32::from_bits(((a as i32 + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    fn zero_below(self, probe: Self, limit: f32) -> Self {
+        self.zip(probe, |a, p| if p < limit { 0.0 } else { a })
+    }
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        let v = self.0;
+        (v[0] + v[2]) + (v[1] + v[3])
+    }
+    #[inline(always)]
+    fn largest(self) -> f32 {
+        self.0.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    fn sum4(v: [Self; 4]) -> [f32; 4] {
+        [v[0].sum(), v[1].sum(), v[2].sum(), v[3].sum()]
+    }
+}
+
+super::instantiate!(super::Lanes);

@@ -1,0 +1,109 @@
+//! The small vocabulary in which the vector algorithms of `generic` are written once. Each ISA implements it; a wider
+//! ISA gives another (equally valid) rounding, the same ISA always the same one.
+
+/// A register of f32 lanes.
+///
+/// A value proves that the CPU has the ISA's features, because only the unsafe constructors make one; so the operations on
+/// values are safe. Everything is `#[inline(always)]`: the body is compiled inside a `#[target_feature]` function. For the same
+/// reason inner loops pass no closures to std's functions: such a closure may be compiled by itself, without the features,
+/// and then calls every intrinsic as a function (more than tenfold slower, seen with `array::map`).
+pub(crate) trait Vector: Copy {
+    /// Lanes per register.
+    const LANES: usize;
+    /// Rows of x in matmul's register tile (its columns are always 4).
+    const TILE_ROWS: usize;
+    /// Queries in the register tile of attention scores (its keys are always four registers).
+    const TILE_QUERIES: usize;
+
+    /// All lanes `v`.
+    ///
+    /// # Safety
+    /// The CPU has this ISA's features; the same holds for every constructor below.
+    unsafe fn splat(v: f32) -> Self;
+    /// Reads `LANES` floats.
+    ///
+    /// # Safety
+    /// `p` is valid for reads of `LANES` floats; it need not be aligned.
+    unsafe fn load(p: *const f32) -> Self;
+    /// Reads `n < LANES` floats; the other lanes are zero.
+    ///
+    /// # Safety
+    /// `p` is valid for reads of `n` floats; it need not be aligned.
+    unsafe fn load_first(p: *const f32, n: usize) -> Self;
+    /// Writes all lanes.
+    ///
+    /// # Safety
+    /// `p` is valid for writes of `LANES` floats; it need not be aligned.
+    unsafe fn store(self, p: *mut f32);
+    /// Writes the first `n < LANES` lanes.
+    ///
+    /// # Safety
+    /// `p` is valid for writes of `n` floats; it need not be aligned.
+    unsafe fn store_first(self, p: *mut f32, n: usize);
+
+    /// `self + b`.
+    fn add(self, b: Self) -> Self;
+    /// `self - b`.
+    fn sub(self, b: Self) -> Self;
+    /// `self * b`.
+    fn mul(self, b: Self) -> Self;
+    /// `self / b`.
+    fn div(self, b: Self) -> Self;
+    /// The larger; `b` if either is NaN.
+    fn max(self, b: Self) -> Self;
+    /// `self * b + c`, fused where the ISA has it.
+    fn fma(self, b: Self, c: Self) -> Self;
+    /// To the nearest integer.
+    fn round(self) -> Self;
+    /// `2^self` for integral lanes in -126..=127.
+    fn exp2_integral(self) -> Self;
+    /// Lanes where `probe < limit` become +0.
+    fn zero_below(self, probe: Self, limit: f32) -> Self;
+    /// Sum of the lanes, in a fixed tree.
+    fn sum(self) -> f32;
+    /// Largest lane.
+    fn largest(self) -> f32;
+    /// `[a.sum(), b.sum(), c.sum(), d.sum()]`, in the same tree and therefore with the same bits.
+    fn sum4(v: [Self; 4]) -> [f32; 4];
+
+    /// Writes a block of `LANES` by `LANES` floats transposed: `dst[c * dst_stride + r] = src[r * src_stride + c]`.
+    ///
+    /// # Safety
+    /// `src` is valid for reads of `LANES` rows of `LANES` floats `src_stride` apart, `dst` likewise for writes.
+    #[inline(always)]
+    unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        for c in 0..Self::LANES {
+            for r in 0..Self::LANES {
+                // SAFETY: both indices are inside the blocks the caller vouches for.
+                unsafe { *dst.add(c * dst_stride + r) = *src.add(r * src_stride + c) };
+            }
+        }
+    }
+}
+
+/// All lanes `v`; `proof` shows that the CPU has the features.
+#[inline(always)]
+pub(crate) fn constant<V: Vector>(_proof: V, v: f32) -> V {
+    // SAFETY: a value of V exists.
+    unsafe { V::splat(v) }
+}
+
+/// e^x to about 1 ulp (Cephes' polynomial on |r| <= ln2 / 2); exactly 0 below -87, so that a masked score weighs nothing.
+#[inline(always)]
+pub(crate) fn exp<V: Vector>(x: V) -> V {
+    // 88 keeps 2^n below infinity; e^-87 is still normal.
+    // `max` answers its second operand for NaN, so NaN goes through.
+    let clamped = constant(x, -87.0).max(x);
+    let clamped = constant(x, 0.0).sub(constant(x, -88.0).max(constant(x, 0.0).sub(clamped)));
+    let n = clamped.mul(constant(x, std::f32::consts::LOG2_E)).round();
+    // ln 2 in two parts, so that n * ln 2 is subtracted almost exactly.
+    let r = n.fma(constant(x, -0.693_359_4), clamped);
+    let r = n.fma(constant(x, 2.121_944_4e-4), r);
+    let p = constant(x, 1.987_569_2e-4).fma(r, constant(x, 1.398_199_9e-3));
+    let p = p.fma(r, constant(x, 8.333_452e-3));
+    let p = p.fma(r, constant(x, 4.166_579_6e-2));
+    let p = p.fma(r, constant(x, 1.666_666_5e-1));
+    let p = p.fma(r, constant(x, 0.5));
+    let e = p.fma(r.mul(r), r).add(constant(x, 1.0));
+    e.mul(n.exp2_integral()).zero_below(x, -87.0)
+}
