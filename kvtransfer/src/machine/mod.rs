@@ -1,0 +1,98 @@
+//! The two session machines of a hand-off. Pure: no I/O, no clock, no threads.
+//!
+//! A transfer is one conversation about one request. The sender offers, the receiver grants the suffix of blocks it
+//! lacks together with credit, pages flow, `Finish` says how many there were, `Commit` lets the sender let go.
+//! Either side may abort at any time, aborting twice is harmless, and a lost connection aborts everything on it.
+//!
+//! ```text
+//! sender      Begin    -> Offered --Grant--> Shipping --all shipped, first token known--> Finished --Commit--> over
+//! receiver    Expect   -> Expected -+
+//!                                   +-> Landing --Finish--> Closing --last page--> over
+//!             Offer    -> Offered  -+
+//! ```
+//!
+//! In each machine one function, `step`, lists what every event means in every phase; a test compares the whole
+//! table with `transitions.txt` beside this file.
+
+pub mod receiver;
+pub mod sender;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
+
+pub use receiver::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput};
+pub use sender::{Sender, SenderConfig, SenderInput, SenderOutput};
+
+/// Counters of one machine since it was made.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TransferStats {
+    /// Transfers that ended with `Commit`.
+    pub committed: u64,
+    /// Transfers that ended any other way, cancelled ones included.
+    pub aborted: u64,
+    /// Pages shipped (sender) or landed intact (receiver).
+    pub pages: u64,
+    /// Their bytes, headers not counted.
+    pub bytes: u64,
+    /// Pages whose digest did not match. Receiver only.
+    pub digest_failures: u64,
+    /// Messages and pages that belonged to no transfer of that peer and were ignored.
+    pub strays: u64,
+}
+
+/// What an event means in a phase. The value of both machines' transition tables.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Step<Phase> {
+    /// The session is (or stays) in this phase.
+    Enter(Phase),
+    /// The session is over.
+    End,
+    /// Nothing happens: late or repeated.
+    Ignore,
+    /// The peer broke the protocol: the session is aborted.
+    Violation,
+    /// Our own scheduler broke its contract: the machine panics.
+    Bug,
+}
+
+/// A set of pages of one transfer: `layers` x `blocks` bits.
+#[derive(Clone, Debug)]
+struct PageSet {
+    blocks: u32,
+    bits: Vec<u64>,
+    len: u64,
+}
+
+impl PageSet {
+    fn new(layers: u32, blocks: u32) -> Self {
+        let pages = u64::from(layers) * u64::from(blocks);
+        let words = usize::try_from(pages.div_ceil(64)).expect("a transfer's pages fit in memory");
+        Self { blocks, bits: vec![0; words], len: 0 }
+    }
+
+    /// Adds a page; `false` if it was there already.
+    fn insert(&mut self, layer: u32, index: u32) -> bool {
+        let (word, mask) = self.place(layer, index);
+        let new = self.bits[word] & mask == 0;
+        self.bits[word] |= mask;
+        self.len += u64::from(new);
+        new
+    }
+
+    fn contains(&self, layer: u32, index: u32) -> bool {
+        let (word, mask) = self.place(layer, index);
+        self.bits[word] & mask != 0
+    }
+
+    fn place(&self, layer: u32, index: u32) -> (usize, u64) {
+        assert!(index < self.blocks, "block index {index} of {}", self.blocks);
+        let at = u64::from(layer) * u64::from(self.blocks) + u64::from(index);
+        ((at / 64) as usize, 1 << (at % 64))
+    }
+
+    fn check_integrity(&self) {
+        let ones: u64 = self.bits.iter().map(|word| u64::from(word.count_ones())).sum();
+        assert_eq!(ones, self.len, "the page count is the number of bits");
+    }
+}

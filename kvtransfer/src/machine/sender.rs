@@ -1,0 +1,547 @@
+//! The sending half of a hand-off, for all transfers of a prefill node.
+//!
+//! The prefill scheduler says what is ready; this machine says when it may leave. It never ships a page that is not
+//! ready, that the receiver did not ask for, or for which it has no credit. Read [`SenderInput`], then `step`.
+
+use super::{PageSet, Step, TransferStats};
+use ridge_protocol::transfer::{KvPeer, Outcome, SendCommand, SendEvent, SendJob};
+use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
+use ridge_protocol::{BlockId, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
+use std::collections::{BTreeMap, VecDeque};
+
+/// Limits and deadlines of a [`Sender`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SenderConfig {
+    /// How long an offer waits for its grant. Long enough for the decode node to find free blocks.
+    pub offer_deadline: Duration,
+    /// How long the sender waits for credit when it has none, and for the commit when it has finished.
+    pub progress_deadline: Duration,
+    /// Most transfers at once; one more is settled as aborted at once.
+    pub max_sessions: usize,
+    /// Most credit one transfer may hold. More is a violation: it bounds the pages queued towards one peer.
+    pub max_credit: u32,
+    /// Bytes of one page, for the accounts.
+    pub page_bytes: u32,
+}
+
+impl Default for SenderConfig {
+    fn default() -> Self {
+        Self {
+            offer_deadline: Duration::from_secs(60),
+            progress_deadline: Duration::from_secs(10),
+            max_sessions: 1024,
+            max_credit: 1024,
+            page_bytes: 0,
+        }
+    }
+}
+
+/// What can happen to a sender.
+#[derive(Clone, PartialEq, Debug)]
+pub enum SenderInput {
+    /// The scheduler speaks.
+    Command(SendCommand),
+    /// The receiver on `from` speaks.
+    Message {
+        /// The peer's verified name.
+        from: NodeName,
+        /// What it said.
+        message: ReceiverMsg,
+    },
+    /// The connection to this peer is up: offers that waited for it are on their way now.
+    PeerUp(NodeName),
+    /// The connection to this peer is gone, and everything that was said on it.
+    PeerLost {
+        /// Which peer.
+        peer: NodeName,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// What a sender wants done.
+#[derive(Clone, PartialEq, Debug)]
+pub enum SenderOutput {
+    /// Say this to a peer.
+    Send {
+        /// To whom.
+        to: KvPeer,
+        /// What.
+        message: SenderMsg,
+    },
+    /// Read this page from the pool and write it to the peer's page stream.
+    Ship {
+        /// To whom.
+        to: KvPeer,
+        /// The transfer.
+        request: RequestId,
+        /// Layer, from 0.
+        layer: u32,
+        /// Index of the block within the sequence.
+        index: u32,
+        /// The block in this node's pool.
+        block: BlockId,
+    },
+    /// Tell the scheduler.
+    Event(SendEvent),
+}
+
+/// The sending half of all hand-offs of a node.
+#[derive(Debug)]
+pub struct Sender {
+    config: SenderConfig,
+    sessions: BTreeMap<RequestId, Session>,
+    outputs: VecDeque<SenderOutput>,
+    stats: TransferStats,
+    /// `Begin`s seen and how they ended, for `check_integrity`.
+    begun: u64,
+    ended: u64,
+}
+
+#[derive(Debug)]
+struct Session {
+    to: KvPeer,
+    blocks: Vec<BlockId>,
+    layers: u32,
+    /// Pages the scheduler has declared complete.
+    ready: PageSet,
+    /// Ready ranges not yet shipped, oldest first: (layer, first, end).
+    queue: VecDeque<(u32, u32, u32)>,
+    /// The scheduler's last word, once it has said it.
+    first: Option<TokenOut>,
+    state: State,
+    /// When to give up waiting for the peer. `None` while the next move is the scheduler's.
+    deadline: Option<Instant>,
+}
+
+#[derive(Debug)]
+enum State {
+    /// The offer was sent.
+    Offered,
+    /// The receiver wants `first_block..`; pages leave as they become ready and credit allows.
+    Shipping { first_block: u32, credit: u32, shipped: u64 },
+    /// Everything was shipped and `Finish` was said.
+    Finished { pages: u64 },
+}
+
+/// [`State`] without its data, and `Absent` for a request that has no session.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Phase {
+    Absent,
+    Offered,
+    Shipping,
+    Finished,
+}
+
+/// What can happen to one session.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Cause {
+    Begin,
+    Ready,
+    Finish,
+    Cancel,
+    Grant,
+    Credit,
+    Commit,
+    PeerAbort,
+    PeerLost,
+    Deadline,
+    /// Every granted page was shipped and the scheduler has finished.
+    AllShipped,
+}
+
+/// The transition table: every legal step of a sending session, and what the others mean.
+fn step(phase: Phase, cause: Cause) -> Step<Phase> {
+    use Cause::*;
+    match (phase, cause) {
+        (Phase::Absent, Begin) => Step::Enter(Phase::Offered),
+        // The session ended while these were on their way.
+        (Phase::Absent, Ready | Finish | Cancel) => Step::Ignore,
+        (Phase::Absent, Grant | Credit | Commit | PeerAbort) => Step::Ignore,
+        (Phase::Absent, PeerLost | Deadline | AllShipped) => Step::Bug,
+
+        (_, Begin) => Step::Bug,
+        (_, Cancel | PeerAbort | PeerLost | Deadline) => Step::End,
+
+        // Before the grant the scheduler already computes: ready pages and the first token are noted.
+        (Phase::Offered, Ready | Finish) => Step::Enter(Phase::Offered),
+        (Phase::Offered, Grant) => Step::Enter(Phase::Shipping),
+        (Phase::Offered, Credit | Commit) => Step::Violation,
+        (Phase::Offered, AllShipped) => Step::Bug,
+
+        (Phase::Shipping, Ready | Finish | Credit) => Step::Enter(Phase::Shipping),
+        (Phase::Shipping, AllShipped) => Step::Enter(Phase::Finished),
+        (Phase::Shipping, Grant | Commit) => Step::Violation,
+
+        (Phase::Finished, Ready | Finish | AllShipped) => Step::Bug,
+        // Credit for the last pages crosses `Finish` on the wire; it shows that the receiver is alive.
+        (Phase::Finished, Credit) => Step::Enter(Phase::Finished),
+        (Phase::Finished, Commit) => Step::End,
+        (Phase::Finished, Grant) => Step::Violation,
+    }
+}
+
+impl Sender {
+    /// A sender without transfers.
+    pub fn new(config: SenderConfig) -> Self {
+        Self {
+            config,
+            sessions: BTreeMap::new(),
+            outputs: VecDeque::new(),
+            stats: TransferStats::default(),
+            begun: 0,
+            ended: 0,
+        }
+    }
+
+    /// Counters since the start.
+    pub fn stats(&self) -> TransferStats {
+        self.stats
+    }
+
+    /// Transfers under way.
+    pub fn sessions(&self) -> usize {
+        self.sessions.len()
+    }
+
+    fn on_command(&mut self, now: Instant, command: SendCommand) {
+        match command {
+            SendCommand::Begin(job) => self.on_begin(now, job),
+            SendCommand::Ready { request, layer, first, end } => {
+                let Some(session) = self.step_own(request, Cause::Ready) else { return };
+                session.on_ready(layer, first, end);
+                self.advance(now, request);
+            }
+            SendCommand::Finish { request, first } => {
+                let Some(session) = self.step_own(request, Cause::Finish) else { return };
+                assert!(session.first.is_none(), "{request}: finished twice");
+                assert_eq!(session.ready.len, session.pages(), "{request}: finished before every page was ready");
+                session.first = Some(first);
+                self.advance(now, request);
+            }
+            SendCommand::Cancel { request, reason } => {
+                if self.step_own(request, Cause::Cancel).is_none() {
+                    return;
+                }
+                let session = self.end(request);
+                self.stats.aborted += 1;
+                self.outputs
+                    .push_back(SenderOutput::Send { to: session.to, message: SenderMsg::Abort { request, reason } });
+            }
+        }
+    }
+
+    fn on_begin(&mut self, now: Instant, job: SendJob) {
+        let request = job.request;
+        assert_eq!(step(self.phase(request), Cause::Begin), Step::Enter(Phase::Offered), "{request}: begun twice");
+        assert!(!job.blocks.is_empty(), "{request}: a prompt has at least one block");
+        assert!(job.hashes.len() <= job.blocks.len(), "{request}: more hashes than blocks");
+        assert!(job.layers > 0, "{request}: a model has layers");
+        self.begun += 1;
+        if self.sessions.len() >= self.config.max_sessions {
+            self.ended += 1;
+            self.settle(request, Outcome::Aborted(format!("sender is full: {} transfers", self.config.max_sessions)));
+            return;
+        }
+        let blocks = u32::try_from(job.blocks.len()).expect("a prompt's blocks are counted in u32");
+        let session = Session {
+            ready: PageSet::new(job.layers, blocks),
+            to: job.to.clone(),
+            blocks: job.blocks,
+            layers: job.layers,
+            queue: VecDeque::new(),
+            first: None,
+            state: State::Offered,
+            deadline: Some(now + self.config.offer_deadline),
+        };
+        self.sessions.insert(request, session);
+        let message = SenderMsg::Offer { request, tokens: job.tokens, hashes: job.hashes };
+        self.outputs.push_back(SenderOutput::Send { to: job.to, message });
+    }
+
+    fn on_message(&mut self, now: Instant, from: &NodeName, message: ReceiverMsg) {
+        let (request, cause) = match &message {
+            // The shell answers the handshake; these carry nothing for a session.
+            ReceiverMsg::Welcome | ReceiverMsg::Refuse { .. } => return,
+            ReceiverMsg::Grant { request, .. } => (*request, Cause::Grant),
+            ReceiverMsg::Credit { request, .. } => (*request, Cause::Credit),
+            ReceiverMsg::Commit { request } => (*request, Cause::Commit),
+            ReceiverMsg::Abort { request, .. } => (*request, Cause::PeerAbort),
+        };
+        // A peer can only speak about its own transfers.
+        let own = self.sessions.get(&request).is_some_and(|session| session.to.name == *from);
+        let phase = if own { self.phase(request) } else { Phase::Absent };
+        match step(phase, cause) {
+            Step::Ignore => self.stats.strays += 1,
+            Step::Violation => self.violate(request, format!("{cause:?} while {phase:?}")),
+            Step::Bug => unreachable!("{request}: a message is never our own mistake"),
+            Step::End => match message {
+                ReceiverMsg::Abort { reason, .. } => {
+                    self.end(request);
+                    self.settle(request, Outcome::Aborted(format!("receiver gave up: {reason}")));
+                }
+                _ => self.on_commit(request),
+            },
+            Step::Enter(_) => {
+                let session = self.sessions.get_mut(&request).expect("checked above");
+                let taken = match message {
+                    ReceiverMsg::Grant { first_block, credit, .. } => {
+                        session.on_grant(first_block, credit, self.config.max_credit)
+                    }
+                    ReceiverMsg::Credit { pages, .. } => session.on_credit(pages, self.config.max_credit),
+                    _ => unreachable!("{request}: only Grant and Credit keep a session"),
+                };
+                match taken {
+                    Ok(()) => {
+                        // The peer showed life: whatever is waited for next is waited for anew.
+                        session.deadline = None;
+                        self.advance(now, request);
+                    }
+                    Err(reason) => self.violate(request, reason),
+                }
+            }
+        }
+    }
+
+    fn on_commit(&mut self, request: RequestId) {
+        let session = self.end(request);
+        let State::Finished { pages } = session.state else { unreachable!("{request}: committed before Finish") };
+        let bytes = pages * u64::from(self.config.page_bytes);
+        self.settle(request, Outcome::Committed { pages, bytes });
+    }
+
+    /// Ships what may be shipped, says `Finish` when nothing is left, and sets the deadline of what is waited for.
+    fn advance(&mut self, now: Instant, request: RequestId) {
+        let session = self.sessions.get_mut(&request).expect("advanced while it lives");
+        if matches!(session.state, State::Offered) {
+            return;
+        }
+        while let Some((layer, index)) = session.next_page() {
+            let block = session.blocks[index as usize];
+            self.stats.pages += 1;
+            self.stats.bytes += u64::from(self.config.page_bytes);
+            self.outputs.push_back(SenderOutput::Ship { to: session.to.clone(), request, layer, index, block });
+        }
+        if let Some(pages) = session.all_shipped() {
+            assert_eq!(step(session.phase(), Cause::AllShipped), Step::Enter(Phase::Finished), "{request}");
+            let first = session.first.clone().expect("all_shipped needs it");
+            session.state = State::Finished { pages };
+            self.outputs.push_back(SenderOutput::Send {
+                to: session.to.clone(),
+                message: SenderMsg::Finish { request, pages, first },
+            });
+        }
+        if !session.waits_for_peer() {
+            session.deadline = None;
+        } else if session.deadline.is_none() {
+            session.deadline = Some(now + self.config.progress_deadline);
+        }
+    }
+
+    /// The session a scheduler's word is about, or `None` if it is over.
+    fn step_own(&mut self, request: RequestId, cause: Cause) -> Option<&mut Session> {
+        match step(self.phase(request), cause) {
+            Step::Ignore => None,
+            Step::Enter(_) | Step::End => self.sessions.get_mut(&request),
+            Step::Violation | Step::Bug => panic!("{request}: {cause:?} while {:?}", self.phase(request)),
+        }
+    }
+
+    fn phase(&self, request: RequestId) -> Phase {
+        self.sessions.get(&request).map_or(Phase::Absent, Session::phase)
+    }
+
+    /// The peer broke the protocol: tell it, and settle.
+    fn violate(&mut self, request: RequestId, reason: String) {
+        let session = self.end(request);
+        let message = SenderMsg::Abort { request, reason: reason.clone() };
+        self.outputs.push_back(SenderOutput::Send { to: session.to, message });
+        self.settle(request, Outcome::Aborted(format!("receiver broke the protocol: {reason}")));
+    }
+
+    fn end(&mut self, request: RequestId) -> Session {
+        self.ended += 1;
+        self.sessions.remove(&request).expect("a session ends once")
+    }
+
+    fn settle(&mut self, request: RequestId, outcome: Outcome) {
+        match outcome {
+            Outcome::Committed { .. } => self.stats.committed += 1,
+            Outcome::Aborted(_) => self.stats.aborted += 1,
+        }
+        self.outputs.push_back(SenderOutput::Event(SendEvent::Settled { request, outcome }));
+    }
+}
+
+impl Session {
+    fn phase(&self) -> Phase {
+        match self.state {
+            State::Offered => Phase::Offered,
+            State::Shipping { .. } => Phase::Shipping,
+            State::Finished { .. } => Phase::Finished,
+        }
+    }
+
+    fn blocks_len(&self) -> u32 {
+        self.ready.blocks
+    }
+
+    fn pages(&self) -> u64 {
+        u64::from(self.blocks_len()) * u64::from(self.layers)
+    }
+
+    fn on_ready(&mut self, layer: u32, first: u32, end: u32) {
+        assert!(layer < self.layers, "layer {layer} of {}", self.layers);
+        assert!(first <= end, "range {first}..{end}");
+        assert!(end <= self.blocks_len(), "block {end} of {}", self.blocks_len());
+        for index in first..end {
+            assert!(self.ready.insert(layer, index), "page {layer}/{index} was ready before");
+        }
+        self.queue.push_back((layer, first, end));
+    }
+
+    fn on_grant(&mut self, first_block: u32, credit: u32, max_credit: u32) -> Result<(), String> {
+        if first_block > self.blocks_len() {
+            return Err(format!("grant from block {first_block} of {}", self.blocks_len()));
+        }
+        self.state = State::Shipping { first_block, credit: 0, shipped: 0 };
+        self.on_credit(credit, max_credit)
+    }
+
+    fn on_credit(&mut self, pages: u32, max_credit: u32) -> Result<(), String> {
+        let State::Shipping { credit, .. } = &mut self.state else { return Ok(()) };
+        let total = credit.saturating_add(pages);
+        if total > max_credit {
+            return Err(format!("credit of {total} pages is above the limit of {max_credit}"));
+        }
+        *credit = total;
+        Ok(())
+    }
+
+    /// Takes the next page that is ready, wanted and paid for.
+    fn next_page(&mut self) -> Option<(u32, u32)> {
+        let State::Shipping { first_block, credit, shipped } = &mut self.state else { return None };
+        loop {
+            let (layer, first, end) = self.queue.front_mut()?;
+            *first = (*first).max(*first_block);
+            if *first >= *end {
+                self.queue.pop_front();
+                continue;
+            }
+            if *credit == 0 {
+                return None;
+            }
+            let page = (*layer, *first);
+            *first += 1;
+            *credit -= 1;
+            *shipped += 1;
+            return Some(page);
+        }
+    }
+
+    /// The number of pages shipped, if that was all of them and the scheduler has finished.
+    fn all_shipped(&self) -> Option<u64> {
+        let State::Shipping { shipped, .. } = self.state else { return None };
+        (self.first.is_some() && self.queue.is_empty()).then_some(shipped)
+    }
+
+    /// Whether the next move is the receiver's.
+    fn waits_for_peer(&self) -> bool {
+        match self.state {
+            State::Offered | State::Finished { .. } => true,
+            State::Shipping { credit, .. } => credit == 0 && !self.queue.is_empty(),
+        }
+    }
+
+    fn check_integrity(&self, config: &SenderConfig) {
+        self.ready.check_integrity();
+        assert_eq!(self.deadline.is_some(), self.waits_for_peer(), "a wait for the peer has a deadline");
+        match self.state {
+            State::Offered => {}
+            State::Shipping { first_block, credit, shipped } => {
+                assert!(credit <= config.max_credit, "credit is bounded");
+                assert!(shipped <= self.ready.len, "only ready pages are shipped");
+                assert!(credit == 0 || self.queue.is_empty(), "nothing waits while there is credit");
+                assert!(first_block <= self.blocks_len(), "the grant lies inside the offer");
+            }
+            State::Finished { pages } => {
+                assert!(self.queue.is_empty(), "nothing waits after Finish");
+                assert_eq!(pages % u64::from(self.layers), 0, "whole blocks were shipped");
+            }
+        }
+    }
+}
+
+impl Machine for Sender {
+    type Input = SenderInput;
+    type Output = SenderOutput;
+
+    fn handle(&mut self, now: Instant, input: SenderInput) {
+        match input {
+            SenderInput::Command(command) => self.on_command(now, command),
+            SenderInput::Message { from, message } => self.on_message(now, &from, message),
+            SenderInput::PeerUp(peer) => {
+                for session in self.sessions.values_mut() {
+                    if session.to.name == peer && matches!(session.state, State::Offered) {
+                        session.deadline = Some(now + self.config.offer_deadline);
+                    }
+                }
+            }
+            SenderInput::PeerLost { peer, reason } => {
+                let lost: Vec<RequestId> =
+                    self.sessions.iter().filter(|(_, s)| s.to.name == peer).map(|(request, _)| *request).collect();
+                for request in lost {
+                    assert_eq!(step(self.phase(request), Cause::PeerLost), Step::End, "{request}");
+                    self.end(request);
+                    self.settle(request, Outcome::Aborted(format!("lost {peer}: {reason}")));
+                }
+            }
+        }
+    }
+
+    fn handle_timeout(&mut self, now: Instant) {
+        let late: Vec<RequestId> = self
+            .sessions
+            .iter()
+            .filter(|(_, session)| session.deadline.is_some_and(|deadline| deadline <= now))
+            .map(|(request, _)| *request)
+            .collect();
+        for request in late {
+            let phase = self.phase(request);
+            assert_eq!(step(phase, Cause::Deadline), Step::End, "{request}");
+            let session = self.end(request);
+            let reason = match phase {
+                Phase::Offered => format!("no grant within {:?}", self.config.offer_deadline),
+                _ => format!("no progress within {:?}", self.config.progress_deadline),
+            };
+            let message = SenderMsg::Abort { request, reason: reason.clone() };
+            self.outputs.push_back(SenderOutput::Send { to: session.to, message });
+            self.settle(request, Outcome::Aborted(reason));
+        }
+    }
+
+    fn poll_output(&mut self) -> Option<SenderOutput> {
+        self.outputs.pop_front()
+    }
+
+    fn poll_timeout(&self) -> Option<Instant> {
+        self.sessions.values().filter_map(|session| session.deadline).min()
+    }
+
+    fn check_integrity(&self) {
+        assert!(self.sessions.len() <= self.config.max_sessions, "the number of sessions is bounded");
+        assert_eq!(self.begun, self.ended + self.sessions.len() as u64, "every transfer ends exactly once");
+        assert_eq!(self.ended, self.stats.committed + self.stats.aborted, "every end is counted");
+        for session in self.sessions.values() {
+            session.check_integrity(&self.config);
+        }
+    }
+}
+
+/// The transition table as text, for the snapshot.
+#[cfg(test)]
+pub(super) fn table() -> String {
+    use Cause::*;
+    let causes = [Begin, Ready, Finish, Cancel, Grant, Credit, Commit, PeerAbort, PeerLost, Deadline, AllShipped];
+    super::tests::table("sender", &[Phase::Absent, Phase::Offered, Phase::Shipping, Phase::Finished], &causes, step)
+}

@@ -1,0 +1,406 @@
+//! Cases of each machine on its own, and the snapshot of both transition tables.
+
+use super::{
+    Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput, Sender, SenderConfig, SenderInput, SenderOutput, Step,
+};
+use ridge_protocol::transfer::{
+    KvPeer, Outcome, ReceiveCommand, ReceiveEvent, ReceiveJob, SendCommand, SendEvent, SendJob,
+};
+use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
+use ridge_protocol::{BlockHash, BlockId, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
+use std::fmt::Debug;
+
+const R: RequestId = RequestId(1);
+
+/// One line per phase and cause. `Bug` marks what only our own mistake can bring about.
+pub(super) fn table<P: Copy + PartialEq + Debug, C: Copy + Debug>(
+    machine: &str,
+    phases: &[P],
+    causes: &[C],
+    step: fn(P, C) -> Step<P>,
+) -> String {
+    let mut text = String::new();
+    for phase in phases {
+        for cause in causes {
+            let end = match step(*phase, *cause) {
+                Step::Enter(to) if to == *phase => "stays".to_owned(),
+                Step::Enter(to) => format!("-> {to:?}"),
+                other => format!("{other:?}").to_lowercase(),
+            };
+            text.push_str(&format!("{machine:8} {:8} {:10} {end}\n", format!("{phase:?}"), format!("{cause:?}")));
+        }
+    }
+    text
+}
+
+/// Run with `RIDGE_BLESS=1` to rewrite the file after a deliberate change.
+#[test]
+fn transitions_are_as_recorded() {
+    let table = super::sender::table() + &super::receiver::table();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/machine/transitions.txt");
+    if std::env::var_os("RIDGE_BLESS").is_some() {
+        std::fs::write(path, &table).expect("writes the snapshot");
+    }
+    assert_eq!(std::fs::read_to_string(path).unwrap_or_default(), table);
+}
+
+fn peer() -> KvPeer {
+    KvPeer { name: NodeName("decode-0".into()), addr: "127.0.0.1:1".parse().expect("an address") }
+}
+
+fn from() -> NodeName {
+    NodeName("prefill-0".into())
+}
+
+fn first() -> TokenOut {
+    TokenOut { token: 3, logprob: None, top: vec![] }
+}
+
+fn hashes(n: u8) -> Vec<BlockHash> {
+    (0..n).map(|at| BlockHash([at; 16])).collect()
+}
+
+/// Four blocks, two layers.
+fn begin(request: RequestId) -> SenderInput {
+    let blocks = (10..14).map(BlockId).collect();
+    SenderInput::Command(SendCommand::Begin(SendJob {
+        request,
+        to: peer(),
+        tokens: 60,
+        blocks,
+        hashes: hashes(3),
+        layers: 2,
+    }))
+}
+
+fn expect(request: RequestId, have: u32) -> ReceiverInput {
+    let blocks = (20..24).map(BlockId).collect();
+    ReceiverInput::Command(ReceiveCommand::Expect(ReceiveJob {
+        request,
+        from: from(),
+        tokens: 60,
+        blocks,
+        hashes: hashes(3),
+        have,
+        layers: 2,
+    }))
+}
+
+fn ready(layer: u32, first: u32, end: u32) -> SenderInput {
+    SenderInput::Command(SendCommand::Ready { request: R, layer, first, end })
+}
+
+fn says(message: ReceiverMsg) -> SenderInput {
+    SenderInput::Message { from: peer().name, message }
+}
+
+fn hears(message: SenderMsg) -> ReceiverInput {
+    ReceiverInput::Message { from: from(), message }
+}
+
+fn offer(tokens: u32, hashes: Vec<BlockHash>) -> ReceiverInput {
+    hears(SenderMsg::Offer { request: R, tokens, hashes })
+}
+
+fn page(layer: u32, index: u32) -> ReceiverInput {
+    ReceiverInput::PageLanded { from: from(), request: R, layer, index, bytes: 8, intact: true }
+}
+
+fn at(ms: u64) -> Instant {
+    Instant(ms * 1_000_000)
+}
+
+fn sender() -> Sender {
+    let config = SenderConfig {
+        offer_deadline: Duration::from_millis(100),
+        progress_deadline: Duration::from_millis(50),
+        max_sessions: 2,
+        max_credit: 16,
+        page_bytes: 8,
+    };
+    Sender::new(config)
+}
+
+fn receiver() -> Receiver {
+    let config = ReceiverConfig {
+        expect_deadline: Duration::from_millis(100),
+        offer_deadline: Duration::from_millis(80),
+        progress_deadline: Duration::from_millis(50),
+        credit_pages: 4,
+        max_sessions: 2,
+    };
+    Receiver::new(config)
+}
+
+/// Feeds inputs at 0 ms and returns all outputs.
+fn run<M: Machine>(machine: &mut M, inputs: impl IntoIterator<Item = M::Input>) -> Vec<M::Output> {
+    for input in inputs {
+        machine.handle(at(0), input);
+    }
+    outputs(machine)
+}
+
+fn outputs<M: Machine>(machine: &mut M) -> Vec<M::Output> {
+    machine.check_integrity();
+    std::iter::from_fn(|| machine.poll_output()).collect()
+}
+
+fn pages_of(outputs: &[SenderOutput]) -> Vec<(u32, u32)> {
+    let page = |output: &SenderOutput| match output {
+        SenderOutput::Ship { layer, index, .. } => Some((*layer, *index)),
+        _ => None,
+    };
+    outputs.iter().filter_map(page).collect()
+}
+
+fn aborted(outputs: &[SenderOutput]) -> &str {
+    match outputs.last() {
+        Some(SenderOutput::Event(SendEvent::Settled { outcome: Outcome::Aborted(reason), .. })) => reason,
+        _ => panic!("not aborted: {outputs:?}"),
+    }
+}
+
+fn failed(outputs: &[ReceiverOutput]) -> &str {
+    match outputs {
+        [
+            ..,
+            ReceiverOutput::Send { message: ReceiverMsg::Abort { .. }, .. },
+            ReceiverOutput::Event(ReceiveEvent::Failed { reason, .. }),
+        ] => reason,
+        _ => panic!("not failed: {outputs:?}"),
+    }
+}
+
+#[test]
+fn pages_leave_in_ready_order_from_the_first_wanted_block() {
+    let mut sender = sender();
+    let out = run(&mut sender, [begin(R), ready(0, 0, 2), ready(1, 0, 2)]);
+    assert!(matches!(&out[..], [SenderOutput::Send { message: SenderMsg::Offer { tokens: 60, .. }, .. }]));
+    let out = run(&mut sender, [says(ReceiverMsg::Grant { request: R, first_block: 1, credit: 3 })]);
+    assert_eq!(pages_of(&out), [(0, 1), (1, 1)]);
+    assert_eq!(sender.poll_timeout(), None, "the next move is the scheduler's");
+    let finish = SenderInput::Command(SendCommand::Finish { request: R, first: first() });
+    let out = run(&mut sender, [ready(0, 2, 4), ready(1, 2, 4), finish]);
+    assert_eq!(pages_of(&out), [(0, 2)], "credit is used up");
+    assert_eq!(sender.poll_timeout(), Some(at(50)), "waits for credit");
+    let out = run(&mut sender, [says(ReceiverMsg::Credit { request: R, pages: 3 })]);
+    assert_eq!(pages_of(&out), [(0, 3), (1, 2), (1, 3)]);
+    assert!(matches!(out.last(), Some(SenderOutput::Send { message: SenderMsg::Finish { pages: 6, .. }, .. })));
+    let out = run(&mut sender, [says(ReceiverMsg::Commit { request: R })]);
+    let committed = Outcome::Committed { pages: 6, bytes: 48 };
+    assert_eq!(out, [SenderOutput::Event(SendEvent::Settled { request: R, outcome: committed })]);
+    assert_eq!(sender.stats().committed, 1);
+}
+
+#[test]
+fn a_receiver_that_breaks_the_protocol_is_told_and_settled() {
+    let grant = |first_block, credit| says(ReceiverMsg::Grant { request: R, first_block, credit });
+    let check = |messages: Vec<SenderInput>, reason: &str| {
+        let mut sender = sender();
+        run(&mut sender, [begin(R)]);
+        let out = run(&mut sender, messages);
+        assert!(aborted(&out).contains(reason), "{out:?}");
+        assert!(matches!(&out[..], [SenderOutput::Send { message: SenderMsg::Abort { .. }, .. }, _]));
+    };
+    check(vec![grant(5, 1)], "block 5 of 4");
+    check(vec![grant(0, 17)], "limit of 16");
+    check(vec![grant(0, 16), says(ReceiverMsg::Credit { request: R, pages: u32::MAX })], "limit of 16");
+    check(vec![grant(0, 1), grant(0, 1)], "Grant while Shipping");
+    check(vec![says(ReceiverMsg::Commit { request: R })], "Commit while Offered");
+    check(vec![says(ReceiverMsg::Credit { request: R, pages: 1 })], "Credit while Offered");
+}
+
+#[test]
+fn a_sender_ignores_other_peers_and_the_dead() {
+    let mut sender = sender();
+    run(&mut sender, [begin(R)]);
+    let message = ReceiverMsg::Abort { request: R, reason: "mine".into() };
+    let stranger = SenderInput::Message { from: NodeName("decode-9".into()), message: message.clone() };
+    assert_eq!(run(&mut sender, [stranger]), []);
+    assert!(aborted(&run(&mut sender, [says(message.clone())])).contains("mine"));
+    let cancel = SenderInput::Command(SendCommand::Cancel { request: R, reason: "late".into() });
+    assert_eq!(run(&mut sender, [says(message), ready(0, 0, 4), cancel]), []);
+    assert_eq!(sender.stats().strays, 2);
+}
+
+#[test]
+fn sender_deadlines_are_exact_and_restart_when_the_peer_comes_up() {
+    let mut sender = sender();
+    run(&mut sender, [begin(R)]);
+    sender.handle(at(30), SenderInput::PeerUp(peer().name));
+    assert_eq!(sender.poll_timeout(), Some(at(130)));
+    sender.handle_timeout(Instant(at(130).0 - 1));
+    assert_eq!(outputs(&mut sender), []);
+    sender.handle_timeout(at(130));
+    assert!(aborted(&outputs(&mut sender)).contains("no grant"));
+    assert_eq!(sender.poll_timeout(), None);
+}
+
+#[test]
+fn a_full_sender_settles_at_once() {
+    let mut sender = sender();
+    run(&mut sender, [begin(RequestId(1)), begin(RequestId(2))]);
+    assert!(aborted(&run(&mut sender, [begin(RequestId(3))])).contains("full: 2"));
+}
+
+#[test]
+fn a_cancel_reaches_the_peer_and_nobody_else() {
+    let mut sender = sender();
+    run(&mut sender, [begin(R)]);
+    let out = run(&mut sender, [SenderInput::Command(SendCommand::Cancel { request: R, reason: "gone".into() })]);
+    assert!(matches!(&out[..], [SenderOutput::Send { message: SenderMsg::Abort { .. }, .. }]));
+    assert_eq!(sender.stats().aborted, 1);
+}
+
+#[test]
+#[should_panic(expected = "was ready before")]
+fn a_page_that_is_ready_twice_is_our_own_mistake() {
+    run(&mut sender(), [begin(R), ready(0, 0, 2), ready(0, 1, 3)]);
+}
+
+#[test]
+fn either_side_may_come_first() {
+    for inputs in [[expect(R, 3), offer(60, hashes(3))], [offer(60, hashes(3)), expect(R, 3)]] {
+        let mut receiver = receiver();
+        let out = run(&mut receiver, inputs);
+        let message = ReceiverMsg::Grant { request: R, first_block: 3, credit: 2 };
+        assert_eq!(out, [ReceiverOutput::Send { to: from(), message }]);
+        assert_eq!(receiver.destination(&from(), R, 1, 3), Some(BlockId(23)));
+        for (peer, layer, index) in [(peer().name, 1, 3), (from(), 1, 2), (from(), 2, 3), (from(), 1, 4)] {
+            assert_eq!(receiver.destination(&peer, R, layer, index), None);
+        }
+    }
+}
+
+#[test]
+fn finish_may_overtake_pages() {
+    let mut receiver = receiver();
+    run(&mut receiver, [expect(R, 3), offer(60, hashes(3)), page(0, 3)]);
+    assert_eq!(receiver.destination(&from(), R, 0, 3), None, "here already");
+    assert_eq!(run(&mut receiver, [hears(SenderMsg::Finish { request: R, pages: 2, first: first() })]), []);
+    let out = run(&mut receiver, [page(1, 3)]);
+    let landed = ReceiveEvent::Landed { request: R, first: first(), pages: 2, bytes: 16 };
+    let commit = ReceiverOutput::Send { to: from(), message: ReceiverMsg::Commit { request: R } };
+    assert_eq!(out, [commit, ReceiverOutput::Event(landed)]);
+}
+
+#[test]
+fn a_prompt_that_is_all_here_needs_no_page() {
+    let mut receiver = receiver();
+    let out = run(&mut receiver, [expect(R, 4), offer(60, hashes(3))]);
+    let message = ReceiverMsg::Grant { request: R, first_block: 4, credit: 0 };
+    assert_eq!(out, [ReceiverOutput::Send { to: from(), message }]);
+    let out = run(&mut receiver, [hears(SenderMsg::Finish { request: R, pages: 0, first: first() })]);
+    assert!(matches!(out.last(), Some(ReceiverOutput::Event(ReceiveEvent::Landed { pages: 0, .. }))));
+}
+
+#[test]
+fn credit_comes_back_in_steps_of_half_the_window() {
+    let mut receiver = receiver();
+    run(&mut receiver, [expect(R, 0), offer(60, hashes(3))]);
+    let credit = |pages| [ReceiverOutput::Send { to: from(), message: ReceiverMsg::Credit { request: R, pages } }];
+    assert_eq!(run(&mut receiver, [page(0, 0)]), []);
+    assert_eq!(run(&mut receiver, [page(0, 1)]), credit(2));
+    assert_eq!(run(&mut receiver, [page(0, 2)]), []);
+    assert_eq!(run(&mut receiver, [page(0, 3)]), credit(2), "8 pages in all: nothing is left to give");
+    assert_eq!(run(&mut receiver, [page(1, 0), page(1, 1), page(1, 2), page(1, 3)]), []);
+}
+
+#[test]
+fn what_does_not_agree_fails() {
+    let check = |inputs: Vec<ReceiverInput>, reason: &str| {
+        let mut receiver = receiver();
+        let out = run(&mut receiver, inputs);
+        assert!(failed(&out).contains(reason), "{out:?}");
+        assert_eq!(receiver.sessions(), 0);
+    };
+    let met = |more: Vec<ReceiverInput>| {
+        let mut inputs = vec![expect(R, 2), offer(60, hashes(3))];
+        inputs.extend(more);
+        inputs
+    };
+    let finish = |pages| hears(SenderMsg::Finish { request: R, pages, first: first() });
+    check(vec![expect(R, 0), offer(61, hashes(3))], "61 tokens where 60");
+    check(vec![expect(R, 0), offer(60, hashes(2))], "2 full blocks where 3");
+    check(vec![offer(60, vec![BlockHash([9; 16]); 3]), expect(R, 0)], "hash of block 0 differs");
+    check(met(vec![page(0, 1)]), "outside");
+    check(met(vec![page(2, 2)]), "outside");
+    check(met(vec![page(0, 4)]), "outside");
+    check(met(vec![page(0, 2), page(0, 2)]), "came twice");
+    check(met(vec![finish(3)]), "3 pages of 4");
+    check(met(vec![finish(4), finish(4)]), "Finish while Closing");
+    check(met(vec![offer(60, hashes(3))]), "offered while Landing");
+    check(vec![expect(R, 2), page(0, 2)], "Page while Expected");
+}
+
+#[test]
+fn a_bad_digest_is_counted_and_fails() {
+    let mut receiver = receiver();
+    run(&mut receiver, [expect(R, 0), offer(60, hashes(3))]);
+    let bad = ReceiverInput::PageLanded { from: from(), request: R, layer: 0, index: 0, bytes: 8, intact: false };
+    assert!(failed(&run(&mut receiver, [bad])).contains("digest"));
+    assert_eq!(receiver.stats().digest_failures, 1);
+    assert_eq!(run(&mut receiver, [page(0, 1)]), [], "late pages are ignored");
+}
+
+#[test]
+fn the_other_side_of_a_failure_is_told_at_once() {
+    let mut late_offer = receiver();
+    late_offer.handle(at(0), expect(R, 0));
+    assert_eq!(late_offer.poll_timeout(), Some(at(100)));
+    late_offer.handle_timeout(at(100));
+    let out = outputs(&mut late_offer);
+    assert!(matches!(&out[..], [ReceiverOutput::Event(ReceiveEvent::Failed { .. })]));
+    let out = run(&mut late_offer, [offer(60, hashes(3))]);
+    assert!(matches!(&out[..], [ReceiverOutput::Send { message: ReceiverMsg::Abort { .. }, .. }]));
+    assert_eq!(late_offer.poll_timeout(), None, "and forgotten");
+
+    let mut late_expect = receiver();
+    let lost = ReceiverInput::PeerLost { peer: from(), reason: "killed".into() };
+    assert_eq!(run(&mut late_expect, [offer(60, hashes(3)), lost]), []);
+    let out = run(&mut late_expect, [expect(R, 0)]);
+    assert!(
+        matches!(&out[..], [ReceiverOutput::Event(ReceiveEvent::Failed { reason, .. })] if reason.contains("killed"))
+    );
+}
+
+#[test]
+fn another_nodes_offer_is_refused_and_keeps_nobody_out() {
+    let stranger = |message| ReceiverInput::Message { from: NodeName("prefill-9".into()), message };
+    let theirs = || stranger(SenderMsg::Offer { request: R, tokens: 60, hashes: hashes(3) });
+    for inputs in [[expect(R, 0), theirs()], [theirs(), expect(R, 0)]] {
+        let mut receiver = receiver();
+        let out = run(&mut receiver, inputs);
+        assert!(
+            matches!(&out[..], [ReceiverOutput::Send { to, message: ReceiverMsg::Abort { .. } }] if to.0 == "prefill-9")
+        );
+        let out = run(&mut receiver, [offer(60, hashes(3))]);
+        assert!(matches!(&out[..], [ReceiverOutput::Send { message: ReceiverMsg::Grant { .. }, .. }]));
+    }
+}
+
+#[test]
+fn a_full_receiver_refuses() {
+    let mut receiver = receiver();
+    run(&mut receiver, [expect(RequestId(1), 0), expect(RequestId(2), 0)]);
+    let out = run(&mut receiver, [expect(RequestId(3), 0)]);
+    assert!(
+        matches!(&out[..], [ReceiverOutput::Event(ReceiveEvent::Failed { reason, .. })] if reason.contains("full"))
+    );
+    let out = run(&mut receiver, [hears(SenderMsg::Offer { request: RequestId(4), tokens: 1, hashes: vec![] })]);
+    assert!(
+        matches!(&out[..], [ReceiverOutput::Send { message: ReceiverMsg::Abort { reason, .. }, .. }] if reason.contains("full"))
+    );
+}
+
+#[test]
+fn receiver_progress_is_measured_from_the_last_page() {
+    let mut receiver = receiver();
+    run(&mut receiver, [expect(R, 0), offer(60, hashes(3))]);
+    receiver.handle(at(40), page(0, 0));
+    assert_eq!(receiver.poll_timeout(), Some(at(90)));
+    receiver.handle_timeout(Instant(at(90).0 - 1));
+    assert_eq!(outputs(&mut receiver), []);
+    receiver.handle_timeout(at(90));
+    assert!(failed(&outputs(&mut receiver)).contains("1 of 8"));
+}

@@ -1,0 +1,219 @@
+//! The prefill side's KV connections: one per decode node, dialed when first needed.
+
+use super::control::{CONTROL_QUEUE, Control, ControlError, ControlHandle};
+use super::endpoint::{CLOSE_DONE, CLOSE_PROTOCOL, Endpoint};
+use super::pages::{PageItem, write_pages};
+use bytes::Bytes;
+use ridge_protocol::page::PageHeader;
+use ridge_protocol::transfer::KvPeer;
+use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
+use ridge_protocol::{ModelIdentity, NodeName};
+use std::collections::BTreeMap;
+use tokio::sync::{mpsc, oneshot};
+
+/// Pages waiting for one peer. Credit bounds them long before: sessions times credit.
+const PAGE_QUEUE: usize = 1 << 16;
+
+/// What the connections report.
+#[derive(Clone, PartialEq, Debug)]
+pub enum KvClientEvent {
+    /// The identities agree; what was queued is on its way.
+    Up {
+        /// The decode node.
+        peer: NodeName,
+    },
+    /// The receiver spoke. Never `Welcome` or `Refuse`.
+    Message {
+        /// The decode node, verified.
+        from: NodeName,
+        /// What it said.
+        message: ReceiverMsg,
+    },
+    /// The connection is gone, or never came to be. Said once per connection, after its last message; answer with
+    /// [`KvClient::forget`].
+    Lost {
+        /// The decode node.
+        peer: NodeName,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// All KV connections of a prefill node. Its methods never block.
+///
+/// After a `Lost`, messages and pages for that peer are dropped until [`forget`](Self::forget) is called: they
+/// belong to transfers that ended with the connection. The node's loop calls `forget`, then tells its machine.
+#[derive(Debug)]
+pub struct KvClient {
+    endpoint: Endpoint,
+    name: NodeName,
+    identity: ModelIdentity,
+    events: mpsc::Sender<KvClientEvent>,
+    peers: BTreeMap<NodeName, Peer>,
+}
+
+#[derive(Debug)]
+struct Peer {
+    messages: mpsc::Sender<SenderMsg>,
+    pages: mpsc::Sender<PageItem>,
+    /// Ends the connection with a reason; dropped unused, it ends it without an event.
+    fail: Option<oneshot::Sender<String>>,
+}
+
+impl KvClient {
+    /// No connection yet. `name` is the one in this node's certificate.
+    pub fn new(
+        endpoint: Endpoint,
+        name: NodeName,
+        identity: ModelIdentity,
+        events: mpsc::Sender<KvClientEvent>,
+    ) -> Self {
+        Self { endpoint, name, identity, events, peers: BTreeMap::new() }
+    }
+
+    /// Queues a message, dialing the peer if there is no connection.
+    pub fn send(&mut self, to: &KvPeer, message: SenderMsg) {
+        let ended = match &message {
+            SenderMsg::Finish { request, .. } => Some(PageItem::End(*request)),
+            SenderMsg::Abort { request, .. } => Some(PageItem::Reset(*request)),
+            _ => None,
+        };
+        let peer = self.peer(to);
+        if let Err(mpsc::error::TrySendError::Full(_)) = peer.messages.try_send(message) {
+            peer.fail(ControlError::QueueFull.to_string());
+        }
+        if let Some(item) = ended {
+            peer.page(item);
+        }
+    }
+
+    /// Queues a page. Only a peer that grants absurd credit can fill the queue, and loses its connection.
+    pub fn ship(&mut self, to: &KvPeer, header: PageHeader, bytes: Bytes) {
+        self.peer(to).page(PageItem::Page(header, bytes));
+    }
+
+    /// Forgets a peer: closes its connection if there is one, without a `Lost`; the next message dials anew.
+    pub fn forget(&mut self, name: &NodeName) {
+        self.peers.remove(name);
+    }
+
+    fn peer(&mut self, to: &KvPeer) -> &mut Peer {
+        self.peers.entry(to.name.clone()).or_insert_with(|| {
+            let (messages, from_messages) = mpsc::channel(CONTROL_QUEUE);
+            let (pages, from_pages) = mpsc::channel(PAGE_QUEUE);
+            let (fail, failed) = oneshot::channel();
+            let task = PeerTask {
+                endpoint: self.endpoint.clone(),
+                to: to.clone(),
+                hello: SenderMsg::Hello { name: self.name.clone(), identity: self.identity.clone() },
+                events: self.events.clone(),
+                resets: pages.downgrade(),
+            };
+            tokio::spawn(task.run(from_messages, from_pages, failed));
+            Peer { messages, pages, fail: Some(fail) }
+        })
+    }
+}
+
+impl Peer {
+    fn page(&mut self, item: PageItem) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.pages.try_send(item) {
+            self.fail(format!("page queue is full: {PAGE_QUEUE} pages wait"));
+        }
+    }
+
+    fn fail(&mut self, reason: String) {
+        if let Some(fail) = self.fail.take() {
+            let _ = fail.send(reason);
+        }
+    }
+}
+
+struct PeerTask {
+    endpoint: Endpoint,
+    to: KvPeer,
+    hello: SenderMsg,
+    events: mpsc::Sender<KvClientEvent>,
+    /// Weak, so that dropping the [`Peer`] ends the page writer.
+    resets: mpsc::WeakSender<PageItem>,
+}
+
+impl PeerTask {
+    async fn run(
+        self,
+        messages: mpsc::Receiver<SenderMsg>,
+        pages: mpsc::Receiver<PageItem>,
+        failed: oneshot::Receiver<String>,
+    ) {
+        let mut opened = None;
+        let ended = tokio::select! {
+            ended = self.converse(&mut opened, messages, pages) => Some(ended),
+            failed = failed => failed.ok(),
+        };
+        let reason = ended.as_deref().unwrap_or("no longer needed");
+        if let Some(conn) = opened {
+            conn.close(CLOSE_DONE, reason.as_bytes());
+        }
+        if let Some(reason) = ended {
+            tracing::info!(peer = %self.to.name, "KV connection lost: {reason}");
+            let _ = self.events.send(KvClientEvent::Lost { peer: self.to.name, reason }).await;
+        }
+    }
+
+    async fn converse(
+        &self,
+        opened: &mut Option<quinn::Connection>,
+        messages: mpsc::Receiver<SenderMsg>,
+        pages: mpsc::Receiver<PageItem>,
+    ) -> String {
+        let control = match self.shake_hands(opened).await {
+            Ok(control) => control,
+            Err(reason) => return reason,
+        };
+        let conn = control.connection().clone();
+        let peer = || self.to.name.clone();
+        if self.events.send(KvClientEvent::Up { peer: peer() }).await.is_err() {
+            return "nobody listens".to_owned();
+        }
+        let (writer, reader) = control.into_halves();
+        let event = |message| {
+            match &message {
+                ReceiverMsg::Welcome | ReceiverMsg::Refuse { .. } => return Err("a second answer to Hello".to_owned()),
+                // No page of it will be taken; the sender's machine hears of it too, and ships no more.
+                ReceiverMsg::Abort { request, .. } => {
+                    if let Some(pages) = self.resets.upgrade() {
+                        let _ = pages.try_send(PageItem::Reset(*request));
+                    }
+                }
+                _ => {}
+            }
+            Ok(KvClientEvent::Message { from: peer(), message })
+        };
+        tokio::select! {
+            reason = reader.run(&self.events, event) => reason,
+            reason = write_pages(conn, pages) => reason,
+            reason = writer.run(ControlHandle::<SenderMsg>::queue_of(messages)) => reason,
+        }
+    }
+
+    async fn shake_hands(
+        &self,
+        opened: &mut Option<quinn::Connection>,
+    ) -> Result<Control<SenderMsg, ReceiverMsg>, String> {
+        let conn = self.endpoint.connect_kv(self.to.addr, &self.to.name).await.map_err(|e| e.to_string())?;
+        *opened = Some(conn.clone());
+        let mut control = Control::open(conn.clone()).await.map_err(|e| e.to_string())?;
+        control.send(&self.hello).await.map_err(|e| e.to_string())?;
+        let deadline = self.endpoint.options().handshake_deadline;
+        match control.recv(deadline).await {
+            Ok(ReceiverMsg::Welcome) => Ok(control),
+            Ok(ReceiverMsg::Refuse { reason }) => Err(format!("refused: {reason}")),
+            Ok(other) => {
+                let reason = format!("{other:?} in answer to Hello");
+                conn.close(CLOSE_PROTOCOL, reason.as_bytes());
+                Err(reason)
+            }
+            Err(e) => Err(e.to_string()),
+        }
+    }
+}
