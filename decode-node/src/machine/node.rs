@@ -1,0 +1,478 @@
+//! [`DecodeNode`].
+
+use super::DecodeConfig;
+use super::sequence::{Phase, Sequence};
+use ridge_blocks::{BlockPool, Claim, Lease};
+use ridge_protocol::stats::NodeStats;
+use ridge_protocol::transfer::{ReceiveCommand, ReceiveEvent, ReceiveJob};
+use ridge_protocol::wire::{DecodeRequest, FinishReason, NodeError, NodeToRouter, RouterToNode};
+use ridge_protocol::{BatchPlan, Duration, Instant, Machine, RequestId, TokenOut};
+use std::collections::{BTreeMap, VecDeque};
+
+/// What can happen to a decode node.
+#[derive(Clone, PartialEq, Debug)]
+pub enum DecodeInput {
+    /// The router said something.
+    Router(RouterToNode),
+    /// The router's connection is gone: every sequence of its belongs to nobody.
+    RouterLost,
+    /// The running pass is over.
+    StepDone {
+        /// The pass.
+        step: u64,
+        /// Sampled tokens of the items that asked for one.
+        outputs: Vec<(RequestId, TokenOut)>,
+        /// How long it took.
+        busy: Duration,
+    },
+    /// The KV receiver said something.
+    Transfer(ReceiveEvent),
+}
+
+/// What a decode node wants done.
+#[derive(Clone, Debug)]
+pub enum DecodeOutput {
+    /// Tell the router.
+    ToRouter(NodeToRouter),
+    /// Run a pass. At most one runs at a time.
+    Run(BatchPlan),
+    /// Tell the KV receiver.
+    Transfer(ReceiveCommand),
+}
+
+/// The scheduling machine of a decode node.
+#[derive(Debug)]
+pub struct DecodeNode {
+    config: DecodeConfig,
+    pool: BlockPool,
+    sequences: BTreeMap<RequestId, Sequence>,
+    /// Without blocks; preempted ones first, then by arrival.
+    waiting: VecDeque<RequestId>,
+    /// In the batch, by admission: the last is preempted first.
+    running: Vec<RequestId>,
+    /// The pass in the engine: what it computes of whom.
+    pass: Option<(u64, Vec<(RequestId, u32)>)>,
+    next_step: u64,
+    draining: bool,
+    next_report: Instant,
+    stats: NodeStats,
+    outputs: VecDeque<DecodeOutput>,
+}
+
+impl DecodeNode {
+    /// A node with an empty pool.
+    pub fn new(config: DecodeConfig) -> Self {
+        assert!(config.block_size > 0, "blocks hold at least one token");
+        assert!(config.max_num_seqs > 0, "a batch holds at least one sequence");
+        assert!(config.max_prefill_tokens > 0, "a prompt computed here must make progress");
+        assert!(
+            u64::from(config.blocks) * u64::from(config.block_size) >= u64::from(config.max_model_len),
+            "the pool holds at least one sequence of max_model_len"
+        );
+        Self {
+            pool: BlockPool::new(config.blocks, config.prefix_caching),
+            config,
+            sequences: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            pass: None,
+            next_step: 0,
+            draining: false,
+            next_report: Instant(0),
+            stats: NodeStats::default(),
+            outputs: VecDeque::new(),
+        }
+    }
+
+    /// Whether no sequence is in the node.
+    pub fn is_idle(&self) -> bool {
+        self.sequences.is_empty() && self.pass.is_none()
+    }
+
+    fn on_router(&mut self, message: RouterToNode) {
+        match message {
+            RouterToNode::Decode(request) => self.on_decode(request),
+            RouterToNode::Cancel { request } => self.cancel(request, "cancelled by the router"),
+            RouterToNode::Drain => self.draining = true,
+            RouterToNode::Prefill(request) => {
+                let error = NodeError::Invalid("a decode node cannot take a prefill request".into());
+                self.to_router(NodeToRouter::Failed { request: request.request, error });
+            }
+            // Greetings are the shell's business.
+            RouterToNode::Welcome { .. } | RouterToNode::Refuse { .. } => {}
+        }
+    }
+
+    fn on_decode(&mut self, request: DecodeRequest) {
+        let id = request.request;
+        if self.sequences.contains_key(&id) {
+            return; // A duplicate is not an error.
+        }
+        if let Err(error) = self.check(&request) {
+            return self.to_router(NodeToRouter::Failed { request: id, error });
+        }
+        self.sequences.insert(id, Sequence::new(request, self.config.block_size));
+        self.waiting.push_back(id);
+    }
+
+    fn check(&self, request: &DecodeRequest) -> Result<(), NodeError> {
+        let len = request.tokens.len();
+        if self.draining {
+            return Err(NodeError::Draining);
+        }
+        if len == 0 || request.prompt_len == 0 || request.prompt_len as usize > len {
+            return Err(NodeError::Invalid("the prompt is empty".into()));
+        }
+        if len >= self.config.max_model_len as usize {
+            let max = self.config.max_model_len;
+            return Err(NodeError::Invalid(format!("a prompt of {len} tokens leaves no room in a context of {max}")));
+        }
+        if let Some(token) = request.tokens.iter().find(|&&t| t >= self.config.vocab) {
+            return Err(NodeError::Invalid(format!("token {token} is outside the vocabulary of {}", self.config.vocab)));
+        }
+        request.params.check().map_err(NodeError::Invalid)?;
+        if self.waiting.len() >= self.config.max_waiting {
+            return Err(NodeError::Overloaded(format!("{} sequences are waiting", self.waiting.len())));
+        }
+        Ok(())
+    }
+
+    fn to_router(&mut self, message: NodeToRouter) {
+        self.outputs.push_back(DecodeOutput::ToRouter(message));
+    }
+
+    /// Forgets a sequence; its blocks go now, or after the running pass if that writes them. Idempotent.
+    fn cancel(&mut self, id: RequestId, reason: &str) {
+        let in_pass = self.pass.as_ref().is_some_and(|(_, items)| items.iter().any(|(r, _)| *r == id));
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        if sequence.phase == Phase::Transferring {
+            let command = ReceiveCommand::Cancel { request: id, reason: reason.into() };
+            self.outputs.push_back(DecodeOutput::Transfer(command));
+        }
+        if in_pass {
+            sequence.doomed = true;
+        } else {
+            self.remove(id);
+        }
+    }
+
+    fn remove(&mut self, id: RequestId) {
+        if let Some(sequence) = self.sequences.remove(&id)
+            && let Some(lease) = sequence.lease
+        {
+            self.pool.release(lease);
+        }
+        self.waiting.retain(|&r| r != id);
+        self.running.retain(|&r| r != id);
+    }
+
+    fn on_transfer(&mut self, event: ReceiveEvent) {
+        match event {
+            ReceiveEvent::Landed { request, first, bytes, .. } => self.on_landed(request, first, bytes),
+            ReceiveEvent::Failed { request, reason: _ } => {
+                let Some(sequence) = self.sequences.get_mut(&request) else { return };
+                assert_eq!(sequence.phase, Phase::Transferring, "only a transfer can fail");
+                // The prompt is computed here instead: the client sees a pause, not an error. The receipt and
+                // `recomputed_tokens` tell that it happened.
+                sequence.from = None;
+                sequence.recomputing = true;
+                // If the whole prompt was cached, its last token is run again for its logits.
+                sequence.computed = sequence.computed.min(sequence.len() - 1);
+                self.start(request);
+            }
+        }
+    }
+
+    /// A reservation's KV is complete and verified: commit it.
+    fn on_landed(&mut self, id: RequestId, first: TokenOut, bytes: u64) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        assert_eq!(sequence.phase, Phase::Transferring, "only a transfer can land");
+        sequence.receipt.transferred = sequence.given - sequence.receipt.cached;
+        sequence.receipt.transfer_bytes = bytes;
+        sequence.computed = sequence.given;
+        self.start(id);
+        self.publish(id);
+        self.send_receipt(id);
+        // The prefill node has reported this token too; whichever comes first is shown.
+        self.on_token(id, first);
+    }
+
+    /// Moves a sequence that has its blocks into the batch.
+    fn start(&mut self, id: RequestId) {
+        let sequence = self.sequences.get_mut(&id).expect("a started sequence is kept");
+        let lease = sequence.lease.as_mut().expect("a started sequence has blocks");
+        self.pool.reclaim(lease, Claim::Used);
+        sequence.phase = Phase::Running;
+        self.running.push(id);
+    }
+
+    /// Offers the sequence's newly full blocks to the prefix index.
+    fn publish(&mut self, id: RequestId) {
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence is kept");
+        let lease = sequence.lease.as_ref().expect("a running sequence has blocks");
+        let full = (sequence.computed / self.config.block_size) as usize;
+        for at in sequence.published..full {
+            self.pool.publish(lease.blocks()[at], sequence.hashes[at]);
+        }
+        sequence.published = full.max(sequence.published);
+    }
+
+    fn send_receipt(&mut self, id: RequestId) {
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence is kept");
+        if !sequence.receipt_sent {
+            sequence.receipt_sent = true;
+            let message = NodeToRouter::Receipt { request: id, receipt: sequence.receipt };
+            self.outputs.push_back(DecodeOutput::ToRouter(message));
+        }
+    }
+
+    fn on_token(&mut self, id: RequestId, out: TokenOut) {
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence is kept");
+        let finish = sequence.push(out.token, self.config.max_model_len);
+        let index = sequence.last_index();
+        self.to_router(NodeToRouter::Token { request: id, index, out, finish });
+        if let Some(FinishReason::Stop | FinishReason::Length) = finish {
+            self.remove(id);
+        }
+    }
+
+    fn on_step(&mut self, step: u64, outputs: Vec<(RequestId, TokenOut)>, busy: Duration) {
+        let (running, items) = self.pass.take().expect("a pass that ends was started");
+        assert_eq!(running, step, "the pass that ended is the one that ran");
+        self.stats.steps += 1;
+        self.stats.busy_us += busy.as_micros() as u64;
+        let mut outputs: BTreeMap<RequestId, TokenOut> = outputs.into_iter().collect();
+        for (id, take) in items {
+            let sequence = self.sequences.get_mut(&id).expect("a sequence in a pass is kept");
+            sequence.computed += take;
+            // Positions below `given` are prompt work; the others are the answer being continued.
+            let prompt_work = sequence.computed.min(sequence.given).saturating_sub(sequence.computed - take);
+            if sequence.recomputing {
+                sequence.receipt.recomputed += prompt_work;
+                self.stats.recomputed_tokens += u64::from(take);
+            } else {
+                sequence.receipt.computed += prompt_work;
+                self.stats.computed_tokens += u64::from(prompt_work);
+            }
+            let finished = sequence.remaining() == 0;
+            let doomed = sequence.doomed;
+            self.publish(id);
+            if doomed {
+                outputs.remove(&id);
+                self.remove(id);
+            } else if finished {
+                let out = outputs.remove(&id).expect("an item that reaches the end samples");
+                self.stats.generated_tokens += 1;
+                self.sequences.get_mut(&id).expect("looked up above").recomputing = false;
+                self.send_receipt(id);
+                self.on_token(id, out);
+            }
+        }
+        assert!(outputs.is_empty(), "the engine sampled for a sequence that did not ask");
+    }
+
+    /// Admits waiting sequences, oldest first, while blocks and places last.
+    fn admit(&mut self) {
+        while let Some(&id) = self.waiting.front() {
+            let placed = self.sequences.values().filter(|s| s.phase != Phase::Waiting).count();
+            if placed >= self.config.max_num_seqs {
+                return;
+            }
+            let block_size = self.config.block_size;
+            let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is kept");
+            // Room for the next token too: a sequence that could not take one step would only be preempted.
+            let blocks = Sequence::blocks_for((sequence.len() + 1).min(self.config.max_model_len), block_size);
+            let headroom = if placed == 0 { 0 } else { self.config.headroom_blocks * placed };
+            // What arrives by transfer comes with its first token; what is computed here must compute the last one.
+            let reusable = match sequence.from {
+                Some(_) => sequence.hashes.len(),
+                None => ((sequence.len() - 1) / block_size) as usize,
+            };
+            let claim = if sequence.from.is_some() { Claim::Reserved } else { Claim::Used };
+            let Ok((lease, cached)) = self.pool.lease(claim, &sequence.hashes, reusable, blocks) else { return };
+            if self.pool.available() < headroom {
+                self.pool.release(lease);
+                return;
+            }
+            self.waiting.pop_front();
+            sequence.computed = cached as u32 * block_size;
+            sequence.published = cached;
+            if !sequence.receipt_sent {
+                sequence.receipt.cached = sequence.computed.min(sequence.given);
+                self.stats.cached_tokens += u64::from(sequence.receipt.cached);
+            }
+            let prompt_blocks = Sequence::blocks_for(sequence.len(), block_size);
+            if let Some(from) = sequence.from.clone() {
+                sequence.phase = Phase::Transferring;
+                let job = ReceiveJob {
+                    request: id,
+                    from,
+                    tokens: sequence.len(),
+                    blocks: lease.blocks()[..prompt_blocks].to_vec(),
+                    hashes: sequence.hashes.clone(),
+                    have: cached as u32,
+                    layers: self.config.layers,
+                };
+                sequence.lease = Some(lease);
+                self.outputs.push_back(DecodeOutput::Transfer(ReceiveCommand::Expect(job)));
+            } else {
+                sequence.lease = Some(lease);
+                self.start(id);
+            }
+        }
+    }
+
+    /// Pushes the last admitted sequence out of the batch to make room. It will be computed again, from whatever
+    /// of it is then still cached.
+    fn preempt_last(&mut self) {
+        let id = self.running.pop().expect("a batch that needs blocks is not empty");
+        let sequence = self.sequences.get_mut(&id).expect("a running sequence is kept");
+        let lease = sequence.lease.take().expect("a running sequence has blocks");
+        self.pool.release(lease);
+        sequence.phase = Phase::Waiting;
+        sequence.from = None;
+        sequence.computed = 0;
+        sequence.published = 0;
+        sequence.recomputing = true;
+        self.waiting.push_front(id);
+        self.stats.preemptions += 1;
+    }
+
+    /// Gives every decoding sequence the block that its next token needs, oldest first.
+    fn grow(&mut self) {
+        let mut at = 0;
+        while at < self.running.len() {
+            let sequence = self.sequences.get_mut(&self.running[at]).expect("a running sequence is kept");
+            let needed = Sequence::blocks_for(sequence.len(), self.config.block_size);
+            let lease = sequence.lease.as_mut().expect("a running sequence has blocks");
+            let extra = needed.saturating_sub(lease.blocks().len());
+            if self.pool.grow(lease, extra).is_ok() {
+                at += 1;
+            } else {
+                // The youngest goes, which may be this one; then look again.
+                self.preempt_last();
+            }
+        }
+    }
+
+    /// One decode step of every running sequence, and chunks of prompts to be computed here under their budget.
+    fn plan(&mut self) {
+        if self.pass.is_some() {
+            return;
+        }
+        self.grow();
+        self.admit();
+        let block_size = self.config.block_size;
+        let mut budget = self.config.max_prefill_tokens;
+        let mut chosen = Vec::new();
+        let mut items = Vec::new();
+        for &id in &self.running {
+            let sequence = &self.sequences[&id];
+            let take = if sequence.remaining() == 1 { 1 } else { sequence.remaining().min(budget) };
+            if take == 0 {
+                continue;
+            }
+            if sequence.remaining() > 1 {
+                budget -= take;
+            }
+            chosen.push((id, take));
+            items.push(sequence.item(take, block_size));
+        }
+        if items.is_empty() {
+            return;
+        }
+        self.next_step += 1;
+        self.pass = Some((self.next_step, chosen));
+        self.outputs.push_back(DecodeOutput::Run(BatchPlan { step: self.next_step, items }));
+    }
+
+    fn report(&mut self, now: Instant) {
+        self.next_report = now + self.config.report_interval;
+        let changes = self.pool.take_changes();
+        if !changes.added.is_empty() || !changes.removed.is_empty() {
+            self.to_router(NodeToRouter::CacheChanged { added: changes.added, removed: changes.removed });
+        }
+        let stats = self.stats();
+        self.to_router(NodeToRouter::Stats(stats));
+        if self.draining && self.is_idle() {
+            self.to_router(NodeToRouter::Drained);
+        }
+    }
+
+    /// Counters and gauges now. Those of the KV transfer are the receiver's and left at zero.
+    pub fn stats(&self) -> NodeStats {
+        NodeStats {
+            blocks: self.pool.counts(),
+            orphaned_blocks: self.pool.check_integrity(self.leases()),
+            waiting: self.waiting.len() as u32,
+            running: self.running.len() as u32,
+            queued_tokens: self.running.iter().map(|id| u64::from(self.sequences[id].remaining() - 1)).sum(),
+            ..self.stats
+        }
+    }
+
+    fn leases(&self) -> impl Iterator<Item = &Lease> {
+        self.sequences.values().filter_map(|s| s.lease.as_ref())
+    }
+}
+
+impl Machine for DecodeNode {
+    type Input = DecodeInput;
+    type Output = DecodeOutput;
+
+    fn handle(&mut self, now: Instant, input: DecodeInput) {
+        let was_idle = self.is_idle();
+        match input {
+            DecodeInput::Router(message) => self.on_router(message),
+            DecodeInput::RouterLost => {
+                for id in self.sequences.keys().copied().collect::<Vec<_>>() {
+                    self.cancel(id, "the router's connection is gone");
+                }
+                self.draining = false;
+            }
+            DecodeInput::StepDone { step, outputs, busy } => self.on_step(step, outputs, busy),
+            DecodeInput::Transfer(event) => self.on_transfer(event),
+        }
+        self.plan();
+        if self.is_idle() && !was_idle {
+            self.report(now);
+        }
+    }
+
+    fn handle_timeout(&mut self, now: Instant) {
+        if now >= self.next_report {
+            self.report(now);
+        }
+    }
+
+    fn poll_output(&mut self) -> Option<DecodeOutput> {
+        self.outputs.pop_front()
+    }
+
+    fn poll_timeout(&self) -> Option<Instant> {
+        Some(self.next_report)
+    }
+
+    fn check_integrity(&self) {
+        assert_eq!(self.pool.check_integrity(self.leases()), 0, "orphaned blocks");
+        for (id, sequence) in &self.sequences {
+            let (waiting, running) = (self.waiting.contains(id), self.running.contains(id));
+            let claim = sequence.lease.as_ref().map(Lease::claim);
+            match sequence.phase {
+                Phase::Waiting => assert_eq!((waiting, running, claim), (true, false, None), "{id} is lost"),
+                Phase::Transferring => {
+                    assert_eq!((waiting, running, claim), (false, false, Some(Claim::Reserved)), "{id} is lost");
+                }
+                Phase::Running => {
+                    assert_eq!((waiting, running, claim), (false, true, Some(Claim::Used)), "{id} is lost");
+                    assert!(sequence.remaining() > 0, "{id} has nothing left to compute");
+                }
+            }
+        }
+        assert!(self.waiting.len() + self.running.len() <= self.sequences.len(), "a queue holds a stranger");
+        if self.is_idle() {
+            let counts = self.pool.counts();
+            assert_eq!(counts.used + counts.reserved + counts.held, 0, "an idle node refers to no block");
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! One sequence on a decode node.
+
+use ridge_blocks::{HashChain, Lease};
+use ridge_protocol::wire::{DecodeRequest, FinishReason, Receipt};
+use ridge_protocol::{BlockHash, NodeName, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId};
+use std::sync::Arc;
+
+/// Where a sequence stands.
+///
+/// `Waiting → Transferring → Running` by hand-off; `Waiting → Running` when computed here; `Transferring → Running`
+/// with the prompt still to compute when the hand-off failed; `Running → Waiting` by preemption.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Phase {
+    /// Without blocks.
+    Waiting,
+    /// Blocks are reserved and KV lands in them.
+    Transferring,
+    /// In the batch: to be computed, chunk by chunk, then token by token.
+    Running,
+}
+
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub id: RequestId,
+    /// Prompt, then generated tokens.
+    pub tokens: Vec<TokenId>,
+    pub prompt_len: u32,
+    pub params: Arc<SamplingParams>,
+    /// Who sends the KV; cleared when the sequence is to be computed here.
+    pub from: Option<NodeName>,
+    /// Tokens that came with the request: the prompt, and what was generated before a failover.
+    pub given: u32,
+    pub phase: Phase,
+    /// Present unless waiting.
+    pub lease: Option<Lease>,
+    /// Positions whose KV is in the blocks and may be read.
+    pub computed: u32,
+    chain: HashChain,
+    /// Hashes of the full blocks of `tokens`.
+    pub hashes: Vec<BlockHash>,
+    /// Leading blocks already offered to the prefix index.
+    pub published: usize,
+    pub receipt: Receipt,
+    pub receipt_sent: bool,
+    /// What is being computed was computed before, or should have come by transfer.
+    pub recomputing: bool,
+    /// Cancelled, but the running pass still writes its blocks.
+    pub doomed: bool,
+}
+
+impl Sequence {
+    pub fn new(request: DecodeRequest, block_size: u32) -> Self {
+        let mut chain = HashChain::new(request.salt, block_size as usize);
+        let hashes = chain.extend(&request.tokens);
+        Self {
+            id: request.request,
+            given: request.tokens.len() as u32,
+            tokens: request.tokens,
+            prompt_len: request.prompt_len,
+            params: Arc::new(request.params),
+            from: request.from,
+            phase: Phase::Waiting,
+            lease: None,
+            computed: 0,
+            chain,
+            hashes,
+            published: 0,
+            receipt: Receipt::default(),
+            receipt_sent: false,
+            recomputing: false,
+            doomed: false,
+        }
+    }
+
+    pub fn len(&self) -> u32 {
+        self.tokens.len() as u32
+    }
+
+    /// Tokens whose KV is still to be computed; 1 means an ordinary decode step.
+    pub fn remaining(&self) -> u32 {
+        self.len() - self.computed
+    }
+
+    /// Index of the latest token within the answer.
+    pub fn last_index(&self) -> u32 {
+        self.len() - 1 - self.prompt_len
+    }
+
+    /// Blocks that `positions` positions need.
+    pub fn blocks_for(positions: u32, block_size: u32) -> usize {
+        positions.div_ceil(block_size) as usize
+    }
+
+    /// Appends a generated token; says whether it was the last one.
+    pub fn push(&mut self, token: TokenId, max_model_len: u32) -> Option<FinishReason> {
+        self.tokens.push(token);
+        let hashes = self.chain.extend(&self.tokens);
+        self.hashes.extend(hashes);
+        if self.params.is_stop(token) {
+            Some(FinishReason::Stop)
+        } else if self.len() - self.prompt_len >= self.params.max_tokens || self.len() >= max_model_len {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+
+    /// The plan item that computes `take` more tokens.
+    pub fn item(&self, take: u32, block_size: u32) -> PlanItem {
+        let end = self.computed + take;
+        let lease = self.lease.as_ref().expect("a running sequence has blocks");
+        let sample = (end == self.len()).then(|| SampleSpec {
+            params: self.params.clone(),
+            history: if self.params.needs_history() { self.tokens.clone() } else { Vec::new() },
+            prompt_len: self.prompt_len,
+            position: end,
+        });
+        PlanItem {
+            request: self.id,
+            tokens: self.tokens[self.computed as usize..end as usize].to_vec(),
+            start: self.computed,
+            block_table: lease.blocks()[..Self::blocks_for(end, block_size)].to_vec(),
+            sample,
+        }
+    }
+}

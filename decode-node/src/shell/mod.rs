@@ -1,0 +1,243 @@
+//! The process around the decode machine: loads the model, then one loop over one closed set of events.
+
+use crate::machine::{DecodeConfig, DecodeInput, DecodeNode, DecodeOutput};
+use bytes::Bytes;
+use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
+use ridge_kvtransfer::shell::process::{Clock, Status};
+use ridge_kvtransfer::shell::{
+    ControlHandle, Endpoint, EndpointError, KvServer, KvServerEvent, NodeTls, TlsError,
+};
+use ridge_kvtransfer::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput};
+use ridge_model::checkpoint::LoadProgress;
+use ridge_model::kv::KvMemory;
+use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
+use ridge_protocol::page::{PageHeader, page_digest};
+use ridge_protocol::wire::{NodeHello, NodeToRouter, RouterToNode};
+use ridge_protocol::{Duration, Machine, NodeName, Role};
+use std::future::Future;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// Pages and messages that wait for the loop: bounds the memory of KV that has arrived and not yet landed.
+const KV_EVENTS: usize = 256;
+/// How long a node that was asked to stop goes on with what it has.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How a decode node is set up. The model decides the machine's block count, layers, vocabulary and context.
+#[derive(Clone, PartialEq, Debug)]
+pub struct DecodeOptions {
+    /// Its place in the network.
+    pub link: LinkOptions,
+    /// Its engine.
+    pub engine: EngineOptions,
+    /// Its scheduler.
+    pub machine: DecodeConfig,
+    /// Its half of the hand-off.
+    pub receiver: ReceiverConfig,
+}
+
+/// Why a decode node stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeRunError {
+    /// The engine could not be set up.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// The certificates could not be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The socket could not be had.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    /// The engine is gone.
+    #[error(transparent)]
+    Worker(#[from] WorkerDied),
+    /// The router will not have this node.
+    #[error("the router refused this node: {0}")]
+    Refused(String),
+}
+
+/// Everything that can wake the loop.
+enum Event {
+    Engine(WorkerEvent),
+    Link(LinkEvent),
+    Kv(KvServerEvent),
+    Timer,
+    Shutdown,
+}
+
+/// Runs a decode node until `shutdown`, then drains.
+pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> Result<(), NodeRunError> {
+    let tls = NodeTls::read(&options.link.tls_dir.join("ca.pem"), &options.link.tls_dir)?;
+    let endpoint = Endpoint::bind(options.link.listen, &tls, &options.link.transport)?;
+    let loaded = load_engine(&options.engine, &mut |progress| {
+        if let LoadProgress::Download { done, total, .. } = progress {
+            Status::Loading(done as f32 / total.max(1) as f32).print();
+        }
+    })?;
+    let config = DecodeConfig {
+        blocks: loaded.kv.blocks() as u32,
+        block_size: options.engine.block_size as u32,
+        layers: loaded.kv.layers() as u32,
+        vocab: loaded.checkpoint.spec.vocab as u32,
+        max_model_len: loaded.max_model_len as u32,
+        ..options.machine
+    };
+    let hello = NodeHello {
+        name: options.link.name.clone(),
+        role: Role::Decode,
+        kv_addr: Some(endpoint.local_addr()),
+        identity: loaded.identity.clone(),
+        max_model_len: config.max_model_len,
+        blocks: config.blocks,
+        pid: std::process::id(),
+    };
+    let (engine_events, mut from_engine) = mpsc::channel(2);
+    let worker = Worker::spawn(loaded.engine, false, move |event| {
+        // The loop is gone only when the process is about to be.
+        let _ = engine_events.blocking_send(event);
+    });
+    let (kv_events, mut from_kv) = mpsc::channel(KV_EVENTS);
+    let server = KvServer::new(endpoint.clone(), loaded.identity, kv_events);
+    let mut from_link = link::start(endpoint.clone(), &options.link, hello);
+    Status::Ready { role: Role::Decode, name: &options.link.name, addr: endpoint.local_addr(), http: None }.print();
+    let mut shell = Shell {
+        clock: Clock::start(),
+        machine: DecodeNode::new(config),
+        receiver: Receiver::new(options.receiver),
+        worker,
+        server,
+        kv: loaded.kv,
+        router: None,
+        drained: false,
+    };
+    let mut shutdown = std::pin::pin!(shutdown);
+    let mut drain_until = None;
+    loop {
+        shell.pump()?;
+        if drain_until.is_some_and(|until| shell.drained || shell.clock.now() >= until) {
+            break;
+        }
+        let deadline =
+            [shell.machine.poll_timeout(), shell.receiver.poll_timeout(), drain_until].into_iter().flatten().min();
+        let event = tokio::select! {
+            Some(event) = from_engine.recv() => Event::Engine(event),
+            Some(event) = from_link.recv() => Event::Link(event),
+            Some(event) = from_kv.recv() => Event::Kv(event),
+            () = shell.clock.sleep_until(deadline) => Event::Timer,
+            () = &mut shutdown, if drain_until.is_none() => Event::Shutdown,
+        };
+        let now = shell.clock.now();
+        match event {
+            Event::Engine(WorkerEvent::LayerDone { .. }) => {}
+            Event::Engine(WorkerEvent::StepDone { step, outputs, busy }) => {
+                shell.machine.handle(now, DecodeInput::StepDone { step, outputs, busy });
+            }
+            Event::Kv(KvServerEvent::Message { from, message }) => {
+                shell.receiver.handle(now, ReceiverInput::Message { from, message });
+            }
+            Event::Kv(KvServerEvent::Page { from, header, bytes }) => shell.land(from, header, &bytes),
+            Event::Kv(KvServerEvent::Lost { peer, reason }) => {
+                tracing::warn!(%peer, %reason, "KV connection lost");
+                shell.receiver.handle(now, ReceiverInput::PeerLost { peer, reason });
+            }
+            Event::Link(LinkEvent::Up(node, handle)) => {
+                tracing::info!(node = node.0, "joined the cluster");
+                shell.router = Some(handle);
+            }
+            Event::Link(LinkEvent::Message(message)) => shell.machine.handle(now, DecodeInput::Router(message)),
+            Event::Link(LinkEvent::Down(_)) => {
+                shell.router = None;
+                shell.machine.handle(now, DecodeInput::RouterLost);
+            }
+            Event::Link(LinkEvent::Refused(reason)) => return Err(NodeRunError::Refused(reason)),
+            Event::Timer => {
+                shell.machine.handle_timeout(now);
+                shell.receiver.handle_timeout(now);
+            }
+            Event::Shutdown => {
+                drain_until = Some(now + DRAIN_DEADLINE);
+                shell.machine.handle(now, DecodeInput::Router(RouterToNode::Drain));
+                shell.drained = shell.machine.is_idle();
+            }
+        }
+    }
+    endpoint.close("the node is shutting down");
+    let _ = tokio::time::timeout(Duration::from_millis(300), endpoint.wait_idle()).await;
+    Ok(())
+}
+
+/// The machines and what their outputs act on.
+struct Shell {
+    clock: Clock,
+    machine: DecodeNode,
+    receiver: Receiver,
+    worker: Worker,
+    server: KvServer,
+    kv: Arc<KvMemory>,
+    router: Option<ControlHandle<NodeToRouter>>,
+    drained: bool,
+}
+
+impl Shell {
+    /// Puts an arrived page where its transfer wants it and verifies it there, before anything may read it.
+    fn land(&mut self, from: NodeName, header: PageHeader, bytes: &Bytes) {
+        let PageHeader { request, layer, index, len, digest } = header;
+        let Some(block) = self.receiver.destination(&from, request, layer, index) else {
+            return; // Of a transfer that is over.
+        };
+        let mut page = self.kv.write(layer as usize, block);
+        page.copy_from_slice(bytes);
+        let intact = page_digest(request, layer, index, &page) == digest;
+        drop(page);
+        let landed = ReceiverInput::PageLanded { from, request, layer, index, bytes: len, intact };
+        self.receiver.handle(self.clock.now(), landed);
+    }
+
+    /// Does what the machines want done, until neither wants anything.
+    fn pump(&mut self) -> Result<(), NodeRunError> {
+        loop {
+            if let Some(output) = self.machine.poll_output() {
+                self.act(output)?;
+            } else if let Some(output) = self.receiver.poll_output() {
+                match output {
+                    ReceiverOutput::Send { to, message } => self.server.send(&to, message),
+                    ReceiverOutput::Event(event) => {
+                        self.machine.handle(self.clock.now(), DecodeInput::Transfer(event));
+                    }
+                }
+            } else {
+                return Ok(());
+            }
+        }
+    }
+
+    fn act(&mut self, output: DecodeOutput) -> Result<(), NodeRunError> {
+        match output {
+            DecodeOutput::Run(plan) => self.worker.run(plan)?,
+            DecodeOutput::Transfer(command) => {
+                self.receiver.handle(self.clock.now(), ReceiverInput::Command(command));
+            }
+            DecodeOutput::ToRouter(mut message) => {
+                match &mut message {
+                    NodeToRouter::Stats(stats) => {
+                        let transfer = self.receiver.stats();
+                        stats.transfer_bytes = transfer.bytes;
+                        stats.transfer_pages = transfer.pages;
+                        stats.transfers_committed = transfer.committed;
+                        stats.transfers_aborted = transfer.aborted;
+                        stats.digest_failures = transfer.digest_failures;
+                    }
+                    NodeToRouter::Drained => self.drained = true,
+                    _ => {}
+                }
+                // Without a router nobody waits for the message: its loss has cancelled every request.
+                if let Some(router) = &mut self.router
+                    && let Err(error) = router.try_send(message)
+                {
+                    tracing::warn!("message to the router lost: {error}");
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,505 @@
+//! [`PrefillNode`].
+
+use super::PrefillConfig;
+use ridge_blocks::{BlockPool, Claim, Lease, hash_blocks};
+use ridge_protocol::stats::NodeStats;
+use ridge_protocol::transfer::{Outcome, SendCommand, SendEvent, SendJob};
+use ridge_protocol::wire::{FinishReason, NodeError, NodeToRouter, PrefillRequest, Receipt, RouterToNode};
+use ridge_protocol::{
+    BatchPlan, BlockHash, Duration, Instant, Machine, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId,
+    TokenOut,
+};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+/// What can happen to a prefill node.
+#[derive(Clone, PartialEq, Debug)]
+pub enum PrefillInput {
+    /// The router said something.
+    Router(RouterToNode),
+    /// The router's connection is gone: every request of its belongs to nobody.
+    RouterLost,
+    /// The running pass has written one layer's KV.
+    LayerDone {
+        /// The pass.
+        step: u64,
+        /// The layer, from 0.
+        layer: u32,
+    },
+    /// The running pass is over.
+    StepDone {
+        /// The pass.
+        step: u64,
+        /// Sampled tokens of the items that asked for one.
+        outputs: Vec<(RequestId, TokenOut)>,
+        /// How long it took.
+        busy: Duration,
+    },
+    /// The KV sender said something.
+    Transfer(SendEvent),
+}
+
+/// What a prefill node wants done.
+#[derive(Clone, Debug)]
+pub enum PrefillOutput {
+    /// Tell the router.
+    ToRouter(NodeToRouter),
+    /// Run a pass. At most one runs at a time.
+    Run(BatchPlan),
+    /// Tell the KV sender.
+    Transfer(SendCommand),
+}
+
+/// One prompt on its way through the node.
+#[derive(Debug)]
+struct Prompt {
+    request: PrefillRequest,
+    params: Arc<SamplingParams>,
+    hashes: Vec<BlockHash>,
+    /// `None` while waiting.
+    lease: Option<Lease>,
+    /// Tokens whose KV is in the blocks, cached ones included.
+    computed: u32,
+    /// Tokens found in the prefix cache.
+    cached: u32,
+    /// All tokens are computed; only the hand-off is open.
+    finished: bool,
+    /// The hand-off is settled or was never wanted: blocks go as soon as the computation is over.
+    settled: bool,
+    /// Cancelled, but the running pass still writes its blocks.
+    doomed: bool,
+}
+
+impl Prompt {
+    fn len(&self) -> u32 {
+        self.request.tokens.len() as u32
+    }
+
+    fn remaining(&self) -> u32 {
+        self.len() - self.computed
+    }
+}
+
+/// The part of one prompt that the running pass computes.
+#[derive(Clone, Copy, Debug)]
+struct Chunk {
+    request: RequestId,
+    start: u32,
+    end: u32,
+}
+
+/// The scheduling machine of a prefill node.
+#[derive(Debug)]
+pub struct PrefillNode {
+    config: PrefillConfig,
+    pool: BlockPool,
+    prompts: BTreeMap<RequestId, Prompt>,
+    waiting: VecDeque<RequestId>,
+    /// Admitted and not finished, oldest first.
+    running: VecDeque<RequestId>,
+    /// The pass in the engine.
+    pass: Option<(u64, Vec<Chunk>)>,
+    next_step: u64,
+    draining: bool,
+    next_report: Instant,
+    stats: NodeStats,
+    outputs: VecDeque<PrefillOutput>,
+}
+
+impl PrefillNode {
+    /// A node with an empty pool.
+    pub fn new(config: PrefillConfig) -> Self {
+        assert!(config.block_size > 0, "blocks hold at least one token");
+        assert!(config.max_batched_tokens >= config.block_size, "a pass holds at least one block");
+        assert!(config.max_running > 0, "at least one prompt is computed at a time");
+        assert!(
+            u64::from(config.blocks) * u64::from(config.block_size) >= u64::from(config.max_model_len),
+            "the pool holds at least one sequence of max_model_len"
+        );
+        Self {
+            pool: BlockPool::new(config.blocks, config.prefix_caching),
+            config,
+            prompts: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            running: VecDeque::new(),
+            pass: None,
+            next_step: 0,
+            draining: false,
+            next_report: Instant(0),
+            stats: NodeStats::default(),
+            outputs: VecDeque::new(),
+        }
+    }
+
+    /// Whether no prompt is in the node.
+    pub fn is_idle(&self) -> bool {
+        self.prompts.is_empty() && self.pass.is_none()
+    }
+
+    fn on_router(&mut self, message: RouterToNode) {
+        match message {
+            RouterToNode::Prefill(request) => self.on_prefill(request),
+            RouterToNode::Cancel { request } => self.cancel(request, "cancelled by the router"),
+            RouterToNode::Drain => self.draining = true,
+            RouterToNode::Decode(request) => self.refuse(
+                request.request,
+                NodeError::Invalid("a prefill node cannot take a decode request".into()),
+            ),
+            // Greetings are the shell's business.
+            RouterToNode::Welcome { .. } | RouterToNode::Refuse { .. } => {}
+        }
+    }
+
+    fn on_prefill(&mut self, request: PrefillRequest) {
+        let id = request.request;
+        if self.prompts.contains_key(&id) {
+            return; // A duplicate is not an error.
+        }
+        if let Err(error) = self.check(&request) {
+            return self.refuse(id, error);
+        }
+        let hashes = hash_blocks(request.salt, self.config.block_size as usize, &request.tokens);
+        let prompt = Prompt {
+            params: Arc::new(request.params.clone()),
+            request,
+            hashes,
+            lease: None,
+            computed: 0,
+            cached: 0,
+            finished: false,
+            settled: false,
+            doomed: false,
+        };
+        self.prompts.insert(id, prompt);
+        self.waiting.push_back(id);
+    }
+
+    fn check(&self, request: &PrefillRequest) -> Result<(), NodeError> {
+        let len = request.tokens.len();
+        if self.draining {
+            return Err(NodeError::Draining);
+        }
+        if len == 0 || request.prompt_len == 0 || request.prompt_len as usize > len {
+            return Err(NodeError::Invalid("the prompt is empty".into()));
+        }
+        if len >= self.config.max_model_len as usize {
+            let max = self.config.max_model_len;
+            return Err(NodeError::Invalid(format!("a prompt of {len} tokens leaves no room in a context of {max}")));
+        }
+        if let Some(token) = request.tokens.iter().find(|&&t| t >= self.config.vocab) {
+            return Err(NodeError::Invalid(format!("token {token} is outside the vocabulary of {}", self.config.vocab)));
+        }
+        request.params.check().map_err(NodeError::Invalid)?;
+        if self.waiting.len() >= self.config.max_waiting {
+            return Err(NodeError::Overloaded(format!("{} prompts are waiting", self.waiting.len())));
+        }
+        Ok(())
+    }
+
+    fn refuse(&mut self, request: RequestId, error: NodeError) {
+        self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Failed { request, error }));
+    }
+
+    /// Forgets a prompt; its blocks go now, or after the running pass if that writes them. Idempotent.
+    fn cancel(&mut self, id: RequestId, reason: &str) {
+        let in_pass = self.is_in_pass(id);
+        let Some(prompt) = self.prompts.get_mut(&id) else { return };
+        if prompt.lease.is_some() && prompt.request.to.is_some() && !prompt.settled {
+            let command = SendCommand::Cancel { request: id, reason: reason.into() };
+            self.outputs.push_back(PrefillOutput::Transfer(command));
+            prompt.settled = true;
+        }
+        if in_pass {
+            prompt.doomed = true;
+        } else {
+            self.remove(id);
+        }
+    }
+
+    fn is_in_pass(&self, id: RequestId) -> bool {
+        self.pass.as_ref().is_some_and(|(_, chunks)| chunks.iter().any(|c| c.request == id))
+    }
+
+    fn remove(&mut self, id: RequestId) {
+        if let Some(prompt) = self.prompts.remove(&id)
+            && let Some(lease) = prompt.lease
+        {
+            self.pool.release(lease);
+        }
+        self.waiting.retain(|&r| r != id);
+        self.running.retain(|&r| r != id);
+    }
+
+    fn on_layer(&mut self, step: u64, layer: u32) {
+        let Some((_, chunks)) = self.pass.as_ref().filter(|(running, _)| *running == step) else {
+            panic!("layer of pass {step} reported, which is not running");
+        };
+        let block_size = self.config.block_size;
+        for chunk in chunks {
+            let prompt = &self.prompts[&chunk.request];
+            if prompt.settled || prompt.request.to.is_none() {
+                continue;
+            }
+            // A chunk ends on a block boundary unless it ends the prompt, so every block it touches is complete.
+            self.outputs.push_back(PrefillOutput::Transfer(SendCommand::Ready {
+                request: chunk.request,
+                layer,
+                first: chunk.start / block_size,
+                end: chunk.end.div_ceil(block_size),
+            }));
+        }
+    }
+
+    fn on_step(&mut self, step: u64, outputs: Vec<(RequestId, TokenOut)>, busy: Duration) {
+        let (running, chunks) = self.pass.take().expect("a pass that ends was started");
+        assert_eq!(running, step, "the pass that ended is the one that ran");
+        self.stats.steps += 1;
+        self.stats.busy_us += busy.as_micros() as u64;
+        let mut outputs: BTreeMap<RequestId, TokenOut> = outputs.into_iter().collect();
+        for chunk in chunks {
+            let prompt = self.prompts.get_mut(&chunk.request).expect("a prompt in a pass is kept");
+            assert_eq!(prompt.computed, chunk.start, "chunks are computed in order");
+            self.stats.computed_tokens += u64::from(chunk.end - chunk.start);
+            prompt.computed = chunk.end;
+            let lease = prompt.lease.as_ref().expect("a running prompt has blocks");
+            let full = (chunk.end / self.config.block_size) as usize;
+            let first = (chunk.start / self.config.block_size) as usize;
+            for at in first..full {
+                self.pool.publish(lease.blocks()[at], prompt.hashes[at]);
+            }
+            if prompt.doomed {
+                outputs.remove(&chunk.request);
+                self.remove(chunk.request);
+            } else if prompt.remaining() == 0 {
+                let first = outputs.remove(&chunk.request).expect("the last chunk samples");
+                self.finish(chunk.request, first);
+            }
+        }
+        assert!(outputs.is_empty(), "the engine sampled for a prompt that did not ask");
+    }
+
+    /// The prompt is computed: report, and hold its blocks until the hand-off is settled.
+    fn finish(&mut self, id: RequestId, out: TokenOut) {
+        let prompt = self.prompts.get_mut(&id).expect("a prompt in a pass is kept");
+        self.running.retain(|&r| r != id);
+        self.stats.generated_tokens += 1;
+        prompt.finished = true;
+        let receipt =
+            Receipt { cached: prompt.cached, computed: prompt.len() - prompt.cached, ..Receipt::default() };
+        let index = prompt.len() - prompt.request.prompt_len;
+        let finish = if prompt.params.is_stop(out.token) {
+            Some(FinishReason::Stop)
+        } else if index + 1 >= prompt.params.max_tokens || prompt.len() + 1 >= self.config.max_model_len {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        let wanted = prompt.request.to.is_some() && !prompt.settled;
+        self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Receipt { request: id, receipt }));
+        self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Token {
+            request: id,
+            index,
+            out: out.clone(),
+            finish,
+        }));
+        if wanted {
+            let lease = prompt.lease.as_mut().expect("a finished prompt has blocks");
+            self.pool.reclaim(lease, Claim::Held);
+            self.outputs.push_back(PrefillOutput::Transfer(SendCommand::Finish { request: id, first: out }));
+        } else {
+            self.remove(id);
+        }
+    }
+
+    fn on_transfer(&mut self, event: SendEvent) {
+        let SendEvent::Settled { request, outcome } = event;
+        let in_pass = self.is_in_pass(request);
+        let Some(prompt) = self.prompts.get_mut(&request) else { return };
+        prompt.settled = true;
+        if let Outcome::Aborted(reason) = outcome {
+            // The decode node decides what becomes of the sequence; what is computed so far stays cached.
+            let error = NodeError::Transfer(reason);
+            self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Failed { request, error }));
+            if in_pass {
+                self.prompts.get_mut(&request).expect("looked up above").doomed = true;
+                return;
+            }
+        } else {
+            assert!(prompt.finished, "a hand-off cannot be committed before the prompt is computed");
+        }
+        self.remove(request);
+    }
+
+    /// Admits waiting prompts, oldest first, while blocks and places last.
+    fn admit(&mut self) {
+        while self.running.len() < self.config.max_running {
+            let Some(&id) = self.waiting.front() else { return };
+            let block_size = self.config.block_size;
+            let prompt = self.prompts.get_mut(&id).expect("a waiting prompt is kept");
+            // The last token is always computed: its logits are what the prompt is run for.
+            let reusable = ((prompt.len() - 1) / block_size) as usize;
+            let blocks = prompt.len().div_ceil(block_size) as usize;
+            let Ok((lease, cached)) = self.pool.lease(Claim::Used, &prompt.hashes, reusable, blocks) else { return };
+            prompt.cached = cached as u32 * block_size;
+            prompt.computed = prompt.cached;
+            self.stats.cached_tokens += u64::from(prompt.cached);
+            if let Some(to) = prompt.request.to.clone() {
+                self.outputs.push_back(PrefillOutput::Transfer(SendCommand::Begin(SendJob {
+                    request: id,
+                    to,
+                    tokens: prompt.len(),
+                    blocks: lease.blocks().to_vec(),
+                    hashes: prompt.hashes.clone(),
+                    layers: self.config.layers,
+                })));
+                for layer in (0..self.config.layers).filter(|_| cached > 0) {
+                    let ready = SendCommand::Ready { request: id, layer, first: 0, end: cached as u32 };
+                    self.outputs.push_back(PrefillOutput::Transfer(ready));
+                }
+            }
+            prompt.lease = Some(lease);
+            self.waiting.pop_front();
+            self.running.push_back(id);
+        }
+    }
+
+    /// Fills one pass with chunks of the running prompts, oldest first, under the token budget.
+    fn plan(&mut self) {
+        if self.pass.is_some() {
+            return;
+        }
+        self.admit();
+        let block_size = self.config.block_size;
+        let mut budget = self.config.max_batched_tokens;
+        let mut chunks = Vec::new();
+        let mut items = Vec::new();
+        for &id in &self.running {
+            let prompt = &self.prompts[&id];
+            let mut take = prompt.remaining().min(budget);
+            if take < prompt.remaining() {
+                take -= (prompt.computed + take) % block_size; // End on a block boundary.
+            }
+            if take == 0 || take > budget {
+                break;
+            }
+            budget -= take;
+            let (start, end) = (prompt.computed, prompt.computed + take);
+            chunks.push(Chunk { request: id, start, end });
+            items.push(item(prompt, start, end, block_size));
+        }
+        if items.is_empty() {
+            return;
+        }
+        self.next_step += 1;
+        self.pass = Some((self.next_step, chunks));
+        self.outputs.push_back(PrefillOutput::Run(BatchPlan { step: self.next_step, items }));
+    }
+
+    fn report(&mut self, now: Instant) {
+        self.next_report = now + self.config.report_interval;
+        let changes = self.pool.take_changes();
+        if !changes.added.is_empty() || !changes.removed.is_empty() {
+            let message = NodeToRouter::CacheChanged { added: changes.added, removed: changes.removed };
+            self.outputs.push_back(PrefillOutput::ToRouter(message));
+        }
+        let stats = self.stats();
+        self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Stats(stats)));
+        if self.draining && self.is_idle() {
+            self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Drained));
+        }
+    }
+
+    /// Counters and gauges now. Those of the KV transfer are the sender's and left at zero.
+    pub fn stats(&self) -> NodeStats {
+        NodeStats {
+            blocks: self.pool.counts(),
+            orphaned_blocks: self.pool.check_integrity(self.leases()),
+            waiting: self.waiting.len() as u32,
+            running: self.running.len() as u32,
+            queued_tokens: self.prompts.values().filter(|p| !p.finished).map(|p| u64::from(p.remaining())).sum(),
+            ..self.stats
+        }
+    }
+
+    fn leases(&self) -> impl Iterator<Item = &Lease> {
+        self.prompts.values().filter_map(|p| p.lease.as_ref())
+    }
+
+    /// After every event: start what can be started; say so when the last request is gone.
+    fn settle(&mut self, now: Instant, was_idle: bool) {
+        self.plan();
+        if self.is_idle() && !was_idle {
+            self.report(now);
+        }
+    }
+}
+
+fn item(prompt: &Prompt, start: u32, end: u32, block_size: u32) -> PlanItem {
+    let tokens: &[TokenId] = &prompt.request.tokens;
+    let lease = prompt.lease.as_ref().expect("a running prompt has blocks");
+    let sample = (end as usize == tokens.len()).then(|| SampleSpec {
+        params: prompt.params.clone(),
+        history: if prompt.params.needs_history() { tokens.to_vec() } else { Vec::new() },
+        prompt_len: prompt.request.prompt_len,
+        position: end,
+    });
+    PlanItem {
+        request: prompt.request.request,
+        tokens: tokens[start as usize..end as usize].to_vec(),
+        start,
+        block_table: lease.blocks()[..end.div_ceil(block_size) as usize].to_vec(),
+        sample,
+    }
+}
+
+impl Machine for PrefillNode {
+    type Input = PrefillInput;
+    type Output = PrefillOutput;
+
+    fn handle(&mut self, now: Instant, input: PrefillInput) {
+        let was_idle = self.is_idle();
+        match input {
+            PrefillInput::Router(message) => self.on_router(message),
+            PrefillInput::RouterLost => {
+                for id in self.prompts.keys().copied().collect::<Vec<_>>() {
+                    self.cancel(id, "the router's connection is gone");
+                }
+                self.draining = false;
+            }
+            PrefillInput::LayerDone { step, layer } => self.on_layer(step, layer),
+            PrefillInput::StepDone { step, outputs, busy } => self.on_step(step, outputs, busy),
+            PrefillInput::Transfer(event) => self.on_transfer(event),
+        }
+        self.settle(now, was_idle);
+    }
+
+    fn handle_timeout(&mut self, now: Instant) {
+        if now >= self.next_report {
+            self.report(now);
+        }
+    }
+
+    fn poll_output(&mut self) -> Option<PrefillOutput> {
+        self.outputs.pop_front()
+    }
+
+    fn poll_timeout(&self) -> Option<Instant> {
+        Some(self.next_report)
+    }
+
+    fn check_integrity(&self) {
+        assert_eq!(self.pool.check_integrity(self.leases()), 0, "orphaned blocks");
+        for id in self.waiting.iter().chain(&self.running) {
+            assert!(self.prompts.contains_key(id), "{id} is queued but unknown");
+        }
+        for (id, prompt) in &self.prompts {
+            let queued = self.waiting.contains(id) || self.running.contains(id);
+            assert_eq!(queued, !prompt.finished, "{id} is lost");
+            assert!(prompt.computed <= prompt.len(), "{id} computed more than it has");
+        }
+        if self.is_idle() {
+            let counts = self.pool.counts();
+            assert_eq!(counts.used + counts.reserved + counts.held, 0, "an idle node refers to no block");
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! The process around the prefill machine: loads the model, then one loop over one closed set of events.
+
+use crate::machine::{PrefillConfig, PrefillInput, PrefillNode, PrefillOutput};
+use bytes::Bytes;
+use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
+use ridge_kvtransfer::shell::process::{Clock, Status};
+use ridge_kvtransfer::shell::{
+    ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, NodeTls, TlsError,
+};
+use ridge_kvtransfer::{Sender, SenderConfig, SenderInput, SenderOutput};
+use ridge_model::checkpoint::LoadProgress;
+use ridge_model::kv::KvMemory;
+use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
+use ridge_protocol::page::{PageHeader, page_digest};
+use ridge_protocol::wire::{NodeHello, NodeToRouter};
+use ridge_protocol::{Duration, Machine, Role};
+use std::future::Future;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// Events of the KV connections that wait for the loop.
+const KV_EVENTS: usize = 1024;
+/// How long a node that was asked to stop goes on with what it has.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How a prefill node is set up. The model decides the machine's block count, layers, vocabulary and context.
+#[derive(Clone, PartialEq, Debug)]
+pub struct PrefillOptions {
+    /// Its place in the network.
+    pub link: LinkOptions,
+    /// Its engine.
+    pub engine: EngineOptions,
+    /// Its scheduler.
+    pub machine: PrefillConfig,
+    /// Its half of the hand-off.
+    pub sender: SenderConfig,
+}
+
+/// Why a prefill node stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeRunError {
+    /// The engine could not be set up.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// The certificates could not be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The socket could not be had.
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    /// The engine is gone.
+    #[error(transparent)]
+    Worker(#[from] WorkerDied),
+    /// The router will not have this node.
+    #[error("the router refused this node: {0}")]
+    Refused(String),
+}
+
+/// Everything that can wake the loop.
+enum Event {
+    Engine(WorkerEvent),
+    Link(LinkEvent),
+    Kv(KvClientEvent),
+    Timer,
+    Shutdown,
+}
+
+/// Runs a prefill node until `shutdown`, then drains.
+pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) -> Result<(), NodeRunError> {
+    let tls = NodeTls::read(&options.link.tls_dir.join("ca.pem"), &options.link.tls_dir)?;
+    let endpoint = Endpoint::bind(options.link.listen, &tls, &options.link.transport)?;
+    let loaded = load_engine(&options.engine, &mut |progress| {
+        if let LoadProgress::Download { done, total, .. } = progress {
+            Status::Loading(done as f32 / total.max(1) as f32).print();
+        }
+    })?;
+    let config = PrefillConfig {
+        blocks: loaded.kv.blocks() as u32,
+        block_size: options.engine.block_size as u32,
+        layers: loaded.kv.layers() as u32,
+        vocab: loaded.checkpoint.spec.vocab as u32,
+        max_model_len: loaded.max_model_len as u32,
+        max_batched_tokens: options.machine.max_batched_tokens.max(options.engine.block_size as u32),
+        ..options.machine
+    };
+    let hello = NodeHello {
+        name: options.link.name.clone(),
+        role: Role::Prefill,
+        kv_addr: None,
+        identity: loaded.identity.clone(),
+        max_model_len: config.max_model_len,
+        blocks: config.blocks,
+        pid: std::process::id(),
+    };
+    // A pass reports each layer and its end before the next one starts, so the engine never waits for the loop.
+    let (engine_events, mut from_engine) = mpsc::channel(loaded.kv.layers() + 2);
+    let worker = Worker::spawn(loaded.engine, true, move |event| {
+        // The loop is gone only when the process is about to be.
+        let _ = engine_events.blocking_send(event);
+    });
+    let (kv_events, mut from_kv) = mpsc::channel(KV_EVENTS);
+    let client = KvClient::new(endpoint.clone(), options.link.name.clone(), loaded.identity, kv_events);
+    let mut from_link = link::start(endpoint.clone(), &options.link, hello);
+    Status::Ready { role: Role::Prefill, name: &options.link.name, addr: endpoint.local_addr(), http: None }.print();
+    let mut shell = Shell {
+        clock: Clock::start(),
+        machine: PrefillNode::new(config),
+        sender: Sender::new(options.sender),
+        worker,
+        client,
+        kv: loaded.kv,
+        router: None,
+        drained: false,
+    };
+    let mut shutdown = std::pin::pin!(shutdown);
+    let mut drain_until = None;
+    loop {
+        shell.pump()?;
+        if drain_until.is_some_and(|until| shell.drained || shell.clock.now() >= until) {
+            break;
+        }
+        let deadline = [shell.machine.poll_timeout(), shell.sender.poll_timeout(), drain_until].into_iter().flatten().min();
+        let event = tokio::select! {
+            Some(event) = from_engine.recv() => Event::Engine(event),
+            Some(event) = from_kv.recv() => Event::Kv(event),
+            Some(event) = from_link.recv() => Event::Link(event),
+            () = shell.clock.sleep_until(deadline) => Event::Timer,
+            () = &mut shutdown, if drain_until.is_none() => Event::Shutdown,
+        };
+        let now = shell.clock.now();
+        match event {
+            Event::Engine(WorkerEvent::LayerDone { step, layer }) => {
+                shell.machine.handle(now, PrefillInput::LayerDone { step, layer });
+            }
+            Event::Engine(WorkerEvent::StepDone { step, outputs, busy }) => {
+                shell.machine.handle(now, PrefillInput::StepDone { step, outputs, busy });
+            }
+            Event::Kv(KvClientEvent::Message { from, message }) => {
+                shell.sender.handle(now, SenderInput::Message { from, message });
+            }
+            Event::Kv(KvClientEvent::Up { peer }) => shell.sender.handle(now, SenderInput::PeerUp(peer)),
+            Event::Kv(KvClientEvent::Lost { peer, reason }) => {
+                tracing::warn!(%peer, %reason, "KV connection lost");
+                shell.client.forget(&peer);
+                shell.sender.handle(now, SenderInput::PeerLost { peer, reason });
+            }
+            Event::Link(LinkEvent::Up(node, handle)) => {
+                tracing::info!(node = node.0, "joined the cluster");
+                shell.router = Some(handle);
+            }
+            Event::Link(LinkEvent::Message(message)) => shell.machine.handle(now, PrefillInput::Router(message)),
+            Event::Link(LinkEvent::Down(_)) => {
+                shell.router = None;
+                shell.machine.handle(now, PrefillInput::RouterLost);
+            }
+            Event::Link(LinkEvent::Refused(reason)) => return Err(NodeRunError::Refused(reason)),
+            Event::Timer => {
+                shell.machine.handle_timeout(now);
+                shell.sender.handle_timeout(now);
+            }
+            Event::Shutdown => {
+                drain_until = Some(now + DRAIN_DEADLINE);
+                shell.machine.handle(now, PrefillInput::Router(ridge_protocol::wire::RouterToNode::Drain));
+                shell.drained = shell.machine.is_idle();
+            }
+        }
+    }
+    endpoint.close("the node is shutting down");
+    let _ = tokio::time::timeout(Duration::from_millis(300), endpoint.wait_idle()).await;
+    Ok(())
+}
+
+/// The machines and what their outputs act on.
+struct Shell {
+    clock: Clock,
+    machine: PrefillNode,
+    sender: Sender,
+    worker: Worker,
+    client: KvClient,
+    kv: Arc<KvMemory>,
+    router: Option<ControlHandle<NodeToRouter>>,
+    drained: bool,
+}
+
+impl Shell {
+    /// Does what the machines want done, until neither wants anything.
+    fn pump(&mut self) -> Result<(), NodeRunError> {
+        loop {
+            if let Some(output) = self.machine.poll_output() {
+                self.act(output)?;
+            } else if let Some(output) = self.sender.poll_output() {
+                self.act_for_sender(output);
+            } else {
+                return Ok(());
+            }
+        }
+    }
+
+    fn act(&mut self, output: PrefillOutput) -> Result<(), NodeRunError> {
+        match output {
+            PrefillOutput::Run(plan) => self.worker.run(plan)?,
+            PrefillOutput::Transfer(command) => {
+                self.sender.handle(self.clock.now(), SenderInput::Command(command));
+            }
+            PrefillOutput::ToRouter(mut message) => {
+                match &mut message {
+                    NodeToRouter::Stats(stats) => {
+                        let transfer = self.sender.stats();
+                        stats.transfer_bytes = transfer.bytes;
+                        stats.transfer_pages = transfer.pages;
+                        stats.transfers_committed = transfer.committed;
+                        stats.transfers_aborted = transfer.aborted;
+                        stats.digest_failures = transfer.digest_failures;
+                    }
+                    NodeToRouter::Drained => self.drained = true,
+                    _ => {}
+                }
+                // Without a router nobody waits for the message: its loss has cancelled every request.
+                if let Some(router) = &mut self.router
+                    && let Err(error) = router.try_send(message)
+                {
+                    tracing::warn!("message to the router lost: {error}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn act_for_sender(&mut self, output: SenderOutput) {
+        match output {
+            SenderOutput::Send { to, message } => self.client.send(&to, message),
+            SenderOutput::Event(event) => self.machine.handle(self.clock.now(), PrefillInput::Transfer(event)),
+            SenderOutput::Ship { to, request, layer, index, block } => {
+                // Copied out of the pool here, so that the block may go the moment the hand-off is settled.
+                let bytes = Bytes::copy_from_slice(&self.kv.read(layer as usize, block));
+                let digest = page_digest(request, layer, index, &bytes);
+                let header = PageHeader { request, layer, index, len: bytes.len() as u32, digest };
+                self.client.ship(&to, header, bytes);
+            }
+        }
+    }
+}
