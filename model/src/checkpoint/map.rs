@@ -1,0 +1,42 @@
+//! The one place that maps a file into memory, and so the one `unsafe` block of checkpoint loading.
+
+use super::LoadError;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The bytes of a file, mapped read-only and shared by every tensor in it.
+#[derive(Clone, Debug)]
+pub struct FileMap {
+    path: Arc<PathBuf>,
+    map: Arc<memmap2::Mmap>,
+}
+
+impl FileMap {
+    /// Maps the file at `path`.
+    #[allow(unsafe_code, reason = "weights are read in place; copying 100 GB through read() is not an option")]
+    pub fn open(path: &Path) -> Result<Self, LoadError> {
+        let file = File::open(path).map_err(|e| LoadError::io(path, &e))?;
+        // SAFETY: the map is private to this process and only ever read. Its contents are validated as bytes, and no
+        // reference into it claims more than `&[u8]`, so a concurrent write by another process changes values, not
+        // memory safety of typed data. A concurrent truncation raises SIGBUS: operations.md tells operators to
+        // replace checkpoint files by rename, never in place.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| LoadError::io(path, &e))?;
+        Ok(Self { path: Arc::new(path.to_owned()), map: Arc::new(map) })
+    }
+
+    /// Where it was mapped from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All bytes of the file.
+    pub fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
+    /// Asks the kernel to read the file ahead. A hint: failure is of no consequence.
+    pub fn will_need(&self) {
+        let _ = self.map.advise(memmap2::Advice::WillNeed);
+    }
+}

@@ -1,0 +1,194 @@
+//! Tensors under canonical names, as views of mapped files.
+//!
+//! Whatever the format, the forward pass asks for `embed`, `norm`, `head` and
+//! `layers.{i}.{attn_norm,ffn_norm,wq,wk,wv,wo,q_bias,k_bias,v_bias,o_bias,q_norm,k_norm,w_gate,w_up,w_down}`.
+
+use super::{FileMap, LoadError};
+use crate::spec::ModelSpec;
+use ridge_kernels::{DType, Matrix};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A row-major matrix in its stored type; a vector is a matrix of one row.
+#[derive(Clone)]
+pub struct Tensor {
+    /// How elements are stored.
+    pub dtype: DType,
+    /// Output features, or 1 for a vector.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    data: Storage,
+}
+
+#[derive(Clone)]
+enum Storage {
+    Mapped { file: FileMap, range: Range<usize> },
+    Owned(Arc<Vec<u8>>),
+}
+
+impl Tensor {
+    /// A view of `range` of a mapped file; `None` unless the range lies in the file and is exactly the matrix.
+    pub fn mapped(dtype: DType, rows: usize, cols: usize, file: &FileMap, range: Range<usize>) -> Option<Self> {
+        let bytes = file.bytes().get(range.clone())?;
+        Matrix::new(dtype, rows, cols, bytes).ok()?;
+        Some(Self { dtype, rows, cols, data: Storage::Mapped { file: file.clone(), range } })
+    }
+
+    /// A tensor with bytes of its own; `None` unless they are exactly the matrix.
+    pub fn owned(dtype: DType, rows: usize, cols: usize, bytes: Vec<u8>) -> Option<Self> {
+        Matrix::new(dtype, rows, cols, &bytes).ok()?;
+        Some(Self { dtype, rows, cols, data: Storage::Owned(Arc::new(bytes)) })
+    }
+
+    /// The stored bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match &self.data {
+            Storage::Mapped { file, range } => &file.bytes()[range.clone()],
+            Storage::Owned(bytes) => bytes,
+        }
+    }
+
+    /// The tensor as the kernels take it.
+    pub fn matrix(&self) -> Matrix<'_> {
+        Matrix::new(self.dtype, self.rows, self.cols, self.bytes()).expect("shape was checked on construction")
+    }
+
+    /// All elements, dequantised.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let matrix = self.matrix();
+        let mut out = vec![0.0; self.rows * self.cols];
+        for (row, out) in out.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            ridge_kernels::quant::dequantize_row(self.dtype, matrix.row(row), out);
+        }
+        out
+    }
+
+    /// The same values with row `i` taken from row `source(i)`. Works on quantised rows, whose blocks run along columns.
+    pub fn with_rows(&self, source: impl Fn(usize) -> usize) -> Self {
+        let matrix = self.matrix();
+        let mut bytes = Vec::with_capacity(self.bytes().len());
+        for row in 0..self.rows {
+            bytes.extend_from_slice(matrix.row(source(row)));
+        }
+        Self::owned(self.dtype, self.rows, self.cols, bytes).expect("a permutation keeps the shape")
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}[{}, {}]", self.dtype.name(), self.rows, self.cols)
+    }
+}
+
+/// All tensors of a checkpoint by canonical name.
+#[derive(Clone, Debug, Default)]
+pub struct TensorMap {
+    tensors: BTreeMap<String, Tensor>,
+}
+
+impl TensorMap {
+    /// Adds or replaces a tensor.
+    pub fn insert(&mut self, name: impl Into<String>, tensor: Tensor) {
+        self.tensors.insert(name.into(), tensor);
+    }
+
+    /// The tensor called `name`, or an error that says so.
+    pub fn get(&self, name: &str) -> Result<&Tensor, LoadError> {
+        self.tensors.get(name).ok_or_else(|| LoadError::TensorMissing { name: name.to_owned(), source_name: None })
+    }
+
+    /// Whether there is a tensor called `name`.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Names and tensors in the order of names.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.tensors.iter().map(|(name, tensor)| (name.as_str(), tensor))
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.tensors.is_empty()
+    }
+
+    /// Stored bytes of all tensors.
+    pub fn bytes(&self) -> usize {
+        self.tensors.values().map(|t| t.bytes().len()).sum()
+    }
+
+    /// BLAKE3 over names, types, shapes and sampled contents.
+    ///
+    /// Sampled, because a digest of all of a 140 GB checkpoint would cost minutes at every start: 16 windows of
+    /// 4 KiB spread over each tensor catch another checkpoint, another quantisation and a truncated download.
+    pub fn digest(&self) -> [u8; 32] {
+        const WINDOWS: usize = 16;
+        const WINDOW_BYTES: usize = 4096;
+        let mut hasher = blake3::Hasher::new();
+        for (name, tensor) in self.iter() {
+            let bytes = tensor.bytes();
+            let head = format!("{name} {} {} {}\n", tensor.dtype.name(), tensor.rows, tensor.cols);
+            hasher.update(head.as_bytes());
+            if bytes.len() <= WINDOWS * WINDOW_BYTES {
+                hasher.update(bytes);
+                continue;
+            }
+            for window in 0..WINDOWS {
+                let at = (bytes.len() - WINDOW_BYTES) / (WINDOWS - 1) * window;
+                hasher.update(&bytes[at..at + WINDOW_BYTES]);
+            }
+        }
+        *hasher.finalize().as_bytes()
+    }
+}
+
+/// Canonical name, rows and columns of every tensor that `spec` asks for; a vector has one row.
+pub fn wanted(spec: &ModelSpec) -> Vec<(String, [usize; 2])> {
+    let (h, q, kv, f) = (spec.hidden, spec.q_width(), spec.kv_width(), spec.ffn);
+    let mut out = vec![("embed".to_owned(), [spec.vocab, h]), ("norm".to_owned(), [1, h])];
+    if !spec.tied_head {
+        out.push(("head".to_owned(), [spec.vocab, h]));
+    }
+    for (i, layer) in spec.layer_specs.iter().enumerate() {
+        let mut push = |name: &str, shape| out.push((format!("layers.{i}.{name}"), shape));
+        push("attn_norm", [1, h]);
+        push("ffn_norm", [1, h]);
+        push("wq", [q, h]);
+        push("wk", [kv, h]);
+        push("wv", [kv, h]);
+        push("wo", [h, q]);
+        if layer.attention.qkv_bias {
+            push("q_bias", [1, q]);
+            push("k_bias", [1, kv]);
+            push("v_bias", [1, kv]);
+        }
+        if layer.attention.out_bias {
+            push("o_bias", [1, h]);
+        }
+        if layer.attention.qk_norm {
+            push("q_norm", [1, spec.head_dim]);
+            push("k_norm", [1, spec.head_dim]);
+        }
+        push("w_gate", [f, h]);
+        push("w_up", [f, h]);
+        push("w_down", [h, f]);
+    }
+    out
+}
+
+/// Rows and columns that stored dimensions, outermost first, amount to, if they are a vector or a matrix.
+pub(crate) fn as_matrix(dims: &[usize]) -> Option<[usize; 2]> {
+    match *dims {
+        [cols] => Some([1, cols]),
+        [rows, cols] => Some([rows, cols]),
+        _ => None,
+    }
+}

@@ -1,0 +1,132 @@
+//! The engine: runs a [`BatchPlan`] over KV memory and returns the sampled tokens.
+//!
+//! A node's shell gives it plans and ships what it writes; the engine knows neither queues nor peers. Read
+//! [`Engine`] first.
+
+use crate::checkpoint::{Checkpoint, LoadError};
+use crate::forward::{Forward, Weights};
+use crate::kv::KvMemory;
+use crate::sampling::sample;
+use crate::spec::ModelSpec;
+use ridge_kernels::{Cpu, KvDtype, KvFormat};
+use ridge_protocol::{BatchPlan, ModelIdentity, RequestId, TokenOut};
+use std::sync::Arc;
+
+/// A token that a pass produced.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Output {
+    /// The sequence it continues.
+    pub request: RequestId,
+    /// The token.
+    pub token: TokenOut,
+}
+
+/// Computes passes. One engine belongs to one thread; its KV memory is shared with whoever ships pages.
+pub trait Engine: Send {
+    /// Runs one pass and samples for every item that asks for it, in the order of the items.
+    ///
+    /// `on_layer(l)` is called once layer `l`'s keys and values of all items are in their pages: finished blocks of
+    /// that layer may be shipped while the next layer is computed.
+    ///
+    /// # Panics
+    ///
+    /// If the plan is impossible (no tokens, a token outside the vocabulary, a block table that does not cover the
+    /// positions, a page in use by someone else): all of these are bugs of the scheduler.
+    fn run(&mut self, plan: &BatchPlan, on_layer: &mut dyn FnMut(u32)) -> Vec<Output>;
+
+    /// The memory that plans' block numbers refer to.
+    fn kv(&self) -> &Arc<KvMemory>;
+
+    /// What is computed.
+    fn spec(&self) -> &ModelSpec;
+}
+
+/// Why an engine could not be built.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The checkpoint lacks a tensor.
+    #[error(transparent)]
+    Checkpoint(#[from] LoadError),
+    /// The KV memory was laid out for another model.
+    #[error("KV memory has {field} {found}, the model needs {wanted}")]
+    KvLayout {
+        /// What differs.
+        field: &'static str,
+        /// The memory's value.
+        found: usize,
+        /// The model's value.
+        wanted: usize,
+    },
+}
+
+/// The engine that computes on CPU cores.
+pub struct CpuEngine {
+    weights: Weights,
+    kv: Arc<KvMemory>,
+    cpu: Cpu,
+    forward: Forward,
+}
+
+impl CpuEngine {
+    /// Joins weights, memory and threads.
+    pub fn new(checkpoint: Arc<Checkpoint>, kv: Arc<KvMemory>, cpu: Cpu) -> Result<Self, EngineError> {
+        let (spec, format) = (&checkpoint.spec, kv.format());
+        let layout = [
+            ("layers", kv.layers(), spec.layers),
+            ("kv heads", format.kv_heads, spec.kv_heads),
+            ("head dim", format.head_dim, spec.head_dim),
+        ];
+        for (field, found, wanted) in layout {
+            if found != wanted {
+                return Err(EngineError::KvLayout { field, found, wanted });
+            }
+        }
+        let weights = Weights::new(&checkpoint)?;
+        Ok(Self { weights, kv, cpu, forward: Forward::default() })
+    }
+}
+
+impl Engine for CpuEngine {
+    fn run(&mut self, plan: &BatchPlan, on_layer: &mut dyn FnMut(u32)) -> Vec<Output> {
+        let vocab = self.weights.spec().vocab;
+        let logits = self.forward.run(&self.weights, &self.kv, &self.cpu, plan, on_layer);
+        plan.items
+            .iter()
+            .filter_map(|item| Some((item.request, item.sample.as_ref()?)))
+            .zip(logits.chunks_exact_mut(vocab))
+            .map(|((request, spec), logits)| Output { request, token: sample(logits, spec) })
+            .collect()
+    }
+
+    fn kv(&self) -> &Arc<KvMemory> {
+        &self.kv
+    }
+
+    fn spec(&self) -> &ModelSpec {
+        self.weights.spec()
+    }
+}
+
+/// What another node must agree with before KV of this checkpoint in this layout may pass.
+pub fn identity(checkpoint: &Checkpoint, format: &KvFormat) -> ModelIdentity {
+    let narrow = |value: usize| u32::try_from(value).expect("`ModelSpec::defect` bounds every size");
+    let kv_dtype = match format.dtype {
+        KvDtype::F32 => "f32",
+        KvDtype::F16 => "f16",
+        KvDtype::BF16 => "bf16",
+    };
+    let identity = ModelIdentity {
+        weights: checkpoint.weights_digest,
+        config: checkpoint.config_digest,
+        tokenizer: checkpoint.tokenizer_digest,
+        layers: narrow(checkpoint.spec.layers),
+        kv_heads: narrow(format.kv_heads),
+        head_dim: narrow(format.head_dim),
+        block_size: narrow(format.block_size),
+        kv_dtype: kv_dtype.into(),
+        rope: checkpoint.spec.rope.canonical(),
+    };
+    // The identity's readers compute sizes from it: both must mean the same page.
+    assert_eq!(identity.page_bytes(), format.page_bytes());
+    identity
+}

@@ -1,0 +1,247 @@
+//! The memory that KV pages live in, shared by the engine that fills it and the shell that ships it.
+//!
+//! [`KvMemory`] is one anonymous mapping of `layers x blocks` pages. A page is K then V of one block in one layer,
+//! each `[kv_heads][block_size][head_dim]` of the KV dtype; it is the unit of locking and of transfer. The memory
+//! knows neither sequences nor owners: block numbers are handed out by `ridge-blocks`.
+//!
+//! Who may touch a page is decided elsewhere and checked here: [`KvMemory::read`] and [`KvMemory::write`] take the
+//! page's lock without waiting and panic if it is taken the wrong way, because that means that a hand-off invariant
+//! is already broken (a block shipped before it was finished, or computed into before it was granted).
+
+use ridge_kernels::KvFormat;
+use ridge_kernels::sync::page_lock::PageLocks;
+use ridge_protocol::BlockId;
+use std::ops::{Deref, DerefMut};
+
+/// Pages start at multiples of this many bytes, a cache line, so that no two pages share one.
+const PAGE_ALIGN: usize = 64;
+
+/// Why KV memory could not be had.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum KvError {
+    /// There would be nothing in it.
+    #[error("KV memory needs at least one layer and one block, got {layers} and {blocks}")]
+    Empty {
+        /// Layers asked for.
+        layers: usize,
+        /// Blocks asked for.
+        blocks: usize,
+    },
+    /// The size does not fit in the address space.
+    #[error("KV memory of {layers} layers and {blocks} blocks of {page_bytes} bytes overflows the address space")]
+    TooLarge {
+        /// Layers asked for.
+        layers: usize,
+        /// Blocks asked for.
+        blocks: usize,
+        /// Bytes per page.
+        page_bytes: usize,
+    },
+    /// The operating system refused.
+    #[error("cannot map {bytes} bytes of KV memory: {reason}")]
+    Map {
+        /// Bytes asked for.
+        bytes: usize,
+        /// What the system said.
+        reason: String,
+    },
+}
+
+/// All KV pages of one node.
+pub struct KvMemory {
+    format: KvFormat,
+    layers: usize,
+    blocks: usize,
+    /// Distance between pages: the page size rounded up to [`PAGE_ALIGN`].
+    stride: usize,
+    /// Zeroed by the system; a page costs memory from its first write on.
+    map: memmap2::MmapRaw,
+    /// One per page, in the order of the pages.
+    locks: PageLocks,
+}
+
+impl KvMemory {
+    /// Maps memory for `layers x blocks` pages, all zero.
+    pub fn new(format: KvFormat, layers: usize, blocks: usize) -> Result<Self, KvError> {
+        if layers == 0 || blocks == 0 {
+            return Err(KvError::Empty { layers, blocks });
+        }
+        let page_bytes = format.page_bytes();
+        let stride = page_bytes.next_multiple_of(PAGE_ALIGN);
+        let bytes = layers
+            .checked_mul(blocks)
+            .and_then(|pages| pages.checked_mul(stride))
+            .filter(|bytes| *bytes <= isize::MAX as usize && blocks <= u32::MAX as usize)
+            .ok_or(KvError::TooLarge { layers, blocks, page_bytes })?;
+        let map = memmap2::MmapMut::map_anon(bytes)
+            .map_err(|error| KvError::Map { bytes, reason: error.to_string() })?
+            .into();
+        Ok(Self { format, layers, blocks, stride, map, locks: PageLocks::new(layers * blocks) })
+    }
+
+    /// The layout of a page.
+    pub fn format(&self) -> &KvFormat {
+        &self.format
+    }
+
+    /// Bytes of one page.
+    pub fn page_bytes(&self) -> usize {
+        self.format.page_bytes()
+    }
+
+    /// Blocks in each layer.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// Layers.
+    pub fn layers(&self) -> usize {
+        self.layers
+    }
+
+    /// The bytes of a page, for as long as nobody writes it. Any number of readers may hold one page.
+    ///
+    /// # Panics
+    ///
+    /// If the page is being written, or does not exist.
+    pub fn read(&self, layer: usize, block: BlockId) -> PageRead<'_> {
+        let page = self.page(layer, block);
+        assert!(self.locks.try_read(page), "page of layer {layer}, block {} is read while it is written", block.0);
+        PageRead { memory: self, page }
+    }
+
+    /// The bytes of a page, for its only user.
+    ///
+    /// # Panics
+    ///
+    /// If the page is being read or written, or does not exist.
+    pub fn write(&self, layer: usize, block: BlockId) -> PageWrite<'_> {
+        let page = self.page(layer, block);
+        assert!(self.locks.try_write(page), "page of layer {layer}, block {} is written while it is in use", block.0);
+        PageWrite { memory: self, page }
+    }
+
+    /// A page's place among all pages.
+    fn page(&self, layer: usize, block: BlockId) -> usize {
+        assert!(layer < self.layers, "layer {layer} of {}", self.layers);
+        assert!((block.0 as usize) < self.blocks, "block {} of {}", block.0, self.blocks);
+        layer * self.blocks + block.0 as usize
+    }
+
+    /// Where a page begins; within the mapping, for every page that [`KvMemory::page`] returns.
+    fn address(&self, page: usize) -> *mut u8 {
+        debug_assert!(page < self.layers * self.blocks);
+        // `wrapping_add` needs no proof: the callers' dereferences do.
+        self.map.as_mut_ptr().wrapping_add(page * self.stride)
+    }
+}
+
+/// A page being read.
+pub struct PageRead<'a> {
+    memory: &'a KvMemory,
+    page: usize,
+}
+
+impl Deref for PageRead<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the page lies within the mapping (`page < layers * blocks`, whose product with the stride was
+        // mapped), is initialised (by the system, to zero), and the mapping outlives `self.memory`. Its read lock
+        // is held until `self` is dropped, so that no `PageWrite` of this page exists meanwhile.
+        unsafe { std::slice::from_raw_parts(self.memory.address(self.page), self.memory.page_bytes()) }
+    }
+}
+
+impl Drop for PageRead<'_> {
+    fn drop(&mut self) {
+        self.memory.locks.release_read(self.page);
+    }
+}
+
+/// A page being written.
+pub struct PageWrite<'a> {
+    memory: &'a KvMemory,
+    page: usize,
+}
+
+impl Deref for PageWrite<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: as for `PageRead`; the write lock held here excludes every other guard of this page.
+        unsafe { std::slice::from_raw_parts(self.memory.address(self.page), self.memory.page_bytes()) }
+    }
+}
+
+impl DerefMut for PageWrite<'_> {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: in bounds and initialised as for `PageRead`. The write lock excludes every other guard of this
+        // page, and `&mut self` every other borrow through this one.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.address(self.page), self.memory.page_bytes()) }
+    }
+}
+
+impl Drop for PageWrite<'_> {
+    fn drop(&mut self) {
+        self.memory.locks.release_write(self.page);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ridge_kernels::KvDtype;
+
+    fn memory() -> KvMemory {
+        let format = KvFormat { dtype: KvDtype::F32, kv_heads: 1, head_dim: 4, block_size: 4 };
+        KvMemory::new(format, 2, 3).expect("a small mapping")
+    }
+
+    #[test]
+    fn pages_do_not_overlap() {
+        let memory = memory();
+        for layer in 0..2 {
+            for block in 0..3 {
+                memory.write(layer, BlockId(block)).fill((layer * 3) as u8 + block as u8 + 1);
+            }
+        }
+        for layer in 0..2 {
+            for block in 0..3 {
+                let page = memory.read(layer, BlockId(block));
+                assert_eq!(page.len(), 2 * 4 * 4 * 4);
+                assert!(page.iter().all(|byte| *byte == (layer * 3) as u8 + block as u8 + 1));
+            }
+        }
+    }
+
+    #[test]
+    fn readers_share() {
+        let memory = memory();
+        let (a, b) = (memory.read(0, BlockId(0)), memory.read(0, BlockId(0)));
+        assert_eq!(*a, *b);
+    }
+
+    #[test]
+    #[should_panic(expected = "page of layer 1, block 2 is read while it is written")]
+    fn reading_a_page_being_written_panics() {
+        let memory = memory();
+        let _write = memory.write(1, BlockId(2));
+        memory.read(1, BlockId(2));
+    }
+
+    #[test]
+    #[should_panic(expected = "page of layer 0, block 1 is written while it is in use")]
+    fn writing_a_page_being_read_panics() {
+        let memory = memory();
+        let _read = memory.read(0, BlockId(1));
+        memory.write(0, BlockId(1));
+    }
+
+    #[test]
+    fn impossible_sizes_are_errors() {
+        let format = || KvFormat { dtype: KvDtype::F32, kv_heads: 1, head_dim: 4, block_size: 4 };
+        assert!(matches!(KvMemory::new(format(), 0, 1), Err(KvError::Empty { .. })));
+        assert!(matches!(KvMemory::new(format(), 1 << 30, 1 << 40), Err(KvError::TooLarge { .. })));
+    }
+}

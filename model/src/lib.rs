@@ -1,0 +1,18 @@
+//! Checkpoint formats, tokenizer, chat template, forward pass and sampling of one model on one node.
+//!
+//! The engine does not know that it is distributed: it takes batch plans and returns tokens. Read
+//! [`spec::ModelSpec`] for what a model is and [`checkpoint::load`] for where it comes from.
+
+pub mod checkpoint;
+pub mod config;
+pub mod detokenize;
+pub mod engine;
+pub mod forward;
+pub mod generate;
+pub mod kv;
+pub mod rope;
+pub mod sampling;
+pub mod spec;
+pub mod template;
+pub mod tokenizer;
+pub mod worker;

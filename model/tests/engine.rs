@@ -1,0 +1,330 @@
+//! The engine's promises: a sequence's logits do not depend on its company, its chunks, its blocks or the threads,
+//! nothing stale is read or left to be shipped, and impossible plans are refused.
+
+use ridge_kernels::{Cpu, DType, KvDtype, KvFormat, quantize_row};
+use ridge_model::checkpoint::{Checkpoint, LoadOptions, ModelSource, Tensor, TensorMap, load, wanted};
+use ridge_model::engine::{CpuEngine, Engine, EngineError, identity};
+use ridge_model::forward::{Forward, Weights};
+use ridge_model::generate::{GenerateError, generate};
+use ridge_model::kv::KvMemory;
+use ridge_model::sampling::uniform;
+use ridge_model::spec::{Activation, AttentionSpec, FfnKind, FfnSpec, LayerSpec, ModelSpec, RopeScaling, RopeSpec};
+use ridge_protocol::{BatchPlan, BlockId, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Random numbers of a test: the sampler's own generator, counted up.
+struct Random {
+    seed: u64,
+    count: u32,
+}
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        Self { seed, count: 0 }
+    }
+
+    fn unit(&mut self) -> f64 {
+        self.count += 1;
+        uniform(self.seed, self.count)
+    }
+
+    /// A number in `low..high`.
+    fn range(&mut self, low: usize, high: usize) -> usize {
+        low + (self.unit() * (high - low) as f64) as usize
+    }
+}
+
+/// Two layers with every feature: one with biases and a window, one with QK norm.
+fn spec() -> ModelSpec {
+    let layer = |attention| LayerSpec { attention, ffn: FfnSpec { kind: FfnKind::Gated, bias: false } };
+    ModelSpec {
+        arch: "llama".into(),
+        hidden: 64,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        ffn: 96,
+        vocab: 96,
+        context: 256,
+        norm_eps: 1e-5,
+        rope: RopeSpec {
+            theta: 10_000.0,
+            rotary_dim: 16,
+            scaling: RopeScaling::Dynamic { factor: 2.0, original_context: 24 },
+        },
+        activation: Activation::Silu,
+        sliding_window: Some(20),
+        layer_specs: vec![
+            layer(AttentionSpec { qkv_bias: true, out_bias: true, window: Some(20), ..AttentionSpec::default() }),
+            layer(AttentionSpec { qk_norm: true, ..AttentionSpec::default() }),
+        ],
+        tied_head: false,
+    }
+}
+
+/// A random model of [`spec`]; matrices in `dtype`, vectors in f32.
+fn checkpoint(dtype: DType) -> Arc<Checkpoint> {
+    let goldens = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/goldens"));
+    let options =
+        LoadOptions { tokenizer: Some(goldens.join("tokenizer.json")), chat_template: None, download: false };
+    let mut checkpoint = load(&ModelSource::Folder(goldens.join("llama-gqa")), &options, &mut |_| {}).expect("golden");
+    checkpoint.spec = spec();
+    checkpoint.tensors = TensorMap::default();
+    let mut random = Random::new(1);
+    for (name, [rows, cols]) in wanted(&checkpoint.spec) {
+        let center = if name.ends_with("norm") { 1.0 } else { 0.0 };
+        let stored = if rows == 1 { DType::F32 } else { dtype };
+        let mut bytes = Vec::new();
+        for _ in 0..rows {
+            let row: Vec<f32> = (0..cols).map(|_| center + (random.unit() as f32 - 0.5) * 0.5).collect();
+            quantize_row(stored, &row, &mut bytes).expect("a type that can be written");
+        }
+        checkpoint.tensors.insert(name, Tensor::owned(stored, rows, cols, bytes).expect("a matrix"));
+    }
+    Arc::new(checkpoint)
+}
+
+fn memory(dtype: KvDtype, block_size: usize, blocks: usize) -> KvMemory {
+    let spec = spec();
+    let format = KvFormat { dtype, kv_heads: spec.kv_heads, head_dim: spec.head_dim, block_size };
+    let memory = KvMemory::new(format, spec.layers, blocks).expect("a small mapping");
+    // What an earlier tenant left: every float of it is NaN.
+    for layer in 0..spec.layers {
+        for block in 0..blocks {
+            memory.write(layer, BlockId(block as u32)).fill(0xff);
+        }
+    }
+    memory
+}
+
+fn item(request: u64, tokens: &[TokenId], start: usize, table: &[BlockId]) -> PlanItem {
+    let params = Arc::new(SamplingParams::greedy(1));
+    let position = (start + tokens.len()) as u32;
+    PlanItem {
+        request: RequestId(request),
+        tokens: tokens.to_vec(),
+        start: start as u32,
+        block_table: table.to_vec(),
+        sample: Some(SampleSpec { params, history: Vec::new(), prompt_len: 0, position }),
+    }
+}
+
+fn prompts() -> Vec<Vec<TokenId>> {
+    let mut random = Random::new(2);
+    [1, 5, 16, 33, 61].map(|len| (0..len).map(|_| random.range(0, 96) as TokenId).collect()).to_vec()
+}
+
+/// Logits after every position, computed alone, one token at a time.
+fn alone(weights: &Weights, kv_dtype: KvDtype, tokens: &[TokenId]) -> Vec<Vec<f32>> {
+    let kv = memory(kv_dtype, 8, tokens.len().div_ceil(8));
+    let table: Vec<BlockId> = (0..kv.blocks() as u32).map(BlockId).collect();
+    let (cpu, mut forward) = (Cpu::new(1, None), Forward::default());
+    let step = |position: usize| {
+        let items = vec![item(0, &tokens[position..=position], position, &table)];
+        forward.run(weights, &kv, &cpu, &BatchPlan { step: 0, items }, &mut |_| {}).to_vec()
+    };
+    (0..tokens.len()).map(step).collect()
+}
+
+/// Runs all prompts together, at random cut into chunks, batched and placed, and compares every row of logits.
+fn check_schedule(weights: &Weights, kv_dtype: KvDtype, expected: &[Vec<Vec<f32>>], seed: u64) {
+    let mut random = Random::new(seed);
+    let prompts = prompts();
+    let block_size = [1, 4, 16, 32][random.range(0, 4)];
+    let needed: Vec<usize> = prompts.iter().map(|prompt| prompt.len().div_ceil(block_size)).collect();
+    let kv = memory(kv_dtype, block_size, needed.iter().sum());
+    let mut free: Vec<BlockId> = (0..kv.blocks() as u32).map(BlockId).collect();
+    let mut take = || free.swap_remove(random.range(0, free.len()));
+    let tables: Vec<Vec<BlockId>> = needed.iter().map(|count| (0..*count).map(|_| take()).collect()).collect();
+    let (cpu, mut forward) = (Cpu::new(random.range(1, 4), None), Forward::default());
+    let mut done = vec![0; prompts.len()];
+    while done.iter().zip(&prompts).any(|(done, prompt)| *done < prompt.len()) {
+        let mut items = Vec::new();
+        for (i, prompt) in prompts.iter().enumerate() {
+            if done[i] < prompt.len() && random.unit() < 0.7 {
+                let end = random.range(done[i], prompt.len()) + 1;
+                let mut item = item(i as u64, &prompt[done[i]..end], done[i], &tables[i]);
+                // Some only fill the cache, so that rows of logits and items do not line up.
+                if random.unit() < 0.3 {
+                    item.sample = None;
+                }
+                items.push(item);
+                done[i] = end;
+            }
+        }
+        if items.is_empty() {
+            continue;
+        }
+        let plan = BatchPlan { step: 0, items };
+        let logits = forward.run(weights, &kv, &cpu, &plan, &mut |_| {});
+        let sampled = plan.items.iter().filter(|item| item.sample.is_some());
+        assert_eq!(logits.len(), sampled.clone().count() * 96);
+        for (item, logits) in sampled.zip(logits.chunks_exact(96)) {
+            let position = item.start as usize + item.tokens.len() - 1;
+            let expected = &expected[item.request.0 as usize][position];
+            assert!(logits.iter().all(|logit| logit.is_finite()), "seed {seed}: a stale byte was read");
+            assert!(logits == expected, "seed {seed}: {} differs at position {position}", item.request);
+        }
+    }
+}
+
+fn check_invariance(dtype: DType, kv_dtype: KvDtype) {
+    let weights = Weights::new(&checkpoint(dtype)).expect("every tensor");
+    let expected: Vec<_> = prompts().iter().map(|prompt| alone(&weights, kv_dtype, prompt)).collect();
+    for seed in 0..24 {
+        check_schedule(&weights, kv_dtype, &expected, seed);
+    }
+}
+
+#[test]
+fn logits_do_not_depend_on_the_batch_f32() {
+    check_invariance(DType::F32, KvDtype::F32);
+}
+
+#[test]
+fn logits_do_not_depend_on_the_batch_bf16() {
+    check_invariance(DType::BF16, KvDtype::BF16);
+}
+
+#[test]
+fn logits_do_not_depend_on_the_batch_q8_0() {
+    check_invariance(DType::Q8_0, KvDtype::F16);
+}
+
+fn engine(block_size: usize, blocks: usize) -> CpuEngine {
+    let kv = Arc::new(memory(KvDtype::BF16, block_size, blocks));
+    CpuEngine::new(checkpoint(DType::F32), kv, Cpu::new(1, None)).expect("an engine")
+}
+
+#[test]
+fn slots_after_the_end_of_a_sequence_are_zero() {
+    let mut engine = engine(8, 4);
+    let table: Vec<BlockId> = (0..4).map(BlockId).collect();
+    let tokens = &prompts()[3][..20];
+    for (start, end) in [(0, 3), (3, 4), (4, 17), (17, 20)] {
+        engine.run(&BatchPlan { step: 0, items: vec![item(0, &tokens[start..end], start, &table)] }, &mut |_| {});
+        let kv = engine.kv();
+        let row = 16 * 2;
+        for layer in 0..2 {
+            for block in 0..end.div_ceil(8) {
+                let page = kv.read(layer, BlockId(block as u32));
+                for (head, slots) in page.chunks_exact(8 * row).enumerate() {
+                    let used = (end - block * 8).min(8);
+                    let tail = &slots[used * row..];
+                    assert!(tail.iter().all(|byte| *byte == 0), "layer {layer}, block {block}, half-head {head}");
+                    assert!(slots[..used * row].iter().any(|byte| *byte != 0));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_layer_is_announced_when_its_pages_are_final_and_free() {
+    let mut engine = engine(8, 3);
+    let table: Vec<BlockId> = (0..3).map(BlockId).collect();
+    let plan = BatchPlan { step: 0, items: vec![item(0, &prompts()[3][..24], 0, &table)] };
+    let kv = engine.kv().clone();
+    let mut seen: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
+    let pages = |layer: u32| table.iter().flat_map(|b| kv.read(layer as usize, *b).to_vec()).collect::<Vec<u8>>();
+    engine.run(&plan, &mut |layer| {
+        assert_eq!(layer as usize, seen.len(), "layers are announced in order");
+        seen.insert(layer, pages(layer));
+    });
+    assert_eq!(seen.len(), 2);
+    for (layer, then) in seen {
+        assert!(then == pages(layer), "layer {layer} changed after it was announced");
+    }
+}
+
+#[test]
+fn generation_does_not_depend_on_the_chunk() {
+    let params = SamplingParams { temperature: 1.0, top_p: 0.9, seed: 3, ..SamplingParams::greedy(40) };
+    let prompt = &prompts()[4];
+    let run = |block_size: usize, chunk| {
+        let mut engine = engine(block_size, 200usize.div_ceil(block_size));
+        generate(&mut engine, prompt, &params, chunk, &mut |_| true).expect("an answer")
+    };
+    let expected = run(16, 1000);
+    assert_eq!(expected.len(), 40);
+    for (block_size, chunk) in [(16, 0), (16, 40), (1, 1), (32, 64)] {
+        assert_eq!(run(block_size, chunk), expected, "blocks of {block_size}, chunks of {chunk}");
+    }
+}
+
+#[test]
+fn generation_ends_at_stop_tokens_the_context_and_the_callers_word() {
+    let mut engine = engine(16, 16);
+    let prompt = prompts()[4].clone();
+    let mut run = |params: &SamplingParams, most: usize| {
+        let mut left = most;
+        let mut on_token = |_: &_| {
+            left -= 1;
+            left > 0
+        };
+        generate(&mut engine, &prompt, params, 64, &mut on_token).expect("an answer")
+    };
+    let all = run(&SamplingParams::greedy(1000), 1000);
+    assert_eq!(all.len(), 256 - prompt.len(), "up to the context");
+    let stop = SamplingParams { stop_tokens: vec![all[2].token], ..SamplingParams::greedy(1000) };
+    let first = all.iter().position(|out| out.token == all[2].token).expect("it is there");
+    assert_eq!(run(&stop, 1000), all[..=first]);
+    assert_eq!(run(&SamplingParams { ignore_eos: true, ..stop }, 1000), all);
+    assert_eq!(run(&SamplingParams::greedy(1000), 5), all[..5]);
+}
+
+#[test]
+fn generation_refuses_what_it_cannot_do() {
+    let mut engine = engine(16, 4);
+    let mut run = |prompt: &[TokenId], max_tokens| {
+        generate(&mut engine, prompt, &SamplingParams::greedy(max_tokens), 64, &mut |_| true)
+    };
+    assert_eq!(run(&[], 1), Err(GenerateError::EmptyPrompt));
+    assert_eq!(run(&[96], 1), Err(GenerateError::Token { token: 96, vocab: 96 }));
+    assert_eq!(run(&[0; 256], 1), Err(GenerateError::Context { prompt: 256, context: 256 }));
+    assert_eq!(run(&[0; 60], 6), Err(GenerateError::Blocks { needed: 5, blocks: 4 }));
+    assert!(matches!(run(&[0], 0), Err(GenerateError::Params(_))));
+    assert_eq!(run(&[0; 60], 5).map(|out| out.len()), Ok(5), "the last token needs no slot");
+}
+
+#[test]
+#[should_panic(expected = "r0 has token Some(96) of 96")]
+fn a_token_outside_the_vocabulary_panics() {
+    let items = vec![item(0, &[1, 96], 0, &[BlockId(0)])];
+    engine(16, 1).run(&BatchPlan { step: 0, items }, &mut |_| {});
+}
+
+#[test]
+#[should_panic(expected = "r0 needs 17 positions, has 16")]
+fn a_short_block_table_panics() {
+    let items = vec![item(0, &[1], 16, &[BlockId(0)])];
+    engine(16, 1).run(&BatchPlan { step: 0, items }, &mut |_| {});
+}
+
+#[test]
+#[should_panic(expected = "a request occurs twice")]
+fn a_request_in_a_plan_twice_panics() {
+    let items = vec![item(7, &[1], 0, &[BlockId(0)]), item(7, &[1], 0, &[BlockId(1)])];
+    engine(16, 2).run(&BatchPlan { step: 0, items }, &mut |_| {});
+}
+
+#[test]
+fn memory_of_another_model_is_refused() {
+    let format = KvFormat { dtype: KvDtype::F32, kv_heads: 3, head_dim: 16, block_size: 16 };
+    let kv = Arc::new(KvMemory::new(format, 2, 1).expect("a small mapping"));
+    let error = CpuEngine::new(checkpoint(DType::F32), kv, Cpu::new(1, None)).err();
+    assert_eq!(error, Some(EngineError::KvLayout { field: "kv heads", found: 3, wanted: 2 }));
+}
+
+#[test]
+fn identity_names_what_differs() {
+    let format = |dtype| KvFormat { dtype, kv_heads: 2, head_dim: 16, block_size: 16 };
+    let checkpoint = checkpoint(DType::F32);
+    let ours = identity(&checkpoint, &format(KvDtype::BF16));
+    assert_eq!(ours.mismatch(&ours), None);
+    let theirs = identity(&checkpoint, &format(KvDtype::F32));
+    assert_eq!(ours.mismatch(&theirs).as_deref(), Some("kv_dtype differs: bf16 here, f32 there"));
+}
