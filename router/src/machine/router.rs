@@ -1,0 +1,397 @@
+//! [`Router`].
+
+use super::node::Node;
+use super::placement::{missing_tokens, place};
+use super::sequence::{Arrival, Dispatch, Sequence};
+use super::types::{
+    ClientId, NodeView, ReplyEvent, RouterConfig, RouterError, RouterInput, RouterOutput, RouterStats, Submit,
+};
+use ridge_blocks::hash_blocks;
+use ridge_protocol::transfer::KvPeer;
+use ridge_protocol::wire::{
+    DecodeRequest, FinishReason, NodeError, NodeHello, NodeToRouter, PrefillRequest, RouterToNode,
+};
+use ridge_protocol::{Instant, Machine, NodeId, RequestId, Role, TokenOut};
+use std::collections::{BTreeMap, VecDeque};
+
+/// The router's machine: one per cluster.
+#[derive(Debug)]
+pub struct Router {
+    config: RouterConfig,
+    nodes: BTreeMap<NodeId, Node>,
+    sequences: BTreeMap<ClientId, Sequence>,
+    /// Dispatches that are not over, by number.
+    requests: BTreeMap<RequestId, ClientId>,
+    next_request: u64,
+    draining: bool,
+    drained_said: bool,
+    stats: RouterStats,
+    outputs: VecDeque<RouterOutput>,
+}
+
+impl Router {
+    /// A router without nodes. `first_request` keeps the numbers of a restarted router apart from its predecessor's.
+    pub fn new(config: RouterConfig, first_request: u64) -> Self {
+        Self {
+            config,
+            nodes: BTreeMap::new(),
+            sequences: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            next_request: first_request,
+            draining: false,
+            drained_said: false,
+            stats: RouterStats::default(),
+            outputs: VecDeque::new(),
+        }
+    }
+
+    /// Connected nodes.
+    pub fn nodes(&self) -> Vec<NodeView> {
+        let view = |(id, node): (&NodeId, &Node)| NodeView {
+            node: *id,
+            hello: node.hello.clone(),
+            stats: node.stats,
+            in_flight: node.in_flight.len() as u32,
+            draining: node.draining,
+        };
+        self.nodes.iter().map(view).collect()
+    }
+
+    /// Counters and gauges.
+    pub fn stats(&self) -> RouterStats {
+        RouterStats { in_flight: self.sequences.len() as u64, ..self.stats }
+    }
+
+    fn on_submit(&mut self, now: Instant, submit: Submit) {
+        let client = submit.client;
+        if let Err(error) = self.check(&submit) {
+            self.stats.submitted += 1;
+            self.stats.failed += 1;
+            self.outputs.push_back(RouterOutput::Reply { client, event: ReplyEvent::Failed(error) });
+            return;
+        }
+        self.stats.submitted += 1;
+        let sequence = Sequence::new(submit, now + self.config.placement_deadline);
+        assert!(self.sequences.insert(client, sequence).is_none(), "client numbers are never reused");
+        self.dispatch(now, client);
+    }
+
+    fn check(&self, submit: &Submit) -> Result<(), RouterError> {
+        if self.draining {
+            return Err(RouterError::Unavailable("the router is shutting down".into()));
+        }
+        if submit.tokens.is_empty() {
+            return Err(RouterError::Invalid("the prompt is empty".into()));
+        }
+        submit.params.check().map_err(RouterError::Invalid)?;
+        if self.sequences.len() >= self.config.max_in_flight {
+            return Err(RouterError::Overloaded(format!("{} sequences are in flight", self.sequences.len())));
+        }
+        Ok(())
+    }
+
+    /// Sends a sequence to nodes, both at once, or leaves it waiting for one.
+    fn dispatch(&mut self, now: Instant, client: ClientId) {
+        let sequence = self.sequences.get_mut(&client).expect("a dispatched sequence is kept");
+        assert!(sequence.dispatch.is_none(), "a sequence has one dispatch at a time");
+        let Some(block_size) = self.nodes.values().next().map(|n| n.hello.identity.block_size) else { return };
+        let hashes = hash_blocks(sequence.salt, block_size as usize, &sequence.tokens);
+        let Some(placement) = place(&self.nodes, sequence.tokens.len(), &hashes, &sequence.avoid) else { return };
+        let request = RequestId(self.next_request);
+        self.next_request += 1;
+        sequence.attempts += 1;
+        sequence.drop_early();
+        sequence.deadline = now + self.config.progress_deadline;
+        let only_first = sequence.next_index() + 1 >= sequence.params.max_tokens;
+        let decode = (placement.prefill.is_none() || !only_first).then_some(placement.decode);
+        let tokens = sequence.tokens.clone();
+        let (prompt_len, salt, params) = (sequence.prompt_len, sequence.salt, sequence.params.clone());
+        if let Some(decode) = decode {
+            let from = placement.prefill.map(|id| self.nodes[&id].hello.name.clone());
+            let (tokens, params) = (tokens.clone(), params.clone());
+            let message = RouterToNode::Decode(DecodeRequest { request, from, tokens, prompt_len, salt, params });
+            self.outputs.push_back(RouterOutput::Send { node: decode, message });
+        }
+        if let Some(prefill) = placement.prefill {
+            let to = decode.map(|id| {
+                let hello = &self.nodes[&id].hello;
+                KvPeer { name: hello.name.clone(), addr: hello.kv_addr.expect("decode nodes have a KV address") }
+            });
+            let (tokens, params) = (tokens.clone(), params.clone());
+            let message = RouterToNode::Prefill(PrefillRequest { request, to, tokens, prompt_len, salt, params });
+            self.outputs.push_back(RouterOutput::Send { node: prefill, message });
+        }
+        for id in placement.prefill.into_iter().chain(decode) {
+            let node = self.nodes.get_mut(&id).expect("placed on a connected node");
+            let work = if Some(id) == placement.prefill { missing_tokens(node, tokens.len(), &hashes) } else { 0 };
+            node.in_flight.insert(request, work);
+        }
+        sequence.dispatch = Some(Dispatch { request, prefill: placement.prefill, decode, handed_over: false });
+        self.requests.insert(request, client);
+    }
+
+    /// Ends a sequence's dispatch: the nodes that may still work on it are told to forget it.
+    fn recall(&mut self, client: ClientId, tell: bool) {
+        let sequence = self.sequences.get_mut(&client).expect("a recalled sequence is kept");
+        let Some(dispatch) = sequence.dispatch.take() else { return };
+        self.requests.remove(&dispatch.request);
+        for id in dispatch.prefill.into_iter().chain(dispatch.decode) {
+            let Some(node) = self.nodes.get_mut(&id) else { continue };
+            node.in_flight.remove(&dispatch.request);
+            if tell {
+                let message = RouterToNode::Cancel { request: dispatch.request };
+                self.outputs.push_back(RouterOutput::Send { node: id, message });
+            }
+        }
+    }
+
+    /// Recalls a sequence and dispatches it again, away from `failed`, or fails it when it was tried often enough.
+    fn retry(&mut self, now: Instant, client: ClientId, failed: Option<NodeId>, reason: &str) {
+        self.recall(client, true);
+        let sequence = self.sequences.get_mut(&client).expect("a retried sequence is kept");
+        sequence.avoid.extend(failed);
+        if sequence.attempts >= self.config.max_attempts {
+            let attempts = sequence.attempts;
+            let error = RouterError::Failed(format!("gave up after {attempts} attempts: {reason}"));
+            return self.fail(client, error);
+        }
+        sequence.deadline = now + self.config.placement_deadline;
+        self.stats.redispatched += 1;
+        self.dispatch(now, client);
+    }
+
+    fn fail(&mut self, client: ClientId, error: RouterError) {
+        self.recall(client, true);
+        self.sequences.remove(&client);
+        self.stats.failed += 1;
+        self.outputs.push_back(RouterOutput::Reply { client, event: ReplyEvent::Failed(error) });
+    }
+
+    fn finish(&mut self, client: ClientId, reason: FinishReason) {
+        // Whoever sent the last token has finished by itself. If that was the prefill node, the decode node still
+        // takes the KV and then sees the same last token.
+        self.recall(client, false);
+        let mut sequence = self.sequences.remove(&client).expect("a finished sequence is kept");
+        sequence.usage.completion_tokens = sequence.next_index();
+        let usage = sequence.usage;
+        self.stats.finished += 1;
+        self.stats.prompt_tokens += u64::from(usage.prompt_tokens);
+        self.stats.completion_tokens += u64::from(usage.completion_tokens);
+        self.stats.cached_tokens += u64::from(usage.cached_tokens);
+        self.outputs.push_back(RouterOutput::Reply { client, event: ReplyEvent::Finished { reason, usage } });
+    }
+
+    fn on_node_up(&mut self, now: Instant, node: NodeId, hello: NodeHello) {
+        let refusal = match &hello {
+            NodeHello { role: Role::Router, .. } => Some("a router cannot join as a node".to_string()),
+            NodeHello { role: Role::Decode, kv_addr: None, .. } => Some("a decode node must say where it takes KV".into()),
+            NodeHello { identity, .. } => {
+                let other = self.nodes.values().next();
+                other.and_then(|o| {
+                    let mismatch = o.hello.identity.mismatch(identity)?;
+                    Some(format!("this cluster serves another model than {}: {mismatch}", hello.name))
+                })
+            }
+        };
+        if let Some(reason) = refusal {
+            let message = RouterToNode::Refuse { reason: reason.clone() };
+            self.outputs.push_back(RouterOutput::Send { node, message });
+            self.outputs.push_back(RouterOutput::Close { node, reason });
+            return;
+        }
+        // A node that comes back before its old connection was seen to end replaces it.
+        let replaced: Vec<NodeId> =
+            self.nodes.iter().filter(|(_, n)| n.hello.name == hello.name).map(|(id, _)| *id).collect();
+        for old in replaced {
+            let reason = "replaced by a new connection of the same name".to_string();
+            self.outputs.push_back(RouterOutput::Close { node: old, reason: reason.clone() });
+            self.on_node_lost(now, old, &reason);
+        }
+        assert!(self.nodes.insert(node, Node::new(hello)).is_none(), "node numbers are never reused");
+        self.outputs.push_back(RouterOutput::Send { node, message: RouterToNode::Welcome { node } });
+        self.dispatch_waiting(now);
+    }
+
+    fn dispatch_waiting(&mut self, now: Instant) {
+        let waiting: Vec<ClientId> =
+            self.sequences.values().filter(|s| s.dispatch.is_none()).map(|s| s.client).collect();
+        for client in waiting {
+            self.dispatch(now, client);
+        }
+    }
+
+    fn on_node_lost(&mut self, now: Instant, id: NodeId, reason: &str) {
+        let Some(node) = self.nodes.remove(&id) else { return };
+        for request in node.in_flight.into_keys() {
+            let client = self.requests[&request];
+            let dispatch = self.sequences[&client].dispatch.as_ref().expect("a dispatch in flight is kept");
+            if dispatch.decode != Some(id) && dispatch.handed_over {
+                continue; // The decode node has everything it needs.
+            }
+            self.retry(now, client, Some(id), &format!("node {} was lost: {reason}", node.hello.name));
+        }
+    }
+
+    fn on_node(&mut self, now: Instant, id: NodeId, message: NodeToRouter) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        match message {
+            NodeToRouter::Token { request, index, out, finish } => self.on_token(now, id, request, index, out, finish),
+            NodeToRouter::Receipt { request, receipt } => {
+                if let Some(client) = self.requests.get(&request) {
+                    let from_decode = node.hello.role == Role::Decode;
+                    self.sequences.get_mut(client).expect("in flight").on_receipt(from_decode, receipt);
+                }
+            }
+            NodeToRouter::Failed { request, error } => self.on_failed(now, id, request, error),
+            NodeToRouter::Stats(stats) => node.stats = stats,
+            NodeToRouter::CacheChanged { added, removed } => {
+                node.on_cache_changed(added, removed, self.config.max_prefix_hashes);
+            }
+            NodeToRouter::Drained => node.draining = true,
+            NodeToRouter::Hello(_) => {
+                let reason = "a second hello on one connection".to_string();
+                self.outputs.push_back(RouterOutput::Close { node: id, reason: reason.clone() });
+                self.on_node_lost(now, id, &reason);
+            }
+        }
+    }
+
+    fn on_token(
+        &mut self,
+        now: Instant,
+        id: NodeId,
+        request: RequestId,
+        index: u32,
+        out: TokenOut,
+        finish: Option<FinishReason>,
+    ) {
+        let Some(&client) = self.requests.get(&request) else { return }; // Of a dispatch that is over.
+        let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
+        sequence.deadline = now + self.config.progress_deadline;
+        let dispatch = sequence.dispatch.as_mut().expect("a dispatch in flight is kept");
+        if dispatch.decode == Some(id) {
+            dispatch.handed_over = true;
+        }
+        if let Some(prefill) = dispatch.prefill
+            && let Some(node) = self.nodes.get_mut(&prefill)
+            && let Some(work) = node.in_flight.get_mut(&request)
+        {
+            *work = 0; // The prompt is computed.
+            if dispatch.handed_over {
+                node.in_flight.remove(&request);
+            }
+        }
+        match sequence.arrive(index, out, finish) {
+            Arrival::Nothing => {}
+            Arrival::InOrder(tokens) => {
+                for (index, out, finish) in tokens {
+                    self.outputs.push_back(RouterOutput::Reply { client, event: ReplyEvent::Token { index, out } });
+                    if let Some(reason) = finish {
+                        return self.finish(client, reason);
+                    }
+                }
+            }
+            Arrival::Diverged { index, had } => {
+                // Never paper over it: a client must not get an answer that two nodes disagree about.
+                let error = format!("nodes disagree about token {index} of the answer (the client has {had})");
+                self.fail(client, RouterError::Failed(error));
+            }
+        }
+    }
+
+    fn on_failed(&mut self, now: Instant, id: NodeId, request: RequestId, error: NodeError) {
+        let Some(&client) = self.requests.get(&request) else { return };
+        let dispatch = self.sequences[&client].dispatch.as_ref().expect("a dispatch in flight is kept");
+        let from_prefill = dispatch.prefill == Some(id);
+        if from_prefill && (dispatch.handed_over || matches!(error, NodeError::Transfer(_))) {
+            // The decode node has seen the same failure and computes the prompt itself.
+            return;
+        }
+        match error {
+            NodeError::Invalid(reason) => self.fail(client, RouterError::Invalid(reason)),
+            NodeError::Draining => {
+                if let Some(node) = self.nodes.get_mut(&id) {
+                    node.draining = true;
+                }
+                self.retry(now, client, Some(id), "the node is draining");
+            }
+            NodeError::Overloaded(reason) => {
+                let attempts = self.sequences[&client].attempts;
+                if attempts >= self.config.max_attempts {
+                    self.fail(client, RouterError::Overloaded(reason));
+                } else {
+                    self.retry(now, client, Some(id), &reason);
+                }
+            }
+            NodeError::Transfer(reason) => self.retry(now, client, Some(id), &reason),
+        }
+    }
+
+    fn on_client_gone(&mut self, client: ClientId) {
+        if self.sequences.contains_key(&client) {
+            self.recall(client, true);
+            self.sequences.remove(&client);
+            self.stats.gone += 1;
+        }
+    }
+
+    fn say_drained(&mut self) {
+        if self.draining && self.sequences.is_empty() && !self.drained_said {
+            self.drained_said = true;
+            self.outputs.push_back(RouterOutput::Drained);
+        }
+    }
+}
+
+impl Machine for Router {
+    type Input = RouterInput;
+    type Output = RouterOutput;
+
+    fn handle(&mut self, now: Instant, input: RouterInput) {
+        match input {
+            RouterInput::Submit(submit) => self.on_submit(now, submit),
+            RouterInput::ClientGone(client) => self.on_client_gone(client),
+            RouterInput::NodeUp { node, hello } => self.on_node_up(now, node, hello),
+            RouterInput::NodeLost { node, reason } => self.on_node_lost(now, node, &reason),
+            RouterInput::Node { node, message } => self.on_node(now, node, message),
+            RouterInput::Drain => self.draining = true,
+        }
+        self.say_drained();
+    }
+
+    fn handle_timeout(&mut self, now: Instant) {
+        let late: Vec<ClientId> =
+            self.sequences.values().filter(|s| s.deadline <= now).map(|s| s.client).collect();
+        for client in late {
+            if self.sequences[&client].dispatch.is_none() {
+                let waited = self.config.placement_deadline.as_secs();
+                let error = format!("no decode node could be had for {waited} s");
+                self.fail(client, RouterError::Unavailable(error));
+            } else {
+                self.retry(now, client, None, "no sign of life from its nodes");
+            }
+        }
+        self.say_drained();
+    }
+
+    fn poll_output(&mut self) -> Option<RouterOutput> {
+        self.outputs.pop_front()
+    }
+
+    fn poll_timeout(&self) -> Option<Instant> {
+        self.sequences.values().map(|s| s.deadline).min()
+    }
+
+    fn check_integrity(&self) {
+        for (request, client) in &self.requests {
+            let dispatch = self.sequences.get(client).and_then(|s| s.dispatch.as_ref());
+            assert_eq!(dispatch.map(|d| d.request), Some(*request), "{request} belongs to nobody");
+        }
+        for (id, node) in &self.nodes {
+            for request in node.in_flight.keys() {
+                assert!(self.requests.contains_key(request), "node {id:?} is charged for {request}, which is over");
+            }
+        }
+        assert!(self.sequences.len() <= self.config.max_in_flight, "more in flight than allowed");
+    }
+}

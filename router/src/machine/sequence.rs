@@ -1,0 +1,118 @@
+//! One sequence as the router follows it: what the client has seen, and who works on it.
+
+use super::types::{ClientId, Submit, Usage};
+use ridge_protocol::wire::{FinishReason, Receipt};
+use ridge_protocol::{Instant, NodeId, RequestId, SamplingParams, TokenId, TokenOut};
+use std::collections::BTreeMap;
+
+/// The present dispatch.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Dispatch {
+    pub request: RequestId,
+    pub prefill: Option<NodeId>,
+    /// `None` when the first token is also the last: then nobody decodes.
+    pub decode: Option<NodeId>,
+    /// The decode node has said something: the prefill node's part is over.
+    pub handed_over: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub client: ClientId,
+    /// Prompt, then every token the client has been given.
+    pub tokens: Vec<TokenId>,
+    pub prompt_len: u32,
+    pub params: SamplingParams,
+    pub salt: u64,
+    pub dispatch: Option<Dispatch>,
+    pub attempts: u32,
+    /// Nodes that failed it.
+    pub avoid: Vec<NodeId>,
+    /// When to give up waiting: for a node, or for a sign of life.
+    pub deadline: Instant,
+    /// Tokens that arrived before their turn: the prefill and the decode node speak over different connections.
+    early: BTreeMap<u32, (TokenOut, Option<FinishReason>)>,
+    pub usage: Usage,
+}
+
+/// What became of a token that arrived.
+#[derive(Clone, PartialEq, Debug)]
+pub(super) enum Arrival {
+    /// These are next in the client's stream; the last may end it.
+    InOrder(Vec<(u32, TokenOut, Option<FinishReason>)>),
+    /// Its turn has not come, or it was seen before.
+    Nothing,
+    /// It contradicts what the client was given.
+    Diverged {
+        /// Position within the answer.
+        index: u32,
+        /// The client has this one.
+        had: TokenId,
+    },
+}
+
+impl Sequence {
+    pub fn new(submit: Submit, deadline: Instant) -> Self {
+        let prompt_len = submit.tokens.len() as u32;
+        Self {
+            client: submit.client,
+            tokens: submit.tokens,
+            prompt_len,
+            params: submit.params,
+            salt: submit.salt,
+            dispatch: None,
+            attempts: 0,
+            avoid: Vec::new(),
+            deadline,
+            early: BTreeMap::new(),
+            usage: Usage { prompt_tokens: prompt_len, ..Usage::default() },
+        }
+    }
+
+    /// Index of the next token the client waits for.
+    pub fn next_index(&self) -> u32 {
+        self.tokens.len() as u32 - self.prompt_len
+    }
+
+    /// Takes a token of the present dispatch.
+    pub fn arrive(&mut self, index: u32, out: TokenOut, finish: Option<FinishReason>) -> Arrival {
+        let next = self.next_index();
+        if index < next {
+            let had = self.tokens[(self.prompt_len + index) as usize];
+            return if had == out.token { Arrival::Nothing } else { Arrival::Diverged { index, had } };
+        }
+        // At most one token is early in practice; a peer that sends far ahead is cut off by the answer's length.
+        if index >= self.params.max_tokens {
+            return Arrival::Nothing;
+        }
+        self.early.insert(index, (out, finish));
+        let mut ready = Vec::new();
+        while let Some((out, finish)) = self.early.remove(&self.next_index()) {
+            ready.push((self.next_index(), out.clone(), finish));
+            self.tokens.push(out.token);
+            if finish.is_some() {
+                break;
+            }
+        }
+        if ready.is_empty() { Arrival::Nothing } else { Arrival::InOrder(ready) }
+    }
+
+    /// Forgets tokens of a dispatch that is over.
+    pub fn drop_early(&mut self) {
+        self.early.clear();
+    }
+
+    /// Takes a node's account of where the prompt's KV came from.
+    pub fn on_receipt(&mut self, from_decode: bool, receipt: Receipt) {
+        if from_decode {
+            self.usage.receipt = receipt;
+            if receipt.transferred == 0 {
+                self.usage.cached_tokens = self.usage.cached_tokens.max(receipt.cached);
+            }
+        } else {
+            self.usage.cached_tokens = receipt.cached;
+        }
+        // After a failover the nodes count generated tokens as part of the prompt; the client's prompt has none.
+        self.usage.cached_tokens = self.usage.cached_tokens.min(self.prompt_len);
+    }
+}

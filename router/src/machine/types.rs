@@ -1,0 +1,199 @@
+//! What goes into the router's machine and what comes out.
+
+use ridge_protocol::stats::NodeStats;
+use ridge_protocol::wire::{FinishReason, NodeHello, NodeToRouter, Receipt, RouterToNode};
+use ridge_protocol::{Duration, NodeId, SamplingParams, TokenId, TokenOut};
+
+/// One submitted sequence as the HTTP side numbers it. A request with `n = 3` is three of them.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct ClientId(pub u64);
+
+/// Limits and deadlines of the router's machine.
+#[derive(Clone, PartialEq, Debug)]
+pub struct RouterConfig {
+    /// Sequences that may be in flight or waiting for a node; one more is refused as overloaded.
+    pub max_in_flight: usize,
+    /// How long a sequence waits for a usable decode node (a restarting one, say) before it fails.
+    pub placement_deadline: Duration,
+    /// How long a dispatched sequence may stay without any sign of life before it is dispatched again.
+    pub progress_deadline: Duration,
+    /// Dispatches of one sequence before it fails.
+    pub max_attempts: u32,
+    /// Hashes remembered per node for prefix-aware placement.
+    pub max_prefix_hashes: usize,
+}
+
+impl Default for RouterConfig {
+    fn default() -> Self {
+        Self {
+            max_in_flight: 4096,
+            placement_deadline: Duration::from_secs(30),
+            progress_deadline: Duration::from_secs(120),
+            max_attempts: 4,
+            max_prefix_hashes: 1 << 20,
+        }
+    }
+}
+
+/// A sequence to be served.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Submit {
+    /// Chosen by the HTTP side, never reused.
+    pub client: ClientId,
+    /// The prompt; at least one token.
+    pub tokens: Vec<TokenId>,
+    /// Checked by [`SamplingParams::check`]. `max_tokens` is cut to what the context still holds.
+    pub params: SamplingParams,
+    /// Salt of the tenant's prefix hashes.
+    pub salt: u64,
+}
+
+/// What can happen to the router.
+#[derive(Clone, PartialEq, Debug)]
+pub enum RouterInput {
+    /// The HTTP side wants a sequence served.
+    Submit(Submit),
+    /// Nobody reads the answer any more.
+    ClientGone(ClientId),
+    /// A node's connection was authenticated and it said hello.
+    NodeUp {
+        /// Drawn by the shell, never reused.
+        node: NodeId,
+        /// What it said.
+        hello: NodeHello,
+    },
+    /// A node's connection ended.
+    NodeLost {
+        /// Which.
+        node: NodeId,
+        /// Why.
+        reason: String,
+    },
+    /// A node said something after its hello.
+    Node {
+        /// Which.
+        node: NodeId,
+        /// What.
+        message: NodeToRouter,
+    },
+    /// Accept nothing new; [`RouterOutput::Drained`] follows when nothing is in flight.
+    Drain,
+}
+
+/// What the router wants done.
+#[derive(Clone, PartialEq, Debug)]
+pub enum RouterOutput {
+    /// Tell a node.
+    Send {
+        /// Which.
+        node: NodeId,
+        /// What.
+        message: RouterToNode,
+    },
+    /// Disconnect a node that broke the protocol.
+    Close {
+        /// Which.
+        node: NodeId,
+        /// Why.
+        reason: String,
+    },
+    /// Tell the HTTP side.
+    Reply {
+        /// Whose.
+        client: ClientId,
+        /// What.
+        event: ReplyEvent,
+    },
+    /// Nothing is in flight after a `Drain`.
+    Drained,
+}
+
+/// What a client's answer is made of: any number of tokens in order without a gap or duplicate, then exactly one
+/// `Finished` or `Failed`.
+#[derive(Clone, PartialEq, Debug)]
+pub enum ReplyEvent {
+    /// The next token of the answer.
+    Token {
+        /// Counts from 0.
+        index: u32,
+        /// The token. A stop token is reported too: the HTTP side leaves it out of the text.
+        out: TokenOut,
+    },
+    /// The answer is complete.
+    Finished {
+        /// Why it ended.
+        reason: FinishReason,
+        /// What it took.
+        usage: Usage,
+    },
+    /// There will be no more.
+    Failed(RouterError),
+}
+
+/// Token counts of one sequence.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Usage {
+    /// Prompt length.
+    pub prompt_tokens: u32,
+    /// Answer length, a final stop token included.
+    pub completion_tokens: u32,
+    /// Prompt tokens that were found in a prefix cache instead of being computed.
+    pub cached_tokens: u32,
+    /// How the decode node came by the prompt's KV.
+    pub receipt: Receipt,
+}
+
+/// Why a sequence was not served.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum RouterError {
+    /// The request can never be served as it stands (HTTP 400).
+    #[error("{0}")]
+    Invalid(String),
+    /// Too much is in flight (HTTP 429).
+    #[error("the cluster is overloaded: {0}")]
+    Overloaded(String),
+    /// No node can serve it now (HTTP 503).
+    #[error("no node is available: {0}")]
+    Unavailable(String),
+    /// It was tried and failed (HTTP 500).
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// A node as `/metrics`, `/health` and the topology show it.
+#[derive(Clone, PartialEq, Debug)]
+pub struct NodeView {
+    /// Its number.
+    pub node: NodeId,
+    /// What it said.
+    pub hello: NodeHello,
+    /// Its latest report.
+    pub stats: NodeStats,
+    /// Sequences dispatched to it and not over.
+    pub in_flight: u32,
+    /// It takes no new sequences.
+    pub draining: bool,
+}
+
+/// Counters of the router's machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct RouterStats {
+    /// Sequences submitted.
+    pub submitted: u64,
+    /// Ended with `Finished`.
+    pub finished: u64,
+    /// Ended with `Failed`.
+    pub failed: u64,
+    /// Ended because the client left.
+    pub gone: u64,
+    /// Dispatches after the first of a sequence.
+    pub redispatched: u64,
+    /// Sequences in flight or waiting now.
+    pub in_flight: u64,
+    /// Prompt tokens of finished sequences.
+    pub prompt_tokens: u64,
+    /// Answer tokens of finished sequences.
+    pub completion_tokens: u64,
+    /// Prompt tokens found in a prefix cache.
+    pub cached_tokens: u64,
+}

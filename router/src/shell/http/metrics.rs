@@ -1,0 +1,244 @@
+//! `GET /metrics` in Prometheus' text format, written by hand: every node's last report, the router's counters and
+//! the latencies that clients see.
+
+use super::Shared;
+use crate::machine::{NodeView, RouterStats};
+use crate::shell::gateway::ClusterView;
+use axum::extract::State;
+use axum::http::header;
+use axum::response::IntoResponse;
+use ridge_protocol::Role;
+use std::collections::BTreeMap;
+use std::fmt::{Display, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+/// Buckets of the time to a first token: from a warm cache to a prompt of a million tokens on CPUs.
+const FIRST_TOKEN_S: &[f64] = &[
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+];
+/// Buckets of the time between tokens.
+const INTER_TOKEN_S: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0,
+    2.5,
+];
+/// Buckets of the time to a whole answer.
+const END_TO_END_S: &[f64] = &[
+    0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+];
+
+/// What the HTTP side counts itself.
+#[derive(Debug)]
+pub(super) struct Metrics {
+    /// From the arrival of a request to each answer's first token.
+    pub(super) first_token: Histogram,
+    /// Between two tokens of an answer.
+    pub(super) inter_token: Histogram,
+    /// From the arrival of a request to the end of its last answer.
+    pub(super) end_to_end: Histogram,
+    /// By route (never by raw path, which clients choose) and status. Locked for one increment.
+    requests: Mutex<BTreeMap<(String, u16), u64>>,
+}
+
+/// A histogram with fixed buckets.
+#[derive(Debug)]
+pub(super) struct Histogram {
+    bounds_s: &'static [f64],
+    /// One per bound, and one for what is above them all. Not cumulative.
+    counts: Vec<AtomicU64>,
+    sum_us: AtomicU64,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self {
+            first_token: Histogram::new(FIRST_TOKEN_S),
+            inter_token: Histogram::new(INTER_TOKEN_S),
+            end_to_end: Histogram::new(END_TO_END_S),
+            requests: Mutex::default(),
+        }
+    }
+}
+
+impl Metrics {
+    /// Counts a request that was answered, or (status 499, as nginx has it) whose client left before.
+    pub(super) fn on_request(&self, route: &str, status: u16) {
+        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
+        *requests.entry((route.to_owned(), status)).or_default() += 1;
+    }
+}
+
+impl Histogram {
+    fn new(bounds_s: &'static [f64]) -> Self {
+        let counts = (0..=bounds_s.len()).map(|_| AtomicU64::new(0)).collect();
+        Self { bounds_s, counts, sum_us: AtomicU64::new(0) }
+    }
+
+    /// Adds one observation.
+    pub(super) fn observe(&self, value: Duration) {
+        let bucket = self.bounds_s.partition_point(|bound| *bound < value.as_secs_f64());
+        self.counts[bucket].fetch_add(1, Ordering::Relaxed);
+        self.sum_us.fetch_add(value.as_micros() as u64, Ordering::Relaxed);
+    }
+}
+
+/// `GET /metrics`
+pub(super) async fn show(State(app): State<Shared>) -> impl IntoResponse {
+    let text = render(&app.gateway.view(), &app.metrics, &app.config.version);
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
+}
+
+fn render(view: &ClusterView, metrics: &Metrics, version: &str) -> String {
+    let mut page = Page::default();
+    page.family("ridge_build_info", "gauge", "Always 1; the label is the version.");
+    page.sample("ridge_build_info", &[("version", version)], 1);
+    nodes(&mut page, &view.nodes);
+    router(&mut page, view.ready, &view.router);
+    http(&mut page, metrics);
+    page.0
+}
+
+fn nodes(page: &mut Page, nodes: &[NodeView]) {
+    type Read = fn(&NodeView) -> u64;
+    let gauges: [(&str, &str, Read); 10] = [
+        ("ridge_kv_blocks_total", "KV blocks in the pool.", |n| n.stats.blocks.total.into()),
+        ("ridge_kv_blocks_free", "KV blocks without content.", |n| n.stats.blocks.free.into()),
+        ("ridge_kv_blocks_cached", "KV blocks kept for prefix reuse, evictable.", |n| n.stats.blocks.cached.into()),
+        ("ridge_kv_blocks_used", "KV blocks of sequences being computed.", |n| n.stats.blocks.used.into()),
+        ("ridge_kv_blocks_reserved", "KV blocks waiting for a transfer to land.", |n| n.stats.blocks.reserved.into()),
+        ("ridge_kv_blocks_held", "KV blocks waiting for a hand-off's acknowledgement.", |n| n.stats.blocks.held.into()),
+        ("ridge_kv_orphaned_blocks", "KV blocks that nobody owns; anything but 0 is a leak.", |n| {
+            n.stats.orphaned_blocks.into()
+        }),
+        ("ridge_requests_waiting", "Requests waiting for blocks or for a batch.", |n| n.stats.waiting.into()),
+        ("ridge_requests_running", "Requests in the running batch.", |n| n.stats.running.into()),
+        ("ridge_requests_in_flight", "Sequences dispatched to the node and not over.", |n| n.in_flight.into()),
+    ];
+    let counters: [(&str, &str, Read); 9] = [
+        ("ridge_kv_transfers_committed_total", "Hand-offs committed.", |n| n.stats.transfers_committed),
+        ("ridge_kv_transfers_aborted_total", "Hand-offs aborted by either side.", |n| n.stats.transfers_aborted),
+        ("ridge_kv_digest_failures_total", "KV pages whose digest did not match.", |n| n.stats.digest_failures),
+        ("ridge_preemptions_total", "Sequences pushed out of the batch for want of blocks.", |n| n.stats.preemptions),
+        ("ridge_recomputed_tokens_total", "Prompt tokens computed again after preemption or a failed transfer.", |n| {
+            n.stats.recomputed_tokens
+        }),
+        ("ridge_prompt_tokens_total", "Prompt tokens computed.", |n| n.stats.computed_tokens),
+        ("ridge_cached_tokens_total", "Prompt tokens found in the prefix cache.", |n| n.stats.cached_tokens),
+        ("ridge_generation_tokens_total", "Tokens sampled.", |n| n.stats.generated_tokens),
+        ("ridge_engine_steps_total", "Engine passes run.", |n| n.stats.steps),
+    ];
+    let gauges = gauges.into_iter().map(|gauge| (gauge, "gauge"));
+    for ((name, help, read), kind) in gauges.chain(counters.into_iter().map(|counter| (counter, "counter"))) {
+        page.family(name, kind, help);
+        for node in nodes {
+            page.sample(name, &labels(node), read(node));
+        }
+    }
+    page.family("ridge_engine_busy_seconds_total", "counter", "Time spent in engine passes.");
+    for node in nodes {
+        page.sample("ridge_engine_busy_seconds_total", &labels(node), node.stats.busy_us as f64 / 1e6);
+    }
+    let transfers: [(&str, &str, Read); 2] = [
+        ("ridge_kv_transfer_bytes_total", "KV page bytes sent or received.", |n| n.stats.transfer_bytes),
+        ("ridge_kv_transfer_pages_total", "KV pages sent or received.", |n| n.stats.transfer_pages),
+    ];
+    for (name, help, read) in transfers {
+        page.family(name, "counter", help);
+        for node in nodes {
+            let direction = if node.hello.role == Role::Prefill { "out" } else { "in" };
+            let [name_label, role] = labels(node);
+            page.sample(name, &[name_label, role, ("direction", direction)], read(node));
+        }
+    }
+}
+
+fn labels(node: &NodeView) -> [(&'static str, &str); 2] {
+    [("node", &node.hello.name.0), ("role", node.hello.role.name())]
+}
+
+fn router(page: &mut Page, ready: bool, stats: &RouterStats) {
+    page.family("ridge_ready", "gauge", "Whether a prompt passed through the whole cluster since it last changed.");
+    page.sample("ridge_ready", &[], u8::from(ready));
+    let name = "ridge_router_requests_total";
+    page.family(name, "counter", "Sequences by how they ended.");
+    for (outcome, count) in [("finished", stats.finished), ("failed", stats.failed), ("gone", stats.gone)] {
+        page.sample(name, &[("outcome", outcome)], count);
+    }
+    page.family("ridge_router_requests_in_flight", "gauge", "Sequences in flight or waiting for a node.");
+    page.sample("ridge_router_requests_in_flight", &[], stats.in_flight);
+    page.family("ridge_router_redispatched_total", "counter", "Dispatches after the first of a sequence.");
+    page.sample("ridge_router_redispatched_total", &[], stats.redispatched);
+}
+
+fn http(page: &mut Page, metrics: &Metrics) {
+    let name = "ridge_http_requests_total";
+    page.family(name, "counter", "HTTP requests by route and status; 499 is a client that left before the answer.");
+    for ((path, status), count) in metrics.requests.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        page.sample(name, &[("path", path), ("status", &status.to_string())], count);
+    }
+    let histograms = [
+        ("ridge_time_to_first_token_seconds", "From request to first token.", &metrics.first_token),
+        ("ridge_inter_token_latency_seconds", "Between two tokens of an answer.", &metrics.inter_token),
+        ("ridge_e2e_request_latency_seconds", "From request to the end of the answer.", &metrics.end_to_end),
+    ];
+    for (name, help, histogram) in histograms {
+        page.family(name, "histogram", help);
+        page.histogram(name, histogram);
+    }
+}
+
+/// A page of metrics.
+#[derive(Default)]
+struct Page(String);
+
+impl Page {
+    fn family(&mut self, name: &str, kind: &str, help: &str) {
+        self.line(format_args!("# HELP {name} {help}"));
+        self.line(format_args!("# TYPE {name} {kind}"));
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
+        let labels: Vec<String> = labels.iter().map(|(key, value)| format!("{key}=\"{}\"", escape(value))).collect();
+        let braces = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+        self.line(format_args!("{name}{braces} {value}"));
+    }
+
+    fn histogram(&mut self, name: &str, histogram: &Histogram) {
+        let mut below = 0;
+        let bounds = histogram.bounds_s.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
+        for (bound, count) in bounds.zip(&histogram.counts) {
+            below += count.load(Ordering::Relaxed);
+            self.sample(&format!("{name}_bucket"), &[("le", &bound)], below);
+        }
+        self.sample(&format!("{name}_sum"), &[], histogram.sum_us.load(Ordering::Relaxed) as f64 / 1e6);
+        self.sample(&format!("{name}_count"), &[], below);
+    }
+
+    fn line(&mut self, line: std::fmt::Arguments<'_>) {
+        writeln!(self.0, "{line}").expect("a string takes everything");
+    }
+}
+
+fn escape(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_cumulative_and_labels_escaped() {
+        let histogram = Histogram::new(&[0.1, 1.0]);
+        for ms in [50, 100, 500, 5000] {
+            histogram.observe(Duration::from_millis(ms));
+        }
+        let mut page = Page::default();
+        page.histogram("h", &histogram);
+        page.sample("s", &[("l", "a\"b\\c\nd")], 1);
+        let expected = "h_bucket{le=\"0.1\"} 2\nh_bucket{le=\"1\"} 3\nh_bucket{le=\"+Inf\"} 4\nh_sum 5.65\nh_count 4\n\
+                        s{l=\"a\\\"b\\\\c\\nd\"} 1\n";
+        assert_eq!(page.0, expected);
+    }
+}
