@@ -1,0 +1,405 @@
+//! The command line, in vLLM's spelling where it has one. Parsed once into the types that the rest uses.
+//!
+//! Read [`Cli`], then [`UpArgs`]. Every flag of a role can also come from the environment as `RIDGE_<FLAG>`.
+
+use crate::logging::LogFormat;
+use crate::size::{parse_bytes, parse_count};
+use crate::synth::{Preset, SynthDType};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+/// Ridge: a prefill/decode disaggregated LLM serving cluster.
+#[derive(Parser, Debug)]
+#[command(name = "cluster", version, propagate_version = true)]
+pub struct Cli {
+    /// How log lines look. What is logged is chosen with RUST_LOG.
+    #[arg(long, global = true, env = "RIDGE_LOG_FORMAT", value_enum, default_value_t)]
+    pub log_format: LogFormat,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Start a router, prefill nodes and decode nodes on this machine and look after them.
+    Up(Box<UpArgs>),
+    /// Run a router: the OpenAI-compatible HTTP server that places requests on nodes.
+    Router(Box<RouterArgs>),
+    /// Run a prefill node: computes prompts and ships their KV blocks.
+    Prefill(Box<NodeArgs>),
+    /// Run a decode node: receives KV blocks and generates tokens.
+    Decode(Box<NodeArgs>),
+    /// Generate in this process alone, without a cluster: the oracle for what a cluster answers.
+    Generate(Box<GenerateArgs>),
+    /// Write a model of a real shape with seeded random weights.
+    Synth(Box<SynthArgs>),
+    /// Create the cluster's certificate authority or issue a node's certificate, for clusters of several machines.
+    Ca(CaArgs),
+}
+
+/// Flags of `cluster up`.
+#[derive(Args, Debug)]
+pub struct UpArgs {
+    /// Run every process on this machine. (The only way so far; on several machines, start the roles by hand.)
+    #[arg(long, required = true)]
+    pub local: bool,
+    /// Hugging Face folder, .gguf file or Hugging Face repository id. Without it, the built-in ridge-demo.
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Where the HTTP server listens.
+    #[command(flatten)]
+    pub http: HttpArgs,
+    /// Prefill nodes.
+    #[arg(long, value_name = "P", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub prefill: u16,
+    /// Decode nodes.
+    #[arg(long, value_name = "D", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub decode: u16,
+    /// Compute threads of each node. Without it, the machine's cores are shared out, decode nodes first.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// What the engines are to be like.
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// Sequences that a decode node runs in one pass.
+    #[arg(long, value_parser = parse_count)]
+    pub max_num_seqs: Option<usize>,
+    /// Prompt tokens that a prefill node computes in one pass.
+    #[arg(long, value_parser = parse_count)]
+    pub max_num_batched_tokens: Option<usize>,
+    /// Write the log of each process to a file in this folder instead of to stderr.
+    #[arg(long, value_name = "DIR")]
+    pub log_dir: Option<PathBuf>,
+    /// Folder of the cluster's CA. Default: XDG_DATA_HOME/ridge.
+    #[arg(long, value_name = "DIR", env = "RIDGE_DATA_DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Seconds that running requests get to finish after Ctrl-C.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub drain_timeout: u64,
+}
+
+/// Where and for whom the HTTP server answers.
+#[derive(Args, Debug, Clone)]
+pub struct HttpArgs {
+    /// Address of the HTTP server. Anything but loopback should come with an API key.
+    #[arg(long, env = "RIDGE_HOST", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    pub host: IpAddr,
+    /// Port of the HTTP server; 0 takes a free one.
+    #[arg(long, env = "RIDGE_PORT", default_value_t = 8000)]
+    pub port: u16,
+    /// Key that clients must send; may be given several times. Better passed in RIDGE_API_KEY (comma-separated),
+    /// because other users can read a process's arguments.
+    #[arg(long, env = "RIDGE_API_KEY", hide_env_values = true, value_delimiter = ',', value_name = "KEY")]
+    pub api_key: Vec<String>,
+    /// Name of the model in the API; may be given several times, the first is what answers carry.
+    #[arg(long, env = "RIDGE_SERVED_MODEL_NAME", value_delimiter = ',', value_name = "NAME")]
+    pub served_model_name: Vec<String>,
+}
+
+/// What an engine is to be like.
+#[derive(Args, Debug, Clone)]
+pub struct EngineArgs {
+    /// Longest prompt plus answer, in tokens (32k works). Default: the model's own limit.
+    #[arg(long, env = "RIDGE_MAX_MODEL_LEN", value_parser = parse_count)]
+    pub max_model_len: Option<usize>,
+    /// Tokens per KV block.
+    #[arg(long, env = "RIDGE_BLOCK_SIZE", default_value_t = 16, value_parser = parse_block_size)]
+    pub block_size: usize,
+    /// Element type of the KV cache. `auto` follows the checkpoint.
+    #[arg(long, env = "RIDGE_KV_CACHE_DTYPE", value_enum, default_value_t)]
+    pub kv_cache_dtype: KvCacheDtype,
+    /// Memory for KV blocks of each node, such as 2GiB. Default: chosen by the engine.
+    #[arg(long, env = "RIDGE_KV_MEMORY", value_name = "SIZE", value_parser = parse_bytes)]
+    pub kv_memory: Option<u64>,
+}
+
+/// Element types of the KV cache.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+#[allow(missing_docs, reason = "the names are the documentation")]
+pub enum KvCacheDtype {
+    #[default]
+    Auto,
+    F32,
+    F16,
+    Bf16,
+}
+
+/// Flags of `cluster router`.
+#[derive(Args, Debug)]
+pub struct RouterArgs {
+    /// Its name: what its certificate was issued for.
+    #[arg(long, env = "RIDGE_NAME", default_value = "router")]
+    pub name: String,
+    /// UDP address for the nodes' control connections; port 0 takes a free one.
+    #[arg(long, env = "RIDGE_LISTEN", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+    /// Folder with ca.pem, node.pem and node.key.
+    #[arg(long, env = "RIDGE_TLS_DIR", value_name = "DIR")]
+    pub tls_dir: PathBuf,
+    /// Model whose tokenizer and template are used: the one that the nodes serve.
+    #[arg(long, env = "RIDGE_MODEL")]
+    pub model: String,
+    /// Longest prompt plus answer, in tokens.
+    #[arg(long, env = "RIDGE_MAX_MODEL_LEN", value_parser = parse_count)]
+    pub max_model_len: Option<usize>,
+    /// Where the HTTP server listens.
+    #[command(flatten)]
+    pub http: HttpArgs,
+    /// Requests in flight or waiting, beyond which clients get 429.
+    #[arg(long, env = "RIDGE_MAX_IN_FLIGHT", value_parser = parse_count)]
+    pub max_in_flight: Option<usize>,
+    /// The cluster has no prefill nodes: decode nodes compute prompts themselves.
+    #[arg(long, env = "RIDGE_DECODE_ONLY")]
+    pub decode_only: bool,
+    /// How it is looked after.
+    #[command(flatten)]
+    pub supervision: SupervisionArgs,
+}
+
+/// Flags of `cluster prefill` and `cluster decode`.
+#[derive(Args, Debug)]
+pub struct NodeArgs {
+    /// Its name: what its certificate was issued for. Default: prefill-0 or decode-0.
+    #[arg(long, env = "RIDGE_NAME")]
+    pub name: Option<String>,
+    /// UDP address for KV connections; port 0 takes a free one.
+    #[arg(long, env = "RIDGE_LISTEN", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+    /// UDP address of the router's control port.
+    #[arg(long, env = "RIDGE_ROUTER")]
+    pub router: SocketAddr,
+    /// The router's name: what its certificate was issued for.
+    #[arg(long, env = "RIDGE_ROUTER_NAME", default_value = "router")]
+    pub router_name: String,
+    /// Folder with ca.pem, node.pem and node.key.
+    #[arg(long, env = "RIDGE_TLS_DIR", value_name = "DIR")]
+    pub tls_dir: PathBuf,
+    /// Hugging Face folder, .gguf file or Hugging Face repository id.
+    #[arg(long, env = "RIDGE_MODEL")]
+    pub model: String,
+    /// Compute threads. Default: one per core of `--cores`, or per core of the machine.
+    #[arg(long, env = "RIDGE_THREADS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// Cores to pin the compute threads to, such as 0,2-5.
+    #[arg(long, env = "RIDGE_CORES", value_name = "LIST")]
+    pub cores: Option<CoreList>,
+    /// What the engine is to be like.
+    #[command(flatten)]
+    pub engine: EngineArgs,
+    /// KV blocks, instead of --kv-memory.
+    #[arg(long, env = "RIDGE_KV_BLOCKS", value_parser = parse_count, conflicts_with = "kv_memory")]
+    pub kv_blocks: Option<usize>,
+    /// Sequences in one pass.
+    #[arg(long, env = "RIDGE_MAX_NUM_SEQS", value_parser = parse_count)]
+    pub max_num_seqs: Option<usize>,
+    /// Prompt tokens in one pass.
+    #[arg(long, env = "RIDGE_MAX_NUM_BATCHED_TOKENS", value_parser = parse_count)]
+    pub max_num_batched_tokens: Option<usize>,
+    /// Forget the KV of finished sequences.
+    #[arg(long, env = "RIDGE_NO_ENABLE_PREFIX_CACHING")]
+    pub no_enable_prefix_caching: bool,
+    /// How it is looked after.
+    #[command(flatten)]
+    pub supervision: SupervisionArgs,
+}
+
+/// How a role is looked after.
+#[derive(Args, Debug)]
+pub struct SupervisionArgs {
+    /// Stop when stdin ends: a supervisor holds its other end, so that no role outlives it.
+    #[arg(long, hide = true)]
+    pub stop_on_stdin_eof: bool,
+}
+
+/// Flags of `cluster generate`.
+#[derive(Args, Debug)]
+pub struct GenerateArgs {
+    /// Hugging Face folder, .gguf file or Hugging Face repository id. Without it, the built-in ridge-demo.
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Text to continue.
+    #[arg(long, conflicts_with = "prompt_ids", required_unless_present = "prompt_ids")]
+    pub prompt: Option<String>,
+    /// Tokens to continue, instead of text.
+    #[arg(long, value_delimiter = ',', value_name = "IDS")]
+    pub prompt_ids: Option<Vec<u32>>,
+    /// Put the prompt through the chat template as a user's message.
+    #[arg(long, conflicts_with = "prompt_ids")]
+    pub chat: bool,
+    /// Most tokens to generate.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_tokens: u32,
+    /// 0 is greedy.
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Key of the random generator.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Generate up to --max-tokens whatever the model says.
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Print token ids instead of text.
+    #[arg(long)]
+    pub ids: bool,
+    /// Print one JSON object with ids, text and counts.
+    #[arg(long, conflicts_with = "ids")]
+    pub json: bool,
+    /// Prompt tokens computed in one pass.
+    #[arg(long, default_value_t = 512)]
+    pub chunk: usize,
+    /// Compute threads. Default: one per core.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// What the engine is to be like.
+    #[command(flatten)]
+    pub engine: EngineArgs,
+}
+
+/// Flags of `cluster synth`.
+#[derive(Args, Debug)]
+pub struct SynthArgs {
+    /// A file that ends in .gguf, or a folder for safetensors.
+    pub out: PathBuf,
+    /// Whose shape.
+    #[arg(long, value_enum)]
+    pub preset: Preset,
+    /// How weights are stored. Folders take bf16, f16 and f32.
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub dtype: SynthDType,
+    /// Key of the random weights.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Layers, instead of the preset's.
+    #[arg(long)]
+    pub layers: Option<usize>,
+    /// Context length, instead of the preset's.
+    #[arg(long, value_parser = parse_count)]
+    pub context: Option<usize>,
+    /// Write over what is there.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Flags of `cluster ca`.
+#[derive(Args, Debug)]
+pub struct CaArgs {
+    /// Folder of the CA; created on first use. Default: XDG_DATA_HOME/ridge/ca.
+    #[arg(long, value_name = "DIR", global = true)]
+    pub ca_dir: Option<PathBuf>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: CaCommand,
+}
+
+/// What `cluster ca` does.
+#[derive(Subcommand, Debug)]
+pub enum CaCommand {
+    /// Create the CA if there is none, and say where it is.
+    Init,
+    /// Issue a certificate: writes ca.pem, node.pem and node.key for `--tls-dir` of that node.
+    Issue {
+        /// Name of the node, such as decode-0.
+        name: String,
+        /// What the node is.
+        #[arg(long, value_enum)]
+        role: RoleName,
+        /// Folder for the three files.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+}
+
+/// Roles on the command line.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+#[allow(missing_docs, reason = "the names are the documentation")]
+pub enum RoleName {
+    Router,
+    Prefill,
+    Decode,
+}
+
+/// A set of cores, in the kernel's spelling: `0,2-5`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CoreList(pub Vec<usize>);
+
+impl std::str::FromStr for CoreList {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |s: &str| s.trim().parse::<usize>().map_err(|_| format!("{s:?} is not a core number"));
+        let mut cores = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = match part.split_once('-') {
+                Some((first, last)) => (number(first)?, number(last)?),
+                None => (number(part)?, number(part)?),
+            };
+            if first > last || last - first >= 4096 {
+                return Err(format!("{part:?} is not a range of cores"));
+            }
+            cores.extend(first..=last);
+        }
+        cores.sort_unstable();
+        cores.dedup();
+        Ok(Self(cores))
+    }
+}
+
+impl std::fmt::Display for CoreList {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut rest = self.0.as_slice();
+        let mut separator = "";
+        while let Some(&first) = rest.first() {
+            let run = rest.iter().zip(first..).take_while(|(core, expected)| *core == expected).count();
+            match run {
+                1 => write!(f, "{separator}{first}")?,
+                _ => write!(f, "{separator}{first}-{}", first + run - 1)?,
+            }
+            rest = &rest[run..];
+            separator = ",";
+        }
+        Ok(())
+    }
+}
+
+fn parse_block_size(text: &str) -> Result<usize, String> {
+    let size = parse_count(text)?;
+    if size.is_power_of_two() && size <= 256 { Ok(size) } else { Err("must be a power of two up to 256".into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn core_lists_round_trip() {
+        let check = |text: &str, want: &str| {
+            assert_eq!(text.parse::<CoreList>().map(|c| c.to_string()).as_deref(), Ok(want));
+        };
+        check("0", "0");
+        check("0,1,2,5", "0-2,5");
+        check("4-6,2,5", "2,4-6");
+        for bad in ["", "a", "3-1", "0-999999", "1,,2"] {
+            assert!(bad.parse::<CoreList>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn up_needs_no_model_and_takes_repeated_names() {
+        let Command::Up(args) = Cli::parse_from(["cluster", "up", "--local"]).command else { panic!("up") };
+        assert_eq!((args.model, args.http.port, args.prefill, args.decode), (None, 8000, 1, 1));
+        let line = ["cluster", "up", "--local", "--served-model-name", "a", "--served-model-name", "b"];
+        let Command::Up(args) = Cli::parse_from(line).command else { panic!("up") };
+        assert_eq!(args.http.served_model_name, ["a", "b"]);
+        assert!(Cli::try_parse_from(["cluster", "up", "--local", "--block-size", "12"]).is_err());
+        assert!(Cli::try_parse_from(["cluster", "up", "--local", "--prefill", "0"]).is_err());
+    }
+}

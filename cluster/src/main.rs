@@ -1,0 +1,42 @@
+//! The `cluster` command: the supervisor `up`, the three roles, and the tools around them.
+//!
+//! This crate may import everything and decides nothing about requests. Read `cli.rs`, then `up/mod.rs`.
+
+#![forbid(unsafe_code)]
+
+mod ca;
+mod cli;
+mod demo;
+mod dirs;
+mod generate;
+mod logging;
+mod roles;
+mod size;
+mod synth;
+mod up;
+
+use clap::Parser;
+use cli::{Cli, Command};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let quiet = matches!(cli.command, Command::Up(_) | Command::Generate(_) | Command::Synth(_) | Command::Ca(_));
+    logging::init(cli.log_format, if quiet { "warn" } else { "info" });
+    let done = match cli.command {
+        Command::Up(args) => up::run(*args),
+        Command::Router(args) => roles::router(*args),
+        Command::Prefill(args) => roles::prefill(*args),
+        Command::Decode(args) => roles::decode(*args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Synth(args) => synth::write(&args),
+        Command::Ca(args) => ca::run(args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cluster: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

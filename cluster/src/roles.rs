@@ -1,0 +1,199 @@
+//! `cluster router`, `cluster prefill` and `cluster decode`: flags become options, signals become a shutdown.
+//!
+//! The roles themselves live in their crates. Read [`router`], [`prefill`], [`decode`] and [`Shutdown`].
+
+use crate::cli::{EngineArgs, KvCacheDtype, NodeArgs, RouterArgs, SupervisionArgs};
+use anyhow::Context;
+use ridge_decode_node::machine::DecodeConfig;
+use ridge_decode_node::shell::DecodeOptions;
+use ridge_kernels::KvDtype;
+use ridge_kvtransfer::shell::{LinkOptions, TransportOptions};
+use ridge_model::worker::EngineOptions;
+use ridge_prefill_node::machine::PrefillConfig;
+use ridge_prefill_node::shell::PrefillOptions;
+use ridge_protocol::NodeName;
+use ridge_router::machine::RouterConfig;
+use ridge_router::shell::RouterOptions;
+use ridge_router::shell::http::HttpConfig;
+use std::future::Future;
+use std::io::Read;
+use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+
+/// How long a role may go on after its supervisor vanished. Nobody is left to end it if it hangs.
+const ORPHAN_GRACE: Duration = Duration::from_secs(5);
+
+/// Runs a router until a signal.
+pub fn router(args: RouterArgs) -> anyhow::Result<()> {
+    let mut machine = RouterConfig::default();
+    if let Some(limit) = args.max_in_flight {
+        machine.max_in_flight = limit;
+    }
+    let options = RouterOptions {
+        name: NodeName(args.name),
+        listen: args.listen,
+        http: HttpConfig {
+            bind: SocketAddr::new(args.http.host, args.http.port),
+            api_keys: args.http.keys(),
+            served_model_names: args.http.served_model_name,
+            ..HttpConfig::default()
+        },
+        tls_dir: args.tls_dir,
+        transport: TransportOptions::default(),
+        model: args.model,
+        max_model_len: args.max_model_len,
+        machine,
+        expect_prefill: !args.decode_only,
+    };
+    block_on(&args.supervision, |shutdown| ridge_router::shell::run(options, shutdown))
+}
+
+/// Runs a prefill node until a signal.
+pub fn prefill(args: NodeArgs) -> anyhow::Result<()> {
+    let mut machine = PrefillConfig {
+        block_size: args.engine.block_size as u32,
+        prefix_caching: !args.no_enable_prefix_caching,
+        ..PrefillConfig::default()
+    };
+    if let Some(limit) = args.max_num_seqs {
+        machine.max_running = limit;
+    }
+    if let Some(limit) = args.max_num_batched_tokens {
+        machine.max_batched_tokens = u32::try_from(limit).context("--max-num-batched-tokens is too large")?;
+    }
+    let supervision = args.supervision;
+    let options = PrefillOptions {
+        link: LinkOptions {
+            name: NodeName(args.name.unwrap_or_else(|| "prefill-0".into())),
+            listen: args.listen,
+            router: args.router,
+            router_name: NodeName(args.router_name),
+            tls_dir: args.tls_dir,
+            transport: TransportOptions::default(),
+        },
+        engine: engine(args.model, args.threads, args.cores, args.kv_blocks, &args.engine),
+        machine,
+        sender: ridge_kvtransfer::SenderConfig::default(),
+    };
+    block_on(&supervision, |shutdown| ridge_prefill_node::shell::run(options, shutdown))
+}
+
+/// Runs a decode node until a signal.
+pub fn decode(args: NodeArgs) -> anyhow::Result<()> {
+    let mut machine = DecodeConfig {
+        block_size: args.engine.block_size as u32,
+        prefix_caching: !args.no_enable_prefix_caching,
+        ..DecodeConfig::default()
+    };
+    if let Some(limit) = args.max_num_seqs {
+        machine.max_num_seqs = limit;
+    }
+    if let Some(limit) = args.max_num_batched_tokens {
+        machine.max_prefill_tokens = u32::try_from(limit).context("--max-num-batched-tokens is too large")?;
+    }
+    let supervision = args.supervision;
+    let options = DecodeOptions {
+        link: LinkOptions {
+            name: NodeName(args.name.unwrap_or_else(|| "decode-0".into())),
+            listen: args.listen,
+            router: args.router,
+            router_name: NodeName(args.router_name),
+            tls_dir: args.tls_dir,
+            transport: TransportOptions::default(),
+        },
+        engine: engine(args.model, args.threads, args.cores, args.kv_blocks, &args.engine),
+        machine,
+        receiver: ridge_kvtransfer::ReceiverConfig::default(),
+    };
+    block_on(&supervision, |shutdown| ridge_decode_node::shell::run(options, shutdown))
+}
+
+fn engine(
+    model: String,
+    threads: Option<u16>,
+    cores: Option<crate::cli::CoreList>,
+    kv_blocks: Option<usize>,
+    args: &EngineArgs,
+) -> EngineOptions {
+    let cores = cores.map(|list| list.0);
+    let default_threads = || match &cores {
+        Some(cores) => cores.len(),
+        None => std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    EngineOptions {
+        model,
+        threads: threads.map_or_else(default_threads, usize::from),
+        cores,
+        block_size: args.block_size,
+        kv_dtype: kv_dtype(args.kv_cache_dtype),
+        max_model_len: args.max_model_len,
+        kv_blocks,
+        kv_memory_bytes: args.kv_memory,
+    }
+}
+
+/// The engine's spelling; `None` follows the checkpoint.
+pub fn kv_dtype(dtype: KvCacheDtype) -> Option<KvDtype> {
+    match dtype {
+        KvCacheDtype::Auto => None,
+        KvCacheDtype::F32 => Some(KvDtype::F32),
+        KvCacheDtype::F16 => Some(KvDtype::F16),
+        KvCacheDtype::Bf16 => Some(KvDtype::BF16),
+    }
+}
+
+/// Runs a role on a runtime of its own until it ends.
+fn block_on<F, E>(supervision: &SupervisionArgs, role: impl FnOnce(Shutdown) -> F) -> anyhow::Result<()>
+where
+    F: Future<Output = Result<(), E>>,
+    E: std::error::Error + Send + Sync + 'static,
+{
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start tokio")?;
+    let ended = runtime.block_on(async {
+        let shutdown = shutdown(supervision.stop_on_stdin_eof)?;
+        Ok::<_, anyhow::Error>(role(shutdown).await?)
+    });
+    // A blocked helper thread must not keep a role alive that has said goodbye.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    ended
+}
+
+/// Resolves when the role should stop.
+pub type Shutdown = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Listens for SIGINT, SIGTERM and, if asked to, the end of stdin.
+fn shutdown(stop_on_stdin_eof: bool) -> anyhow::Result<Shutdown> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for signals")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for signals")?;
+    let mut stdin_closed = watch_stdin(stop_on_stdin_eof)?;
+    Ok(Box::pin(async move {
+        tokio::select! {
+            _ = interrupt.recv() => tracing::info!("stopping: SIGINT"),
+            _ = terminate.recv() => tracing::info!("stopping: SIGTERM"),
+            Ok(()) = &mut stdin_closed => tracing::info!("stopping: the supervisor is gone"),
+        }
+    }))
+}
+
+/// A thread of its own reads stdin: a blocking read can be neither cancelled nor waited for by the runtime.
+fn watch_stdin(wanted: bool) -> anyhow::Result<oneshot::Receiver<()>> {
+    let (closed, receiver) = oneshot::channel();
+    let watch = move || {
+        let mut stdin = std::io::stdin().lock();
+        let mut buffer = [0; 64];
+        while stdin.read(&mut buffer).is_ok_and(|read| read > 0) {}
+        let _ = closed.send(());
+        std::thread::sleep(ORPHAN_GRACE);
+        std::process::exit(1);
+    };
+    if wanted {
+        std::thread::Builder::new().name("stdin".into()).spawn(watch).context("cannot start a thread")?;
+    }
+    Ok(receiver)
+}
