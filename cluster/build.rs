@@ -20,7 +20,9 @@ fn main() {
     if !(has("config.json") && has("model.safetensors") && has("tokenizer.json")) {
         files.clear();
     }
-    let mut out = String::from("/// Name and content of every file of the built-in model.\npub const FILES: &[(&str, &[u8])] = &[\n");
+    let mut out = String::from(
+        "/// Name and content of every file of the built-in model.\npub const FILES: &[(&str, &[u8])] = &[\n",
+    );
     for path in &files {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         writeln!(out, "    ({name:?}, include_bytes!({:?})),", path.display().to_string()).expect("writes to a string");

@@ -13,7 +13,8 @@ pub fn run(args: CaArgs) -> anyhow::Result<()> {
         Some(folder) => folder,
         None => dirs::data()?.join("ca"),
     };
-    let ca = ClusterCa::load_or_create(&folder).with_context(|| format!("cannot open the CA in {}", folder.display()))?;
+    let ca =
+        ClusterCa::load_or_create(&folder).with_context(|| format!("cannot open the CA in {}", folder.display()))?;
     match args.command {
         CaCommand::Init => println!("the cluster's CA is in {}; keep its key to yourself", folder.display()),
         CaCommand::Issue { name, role, out } => {

@@ -37,7 +37,8 @@ fn both_endpoints_stream_what_they_answer_in_one_piece() {
     let whole = answer["choices"][0]["message"]["content"].as_str().expect("has content").to_owned();
     let mut request = chat;
     request["stream"] = json!(true);
-    let data = cluster.client.stream("/v1/chat/completions", &request).and_then(Events::collect_data).expect("a stream");
+    let data =
+        cluster.client.stream("/v1/chat/completions", &request).and_then(Events::collect_data).expect("a stream");
     let streamed = text_of(&data, |event| Some(event["choices"].get(0)?["delta"]["content"].as_str()?.to_owned()));
     assert_eq!(streamed, whole);
 
@@ -82,8 +83,7 @@ fn a_cluster_answers_what_one_process_answers() {
 #[test]
 fn every_family_is_served() {
     let folder = tempfile::tempdir().expect("a temp dir");
-    let models =
-        [("tiny-qwen2", "bf16"), ("tiny-qwen3", "f16"), ("tiny-mistral", "f32"), ("tiny-llama", "q4_k_m")];
+    let models = [("tiny-qwen2", "bf16"), ("tiny-qwen3", "f16"), ("tiny-mistral", "f32"), ("tiny-llama", "q4_k_m")];
     for (preset, dtype) in models {
         let model = synth(binary(), folder.path(), preset, dtype);
         let cluster = Cluster::start(binary(), &model, &[]);

@@ -71,7 +71,7 @@ MODELS = {
     "llama-mqa": dict(LLAMA, num_key_value_heads=1, num_hidden_layers=3),
     "llama-rope-llama3": dict(
         LLAMA,
-        rope_theta=500000.0,
+        # With this base one wavelength is short, one on the ramp and the others long.
         rope_scaling=dict(
             rope_type="llama3",
             factor=8.0,
@@ -191,28 +191,28 @@ def make(name, config, seed):
     write_golden(folder / "golden.json", cases)
 
 
-DEMO_PROMPTS = [
-    "Hello! Who are you?",
-    "What is the capital of France?",
-    "Tell me about Sherlock Holmes.",
-    "To Sherlock Holmes she is always",
-]
+DEMO_QUESTIONS = ["Hello! Who are you?", "What is prefill?", "How does continuous batching work?"]
+DEMO_BEGINNINGS = ["To Sherlock Holmes she is always", "It was a cold morning"]
 
 
 def make_demo():
-    """Answers of the demo model, whose weights are in its own folder; chat template where it has one."""
+    """Answers and continuations of the demo model, whose weights are in its own folder. Run it after each training."""
     folder = HERE.parent / "demo" / "ridge-demo"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = load(folder)
+    prompts = [tokenizer(text)["input_ids"] for text in DEMO_BEGINNINGS]
+    for question in DEMO_QUESTIONS:
+        messages = [dict(role="user", content=question)]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     cases = []
-    for text in DEMO_PROMPTS:
-        if tokenizer.chat_template:
-            messages = [dict(role="user", content=text)]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompt = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-        ids, top, gap = greedy(model, prompt, 48, one_by_one=False)
-        print(f"demo: {len(prompt)} tokens, gap {gap:.3f}: {tokenizer.decode(ids)!r}")
-        cases.append(dict(prompt=prompt, ids=ids, top=top))
+    for prompt in prompts:
+        ids, top, _ = greedy(model, prompt, 48, one_by_one=False)
+        # What a model says after its end token is noise.
+        if tokenizer.eos_token_id in ids:
+            ids = ids[: ids.index(tokenizer.eos_token_id) + 1]
+        print(f"demo: {len(prompt)} tokens: {tokenizer.decode(ids)!r}")
+        cases.append(dict(prompt=prompt, ids=ids, top=top[: len(ids)]))
     (HERE / "ridge-demo").mkdir(exist_ok=True)
     write_golden(HERE / "ridge-demo" / "golden.json", cases)
 

@@ -84,7 +84,7 @@ fn refuse_what_would_be_ignored(config: &Value) -> Result<(), LoadError> {
     }
     if let Some(method) = config["quantization_config"]["quant_method"].as_str() {
         return refuse(format!(
-            "quantization '{method}' of safetensors (use a bf16, f16 or f32 checkpoint, or a GGUF file for quantised weights)"
+            "quantization '{method}' of safetensors (use a bf16, f16 or f32 checkpoint, or GGUF for quantised weights)"
         ));
     }
     Ok(())
@@ -125,7 +125,9 @@ fn windows(config: &Value, arch: &str, layers: usize) -> Result<Vec<Option<usize
             Some("full_attention") => Ok(None),
             Some("sliding_attention") => match window {
                 Some(window) => Ok(Some(window)),
-                None => Err(LoadError::config(FILE, "layer_types has sliding_attention but there is no sliding_window")),
+                None => {
+                    Err(LoadError::config(FILE, "layer_types has sliding_attention but there is no sliding_window"))
+                }
             },
             _ => Err(LoadError::Unsupported { file: FILE.into(), what: format!("layer type {kind}") }),
         };
@@ -144,9 +146,8 @@ fn rope(config: &Value, head_dim: usize, context: usize) -> Result<RopeSpec, Loa
     let theta = parameters["rope_theta"].as_f64().or(config["rope_theta"].as_f64()).unwrap_or(10_000.0);
     let partial = scaling["partial_rotary_factor"].as_f64().or(config["partial_rotary_factor"].as_f64()).unwrap_or(1.0);
     let number = |key: &str| scaling[key].as_f64();
-    let required = |key: &str| {
-        number(key).ok_or_else(|| LoadError::config(FILE, format!("rope scaling has no number '{key}'")))
-    };
+    let required =
+        |key: &str| number(key).ok_or_else(|| LoadError::config(FILE, format!("rope scaling has no number '{key}'")));
     let original = || match &scaling["original_max_position_embeddings"] {
         Value::Null => Fields(config).optional_size("original_max_position_embeddings").map(|n| n.unwrap_or(context)),
         _ => Fields(scaling).size("original_max_position_embeddings"),
@@ -216,10 +217,12 @@ impl Fields<'_> {
         match &self.0[key] {
             Value::Null => Ok(None),
             // A few exporters write sizes as 32768.0.
-            value => match value.as_u64().or(value.as_f64().filter(|x| x.fract() == 0.0 && *x >= 0.0).map(|x| x as u64)) {
-                Some(n) if n <= 1 << 40 => Ok(Some(n as usize)),
-                _ => Err(LoadError::config(FILE, format!("'{key}' is {value}, not a size"))),
-            },
+            value => {
+                match value.as_u64().or(value.as_f64().filter(|x| x.fract() == 0.0 && *x >= 0.0).map(|x| x as u64)) {
+                    Some(n) if n <= 1 << 40 => Ok(Some(n as usize)),
+                    _ => Err(LoadError::config(FILE, format!("'{key}' is {value}, not a size"))),
+                }
+            }
         }
     }
 }

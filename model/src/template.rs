@@ -67,7 +67,10 @@ impl ChatTemplate {
     /// Compiles `source`; `bos` and `eos` are the texts of those tokens.
     pub fn new(source: &str, bos: &str, eos: &str) -> Result<Self, TemplateError> {
         if source.len() > MAX_SOURCE_BYTES {
-            return Err(TemplateError::Compile(format!("{} bytes of source, more than {MAX_SOURCE_BYTES}", source.len())));
+            return Err(TemplateError::Compile(format!(
+                "{} bytes of source, more than {MAX_SOURCE_BYTES}",
+                source.len()
+            )));
         }
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
@@ -123,7 +126,9 @@ impl ChatTemplate {
             context.into_iter().map(|(key, value)| (key, Value::from(Serde(value)))).collect();
         variables.insert("strftime_now".to_owned(), Value::from_function(clock));
         let template = self.environment.get_template("chat").map_err(|e| TemplateError::Render(describe(&e)))?;
-        template.render(Value::from(variables)).map_err(|e| refusal(&e).unwrap_or_else(|| TemplateError::Render(describe(&e))))
+        template
+            .render(Value::from(variables))
+            .map_err(|e| refusal(&e).unwrap_or_else(|| TemplateError::Render(describe(&e))))
     }
 }
 
@@ -172,8 +177,7 @@ fn raise_exception(message: String) -> Result<Value, Error> {
 }
 
 fn fromjson(text: String) -> Result<Value, Error> {
-    let json: Json =
-        serde_json::from_str(&text).map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))?;
+    let json: Json = serde_json::from_str(&text).map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))?;
     Ok(Value::from(Serde(json)))
 }
 
@@ -208,17 +212,37 @@ mod tests {
 
     #[test]
     fn python_spelling() {
-        check("{{ messages[0] | tojson }}", json!([{"b": "<é>", "a": [1, 2.0, null]}]), r#"{"b": "<é>", "a": [1, 2.0, null]}"#);
-        check("{{ messages[0]|tojson(indent=2) }}", json!([{"a": [1], "b": {}}]), "{\n  \"a\": [\n    1\n  ],\n  \"b\": {}\n}");
-        check("{{ messages[0]|tojson(separators=(',', ':'), sort_keys=True) }}", json!([{"b": 1, "a": 2}]), r#"{"a":2,"b":1}"#);
-        check("{{ messages[0].x|tojson(ensure_ascii=True) }}", json!([{"x": "é😀\u{7f}"}]), "\"\\u00e9\\ud83d\\ude00\\u007f\"");
+        check(
+            "{{ messages[0] | tojson }}",
+            json!([{"b": "<é>", "a": [1, 2.0, null]}]),
+            r#"{"b": "<é>", "a": [1, 2.0, null]}"#,
+        );
+        check(
+            "{{ messages[0]|tojson(indent=2) }}",
+            json!([{"a": [1], "b": {}}]),
+            "{\n  \"a\": [\n    1\n  ],\n  \"b\": {}\n}",
+        );
+        check(
+            "{{ messages[0]|tojson(separators=(',', ':'), sort_keys=True) }}",
+            json!([{"b": 1, "a": 2}]),
+            r#"{"a":2,"b":1}"#,
+        );
+        check(
+            "{{ messages[0].x|tojson(ensure_ascii=True) }}",
+            json!([{"x": "é😀\u{7f}"}]),
+            "\"\\u00e9\\ud83d\\ude00\\u007f\"",
+        );
         check("{{ true }} {{ none }} {{ [1, 'a'] }}", json!([]), "True None [1, 'a']");
         check("{{ '{\"a\": 1}'|fromjson }}", json!([]), "{'a': 1}");
     }
 
     #[test]
     fn python_edges() {
-        check("{{ none is iterable }} {{ 'a' is iterable }} {{ [] is iterable }} {{ nothing|length }}", json!([]), "False True True 0");
+        check(
+            "{{ none is iterable }} {{ 'a' is iterable }} {{ [] is iterable }} {{ nothing|length }}",
+            json!([]),
+            "False True True 0",
+        );
         check("{{ '{\n'|indent(2, first=true) }}|{{ 'a\nb\n\nc'|indent }}", json!([]), "  {\n|a\n    b\n\n    c");
         check("{{ 'a\nb'|indent('> ', true) }}", json!([]), "> a\n> b");
     }

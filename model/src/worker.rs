@@ -6,6 +6,7 @@
 use crate::checkpoint::{Checkpoint, LoadError, LoadOptions, LoadProgress, ModelSource, load};
 use crate::engine::{CpuEngine, Engine, EngineError, identity};
 use crate::kv::{KvError, KvMemory};
+use ridge_kernels::sync::pool::pin_to;
 use ridge_kernels::{Cpu, DType, KvDtype, KvFormat};
 use ridge_protocol::{BatchPlan, Duration, ModelIdentity, RequestId, TokenOut};
 use std::sync::Arc;
@@ -191,10 +192,19 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Moves an engine to a new thread. `report` is called there; layers are reported only if `layers` is set.
-    pub fn spawn(mut engine: Box<dyn Engine>, layers: bool, mut report: impl FnMut(WorkerEvent) + Send + 'static) -> Self {
+    /// Moves an engine to a new thread, which runs on `core` if given: it computes beside the engine's own threads.
+    /// `report` is called there; layers are reported only if `layers` is set.
+    pub fn spawn(
+        mut engine: Box<dyn Engine>,
+        core: Option<usize>,
+        layers: bool,
+        mut report: impl FnMut(WorkerEvent) + Send + 'static,
+    ) -> Self {
         let (plans, queue) = sync_channel::<BatchPlan>(1);
         let run = move || {
+            if let Some(core) = core {
+                pin_to(core);
+            }
             while let Ok(plan) = queue.recv() {
                 let begin = std::time::Instant::now();
                 let step = plan.step;

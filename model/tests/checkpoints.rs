@@ -10,7 +10,8 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
-const TEXTS: [&str; 8] = ["", " ", "Once upon a time", "  two  spaces ", "Füßchen 你好 🙂", "a\n\tb", "</s>x", "it's 3.14"];
+const TEXTS: [&str; 8] =
+    ["", " ", "Once upon a time", "  two  spaces ", "Füßchen 你好 🙂", "a\n\tb", "</s>x", "it's 3.14"];
 
 fn same_tensors(a: &TensorMap, b: &TensorMap) {
     let names = |map: &TensorMap| map.iter().map(|(name, _)| name.to_owned()).collect::<Vec<_>>();
@@ -171,13 +172,15 @@ fn shards_follow_an_index_that_stays_in_the_folder() {
     let mut map = serde_json::Map::new();
     for (index, half) in [0, 1].iter().enumerate() {
         let file = format!("model-{:05}-of-00002.safetensors", index + 1);
-        let part: Vec<_> = whole.tensors().into_iter().enumerate().filter(|(i, _)| i % 2 == *half).map(|(_, t)| t).collect();
+        let part: Vec<_> =
+            whole.tensors().into_iter().enumerate().filter(|(i, _)| i % 2 == *half).map(|(_, t)| t).collect();
         part.iter().for_each(|(name, _)| drop(map.insert(name.clone(), json!(file))));
         let metadata: Option<HashMap<String, String>> = None;
         safetensors::serialize_to_file(part, metadata, &folder.join(file)).expect("writes");
     }
     let write_index = |map: Value| {
-        std::fs::write(folder.join("model.safetensors.index.json"), json!({"weight_map": map}).to_string()).expect("writes");
+        std::fs::write(folder.join("model.safetensors.index.json"), json!({"weight_map": map}).to_string())
+            .expect("writes");
     };
     write_index(Value::Object(map.clone()));
     let sharded = load_path(folder).expect("loads");
@@ -206,7 +209,11 @@ fn sources_are_recognised() {
     assert!(matches!(ModelSource::parse(&file("a.gguf")), Ok(ModelSource::Gguf(_))));
     assert!(matches!(ModelSource::parse(&file("a.bin")), Ok(ModelSource::Llama2c(_))));
     assert_eq!(ModelSource::parse("org/name@v1"), Ok(ModelSource::Hub("org/name@v1".into())));
-    for (bad, part) in [(file("a.safetensors"), "name its folder"), ("/nowhere/at/all".into(), "repository id"), ("x".into(), "org/name")] {
+    for (bad, part) in [
+        (file("a.safetensors"), "name its folder"),
+        ("/nowhere/at/all".into(), "repository id"),
+        ("x".into(), "org/name"),
+    ] {
         let Err(LoadError::NotFound { tried, .. }) = ModelSource::parse(&bad) else { panic!("{bad} is refused") };
         assert!(tried.contains(part), "{tried}");
     }

@@ -68,8 +68,7 @@ fn spec() -> ModelSpec {
 /// A random model of [`spec`]; matrices in `dtype`, vectors in f32.
 fn checkpoint(dtype: DType) -> Arc<Checkpoint> {
     let goldens = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/goldens"));
-    let options =
-        LoadOptions { tokenizer: Some(goldens.join("tokenizer.json")), chat_template: None, download: false };
+    let options = LoadOptions { tokenizer: Some(goldens.join("tokenizer.json")), chat_template: None, download: false };
     let mut checkpoint = load(&ModelSource::Folder(goldens.join("llama-gqa")), &options, &mut |_| {}).expect("golden");
     checkpoint.spec = spec();
     checkpoint.tensors = TensorMap::default();

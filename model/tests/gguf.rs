@@ -107,7 +107,8 @@ fn errors_name_the_thing() {
         edit(&mut w);
         load_bytes(&w.finish()).expect_err("is refused").to_string()
     };
-    let expect = |text: String, parts: &[&str]| parts.iter().for_each(|p| assert!(text.contains(p), "{text} lacks {p}"));
+    let expect =
+        |text: String, parts: &[&str]| parts.iter().for_each(|p| assert!(text.contains(p), "{text} lacks {p}"));
     expect(message(&|w| w.u32("llama.expert_count", 8)), &["mixture of 8 experts"]);
     expect(message(&|w| w.tensor("rope_freqs.weight", &[2, 2], 0, vec![0; 16])), &["rope_freqs"]);
     expect(message(&|w| w.string("llama.rope.scaling.type", "longrope")), &["longrope", "yarn"]);
@@ -136,7 +137,8 @@ fn damaged_files_never_panic() {
     let whole = small_model().finish();
     let gguf = Gguf::parse("whole", &whole).expect("parses");
     assert_eq!(gguf.value("llama.block_count"), Some(&Value::Unsigned(1)));
-    let header = whole.len() - gguf.tensors.values().map(|t| t.range(whole.len()).expect("in the file").len()).sum::<usize>();
+    let header =
+        whole.len() - gguf.tensors.values().map(|t| t.range(whole.len()).expect("in the file").len()).sum::<usize>();
     for end in 0..header.min(whole.len()) {
         let _ = Gguf::parse("cut", &whole[..end]);
     }
@@ -197,7 +199,9 @@ fn hostile_counts_are_refused_without_allocating() {
         bytes.extend(1u64.to_le_bytes());
     }
     assert!(Gguf::parse("n", &bytes).is_err());
-    assert!(matches!(Gguf::parse("v", b"GGUF\0\0\0\x03"), Err(LoadError::Unsupported { what, .. }) if what.contains("big-endian")));
+    assert!(
+        matches!(Gguf::parse("v", b"GGUF\0\0\0\x03"), Err(LoadError::Unsupported { what, .. }) if what.contains("big-endian"))
+    );
 }
 
 #[test]

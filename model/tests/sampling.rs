@@ -126,8 +126,7 @@ fn filters_keep_their_share_and_renormalise() {
 fn a_nucleus_may_be_larger_than_the_first_guess() {
     // All equal: half the mass is the lower half of the vocabulary.
     let params = SamplingParams { top_p: 0.5, ..random() };
-    let drawn: Vec<TokenId> =
-        (0..500).map(|position| run_at(&[1.0; 4000], &params, &[], 0, position).token).collect();
+    let drawn: Vec<TokenId> = (0..500).map(|position| run_at(&[1.0; 4000], &params, &[], 0, position).token).collect();
     assert!(drawn.iter().all(|token| *token < 2000));
     assert!(drawn.iter().any(|token| *token > 1500));
 }
@@ -179,8 +178,7 @@ fn presence_and_frequency_penalties_cover_the_answer_only() {
 
 #[test]
 fn biases_come_after_penalties() {
-    let params =
-        SamplingParams { repetition_penalty: 2.0, logit_bias: vec![(0, 2.0), (1_000_000, 5.0)], ..greedy() };
+    let params = SamplingParams { repetition_penalty: 2.0, logit_bias: vec![(0, 2.0), (1_000_000, 5.0)], ..greedy() };
     // 4 / 2 + 2 = 4 beats 3.5; biased first it would be (4 + 2) / 2 = 3.
     assert_eq!(run_at(&[4.0, 3.5], &params, &[0], 1, 1).token, 0);
 }

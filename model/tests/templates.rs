@@ -46,10 +46,8 @@ fn templates_render_as_in_transformers() {
             };
             let rendered = template.render(&case["messages"], &options);
             let expected = &results[case_name];
-            if let Ok(dump) = std::env::var("RIDGE_DUMP_TEMPLATE") {
-                if dump == format!("{name}:{case_name}") {
-                    println!("{}", rendered.as_deref().unwrap_or("an error"));
-                }
+            if std::env::var("RIDGE_DUMP_TEMPLATE").is_ok_and(|dump| dump == format!("{name}:{case_name}")) {
+                println!("{}", rendered.as_deref().unwrap_or("an error"));
             }
             match (&rendered, expected["fnv1a"].as_str(), expected["raised"].as_str()) {
                 (Ok(text), Some(golden), _) if hash(text) == golden => equal += 1,
@@ -62,7 +60,9 @@ fn templates_render_as_in_transformers() {
         }
     }
     let different = failures.len();
-    println!("{equal} equal, {escaped} escaped by Python, {refused} that Python itself fails on, {different} different");
+    println!(
+        "{equal} equal, {escaped} escaped by Python, {refused} that Python itself fails on, {different} different"
+    );
     assert_eq!(escaped, ESCAPED_BY_PYTHON.iter().map(|(_, cases)| cases).sum::<usize>());
     let shown: Vec<String> = failures.iter().map(|f| f.chars().take(500).collect()).collect();
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), shown.join("\n"));

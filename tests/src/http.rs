@@ -247,8 +247,9 @@ mod tests {
     #[test]
     fn chunked_events() {
         let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
-        let answer: &'static str =
-            Box::leak(format!("{head}8\r\ndata: a\n\r\n15\r\n\ndata: b\n\ndata: [DONE\r\n3\r\n]\n\n\r\n0\r\n\r\n").into());
+        let answer: &'static str = Box::leak(
+            format!("{head}8\r\ndata: a\n\r\n15\r\n\ndata: b\n\ndata: [DONE\r\n3\r\n]\n\n\r\n0\r\n\r\n").into(),
+        );
         let data = server(answer).stream("/x", &Value::Null).and_then(Events::collect_data).expect("events");
         assert_eq!(data, ["a", "b", "[DONE]"]);
     }

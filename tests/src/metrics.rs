@@ -26,7 +26,10 @@ impl Metrics {
     /// Reads the text; a line that is no sample is an error.
     pub fn parse(text: &str) -> Result<Self, String> {
         let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
-        lines.map(|line| sample(line).ok_or_else(|| format!("not a sample: {line:?}"))).collect::<Result<_, _>>().map(Self)
+        lines
+            .map(|line| sample(line).ok_or_else(|| format!("not a sample: {line:?}")))
+            .collect::<Result<_, _>>()
+            .map(Self)
     }
 
     /// All samples of one metric.
@@ -78,7 +81,8 @@ mod tests {
 
     #[test]
     fn samples_are_read() {
-        let text = "# HELP a b\n# TYPE a counter\na{node=\"x-0\",role=\"decode\"} 3\na{node=\"y\\\"\"} 1.5 1700000\nb 2\n";
+        let text =
+            "# HELP a b\n# TYPE a counter\na{node=\"x-0\",role=\"decode\"} 3\na{node=\"y\\\"\"} 1.5 1700000\nb 2\n";
         let metrics = Metrics::parse(text).expect("is valid");
         assert_eq!(metrics.sum("a"), 4.5);
         assert_eq!(metrics.sum_where("a", "role", "decode"), 3.0);

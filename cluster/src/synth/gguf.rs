@@ -97,10 +97,7 @@ fn tensor_type(tensor: &Tensor, shape: &Shape, dtype: SynthDType) -> DType {
         DType::Q6K => DType::Q8_0,
         other => other,
     };
-    [wanted, fallback, DType::F16]
-        .into_iter()
-        .find(|t| t.row_bytes(tensor.cols).is_some())
-        .expect("any row can be f16")
+    [wanted, fallback, DType::F16].into_iter().find(|t| t.row_bytes(tensor.cols).is_some()).expect("any row can be f16")
 }
 
 /// The first and last eighth of the layers and every third between: `use_more_bits` in llama.cpp.

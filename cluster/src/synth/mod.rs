@@ -130,7 +130,10 @@ fn write_tensor(
 }
 
 /// Creates a file that appears under its name only when `fill` succeeded.
-fn create(path: &Path, fill: impl FnOnce(&mut std::io::BufWriter<std::fs::File>) -> anyhow::Result<()>) -> anyhow::Result<()> {
+fn create(
+    path: &Path,
+    fill: impl FnOnce(&mut std::io::BufWriter<std::fs::File>) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     let part = path.with_extension("part");
     let file = std::fs::File::create(&part).with_context(|| format!("cannot create {}", part.display()))?;
     let mut out = std::io::BufWriter::with_capacity(1 << 20, file);

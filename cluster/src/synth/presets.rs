@@ -192,9 +192,7 @@ impl Preset {
                 rope: None,
                 ..Preset::TinyLlama.shape()
             },
-            Preset::TinyQwen3 => {
-                Shape { name, family: Family::Qwen3, head_dim: 128, ..Preset::TinyQwen2.shape() }
-            }
+            Preset::TinyQwen3 => Shape { name, family: Family::Qwen3, head_dim: 128, ..Preset::TinyQwen2.shape() },
             Preset::TinyMistral => Shape {
                 name,
                 family: Family::Mistral,
@@ -226,8 +224,8 @@ impl Llama3Rope {
                 if wavelength > original / Self::LOW_FREQ_FACTOR {
                     return self.factor as f32;
                 }
-                let smooth = (original / wavelength - Self::LOW_FREQ_FACTOR)
-                    / (Self::HIGH_FREQ_FACTOR - Self::LOW_FREQ_FACTOR);
+                let smooth =
+                    (original / wavelength - Self::LOW_FREQ_FACTOR) / (Self::HIGH_FREQ_FACTOR - Self::LOW_FREQ_FACTOR);
                 (1.0 / ((1.0 - smooth) / self.factor + smooth)) as f32
             })
             .collect()

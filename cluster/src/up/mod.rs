@@ -42,12 +42,8 @@ const KILL_WAIT: Duration = Duration::from_secs(5);
 pub fn run(args: UpArgs) -> anyhow::Result<()> {
     let started = Instant::now();
     let drain = Duration::from_secs(args.drain_timeout);
-    let plan = Plan::new(
-        args.prefill.into(),
-        args.decode.into(),
-        args.threads.map(usize::from),
-        &plan::available_cores(),
-    );
+    let plan =
+        Plan::new(args.prefill.into(), args.decode.into(), args.threads.map(usize::from), &plan::available_cores());
     if let Some(remark) = &plan.remark {
         eprintln!("note: {remark}");
     }
@@ -209,7 +205,8 @@ impl Supervisor {
             return;
         }
         self.progress.clear();
-        let suggestions = if self.launch.model.from == launch::Source::BuiltIn { demo::suggestions(6) } else { Vec::new() };
+        let suggestions =
+            if self.launch.model.from == launch::Source::BuiltIn { demo::suggestions(6) } else { Vec::new() };
         let banner = Banner {
             http: self.http.expect("the router was ready before it served"),
             model: self.launch.names[0].clone(),

@@ -13,6 +13,7 @@ pub fn binary() -> &'static Path {
 }
 
 /// A Llama of three layers with random weights and a context of 512 tokens.
+#[allow(dead_code, reason = "not every test program needs this model")]
 pub fn tiny_llama() -> PathBuf {
     static FOLDER: OnceLock<(TempDir, PathBuf)> = OnceLock::new();
     let (_, path) = FOLDER.get_or_init(|| {

@@ -92,7 +92,8 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
         pid: std::process::id(),
     };
     let (engine_events, mut from_engine) = mpsc::channel(2);
-    let worker = Worker::spawn(loaded.engine, false, move |event| {
+    let core = options.engine.cores.as_ref().and_then(|cores| cores.first().copied());
+    let worker = Worker::spawn(loaded.engine, core, false, move |event| {
         // The loop is gone only when the process is about to be.
         let _ = engine_events.blocking_send(event);
     });
@@ -182,13 +183,13 @@ impl Shell {
     /// Puts an arrived page where its transfer wants it and verifies it there, before anything may read it.
     fn land(&mut self, from: NodeName, header: PageHeader, bytes: &Bytes) {
         let PageHeader { request, layer, index, len, digest } = header;
-        let Some(block) = self.receiver.destination(&from, request, layer, index) else {
-            return; // Of a transfer that is over.
-        };
-        let mut page = self.kv.write(layer as usize, block);
-        page.copy_from_slice(bytes);
-        let intact = page_digest(request, layer, index, &page) == digest;
-        drop(page);
+        let destination = self.receiver.destination(&from, request, layer, index);
+        // A page that nobody wants belongs to a transfer that is over; the receiver counts it.
+        let intact = destination.is_none_or(|block| {
+            let mut page = self.kv.write(layer as usize, block);
+            page.copy_from_slice(bytes);
+            page_digest(request, layer, index, &page) == digest
+        });
         let landed = ReceiverInput::PageLanded { from, request, layer, index, bytes: len, intact };
         self.receiver.handle(self.clock.now(), landed);
     }

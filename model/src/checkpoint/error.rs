@@ -64,7 +64,7 @@ pub enum LoadError {
         message: String,
     },
     /// A tensor that the description asks for is not in the checkpoint.
-    #[error("the checkpoint has no tensor '{name}'{}", .source_name.as_ref().map(|s| format!(" (called '{s}' in its files)")).unwrap_or_default())]
+    #[error("the checkpoint has no tensor '{name}'{}", called(.source_name))]
     TensorMissing {
         /// Canonical name.
         name: String,
@@ -105,6 +105,10 @@ pub enum LoadError {
         /// What went wrong and what to try.
         message: String,
     },
+}
+
+fn called(source_name: &Option<String>) -> String {
+    source_name.as_ref().map(|name| format!(" (called '{name}' in its files)")).unwrap_or_default()
 }
 
 impl LoadError {

@@ -66,8 +66,12 @@ fn part_path(first: &Path, index: u64, count: u64) -> Result<PathBuf, LoadError>
     let name = first.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let suffix = format!("-00001-of-{count:05}.gguf");
     match name.strip_suffix(&suffix) {
-        Some(stem) if count <= 99_999 => Ok(first.with_file_name(format!("{stem}-{:05}-of-{count:05}.gguf", index + 1))),
-        _ => Err(LoadError::config(&name, format!("it is one of {count} parts; name the first, which ends in {suffix}"))),
+        Some(stem) if count <= 99_999 => {
+            Ok(first.with_file_name(format!("{stem}-{:05}-of-{count:05}.gguf", index + 1)))
+        }
+        _ => {
+            Err(LoadError::config(&name, format!("it is one of {count} parts; name the first, which ends in {suffix}")))
+        }
     }
 }
 
@@ -87,7 +91,10 @@ pub fn spec_from_gguf(
     };
     let keys = Keys { gguf, arch };
     if let Some(experts) = keys.optional_size("expert_count")?.filter(|n| *n > 0) {
-        return Err(LoadError::Unsupported { file: gguf.file.clone(), what: format!("a mixture of {experts} experts") });
+        return Err(LoadError::Unsupported {
+            file: gguf.file.clone(),
+            what: format!("a mixture of {experts} experts"),
+        });
     }
     let hidden = keys.size("embedding_length")?;
     let heads = keys.size("attention.head_count")?;
@@ -136,7 +143,10 @@ pub fn spec_from_gguf(
         tied_head: !has("output.weight"),
     };
     if spec.layer_specs.iter().any(|l| l.ffn.bias) {
-        return Err(LoadError::Unsupported { file: gguf.file.clone(), what: "biases in the feed-forward layer".into() });
+        return Err(LoadError::Unsupported {
+            file: gguf.file.clone(),
+            what: "biases in the feed-forward layer".into(),
+        });
     }
     match spec.defect() {
         Some(defect) => Err(LoadError::config(&gguf.file, defect)),

@@ -9,10 +9,10 @@ use crate::tokenizer::spm::{SPACE, Spm};
 use crate::tokenizer::{Ends, Facts, Special, Tokenizer, TokenizerError};
 use std::collections::HashMap;
 use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 /// Most tokens in a vocabulary; the largest published one has 262,144.
@@ -60,7 +60,11 @@ impl Vocabulary {
             return Err(say(format!("a vocabulary of {} tokens", tokens.len())));
         }
         let same_length = |key: &str, len: usize| {
-            if len == tokens.len() { Ok(()) } else { Err(say(format!("{key}: {len} entries for {} tokens", tokens.len()))) }
+            if len == tokens.len() {
+                Ok(())
+            } else {
+                Err(say(format!("{key}: {len} entries for {} tokens", tokens.len())))
+            }
         };
         let kinds: Vec<u64> = match gguf.array("tokenizer.ggml.token_type") {
             Some(items) => items.iter().map(|v| v.integer().unwrap_or(1)).collect(),
@@ -77,7 +81,8 @@ impl Vocabulary {
             u32::try_from(id).ok().filter(|id| (*id as usize) < tokens.len())
         };
         let (bos, eos, unknown) = (id("bos"), id("eos"), id("unknown"));
-        let add = |key: &str, default: bool| gguf.boolean(&format!("tokenizer.ggml.add_{key}_token")).unwrap_or(default);
+        let add =
+            |key: &str, default: bool| gguf.boolean(&format!("tokenizer.ggml.add_{key}_token")).unwrap_or(default);
         let ends = Ends { bos: bos.filter(|_| add("bos", default_bos)), eos: eos.filter(|_| add("eos", false)) };
         Ok(Self { kinds, scores, bos, eos, unknown, ends, tokens })
     }
@@ -158,8 +163,7 @@ fn byte_level(gguf: &Gguf) -> Result<Tokenizer, TokenizerError> {
     ordered.sort_by_key(|(id, _)| **id);
     for (_, token) in ordered {
         let added = AddedToken::from(token.text.clone(), token.control).normalized(false);
-        let outcome =
-            if token.control { library.add_special_tokens([added]) } else { library.add_tokens([added]) };
+        let outcome = if token.control { library.add_special_tokens([added]) } else { library.add_tokens([added]) };
         outcome.map_err(|e| say(e.to_string()))?;
     }
     let mut pieces = Pieces::default();
@@ -233,9 +237,7 @@ fn split_rules(pre: &str) -> Option<SplitRules> {
         "gpt-2" | "phi-2" | "gigachat" | "mpt" | "olmo" | "jais" | "trillion" => &[GPT2],
         "starcoder" | "refact" | "command-r" | "smollm" | "codeshell" | "exaone" | "minerva-7b" => &[r"\p{N}", GPT2],
         "falcon" => &[r"[\p{P}\$\+<=>\^~\|`]+", GPT2, "[0-9][0-9][0-9]"],
-        "deepseek-llm" => {
-            &[r"[\r\n]", DEEPSEEK_LETTERS, DEEPSEEK_PUNCTUATION, r"\s+$", DEEPSEEK_CJK, r"\p{N}+"]
-        }
+        "deepseek-llm" => &[r"[\r\n]", DEEPSEEK_LETTERS, DEEPSEEK_PUNCTUATION, r"\s+$", DEEPSEEK_CJK, r"\p{N}+"],
         "deepseek-coder" => &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_CJK, r"\p{N}"],
         "deepseek-v3" => &[r"\p{N}{1,3}", DEEPSEEK3_CJK, DEEPSEEK3_WORDS],
         "tekken" => &[TEKKEN],

@@ -119,7 +119,9 @@ pub fn resolve(
     }
     let state = match &cached {
         Some(folder) => format!("the cached copy in {} is incomplete", folder.display()),
-        None => format!("it is not in the cache ({}) and no folder or file of that name exists", settings.cache.display()),
+        None => {
+            format!("it is not in the cache ({}) and no folder or file of that name exists", settings.cache.display())
+        }
     };
     if settings.offline || !download {
         let switch = if settings.offline { "HF_HUB_OFFLINE is set" } else { "downloading was not asked for" };
@@ -129,20 +131,12 @@ pub fn resolve(
 }
 
 #[cfg(feature = "hub")]
-fn fetch(
-    repo: &Repo,
-    settings: &HubSettings,
-    progress: &mut dyn FnMut(LoadProgress),
-) -> Result<PathBuf, LoadError> {
+fn fetch(repo: &Repo, settings: &HubSettings, progress: &mut dyn FnMut(LoadProgress)) -> Result<PathBuf, LoadError> {
     download::fetch_model(repo, &repo.folder(&settings.cache), settings, progress)
 }
 
 #[cfg(not(feature = "hub"))]
-fn fetch(
-    repo: &Repo,
-    _settings: &HubSettings,
-    _progress: &mut dyn FnMut(LoadProgress),
-) -> Result<PathBuf, LoadError> {
+fn fetch(repo: &Repo, _settings: &HubSettings, _progress: &mut dyn FnMut(LoadProgress)) -> Result<PathBuf, LoadError> {
     Err(LoadError::Hub {
         what: repo.id.clone(),
         message: "this build cannot download (feature 'hub' is off); use huggingface-cli download".into(),

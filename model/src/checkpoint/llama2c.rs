@@ -81,10 +81,7 @@ fn read_header(file: &str, bytes: &[u8]) -> Result<Header, LoadError> {
         return Err(LoadError::damaged(file, format!("{layers} layers of {heads} heads: not a llama2.c model")));
     }
     let head_dim = hidden / heads;
-    let layer = LayerSpec {
-        attention: AttentionSpec::default(),
-        ffn: FfnSpec { kind: FfnKind::Gated, bias: false },
-    };
+    let layer = LayerSpec { attention: AttentionSpec::default(), ffn: FfnSpec { kind: FfnKind::Gated, bias: false } };
     let spec = ModelSpec {
         arch: "llama".into(),
         hidden,

@@ -66,7 +66,7 @@ impl Tensor {
         out
     }
 
-    /// The same values with row `i` taken from row `source(i)`. Works on quantised rows, whose blocks run along columns.
+    /// The same values with row `i` taken from row `source(i)`; quantised rows too, as their blocks run along columns.
     pub fn with_rows(&self, source: impl Fn(usize) -> usize) -> Self {
         let matrix = self.matrix();
         let mut bytes = Vec::with_capacity(self.bytes().len());

@@ -6,6 +6,9 @@ use serde_json::Value;
 use std::collections::HashMap;
 use std::path::Path;
 
+/// Most tokens in a vocabulary; the largest published one has 262,144.
+const MAX_TOKENS: usize = 1 << 22;
+
 /// How a `tokenizer.json` joins tokens, as far as a table of bytes can say it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Joining {
@@ -33,10 +36,10 @@ impl Tokenizer {
             Err(_) => Value::Null,
         };
         let library = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| say(tokenizer, &e))?;
-        Ok(Self::from_hf(library, &json, &config_json))
+        Self::from_hf(library, &json, &config_json).map_err(|e| say(tokenizer, &e))
     }
 
-    fn from_hf(mut library: tokenizers::Tokenizer, json: &Value, config: &Value) -> Self {
+    fn from_hf(mut library: tokenizers::Tokenizer, json: &Value, config: &Value) -> Result<Self, TokenizerError> {
         // A server never wants a prompt cut or padded, whatever a file says.
         let _ = library.with_truncation(None);
         library.with_padding(None);
@@ -47,6 +50,9 @@ impl Tokenizer {
             .collect();
         let vocab = library.get_vocab(true);
         let vocab_size = vocab.values().max().map_or(0, |&id| id as usize + 1);
+        if vocab_size > MAX_TOKENS {
+            return Err(TokenizerError(format!("a token has the id {}, above {MAX_TOKENS}", vocab_size - 1)));
+        }
         let joining = joining(&json["decoder"]);
         let named = |key: &str| {
             let text = config[key].as_str().or(config[key]["content"].as_str())?;
@@ -60,7 +66,7 @@ impl Tokenizer {
             bos: named("bos_token"),
             eos: named("eos_token"),
         };
-        Self::from_library(library, Ends::default(), facts)
+        Ok(Self::from_library(library, Ends::default(), facts))
     }
 }
 

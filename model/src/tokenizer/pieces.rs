@@ -89,6 +89,9 @@ mod tests {
         pieces.push(b"ab");
         pieces.push(b"");
         pieces.push(b"c");
-        assert_eq!((pieces.piece(0), pieces.piece(1), pieces.piece(2), pieces.piece(3)), (&b"ab"[..], &b""[..], &b"c"[..], &b""[..]));
+        assert_eq!(
+            (pieces.piece(0), pieces.piece(1), pieces.piece(2), pieces.piece(3)),
+            (&b"ab"[..], &b""[..], &b"c"[..], &b""[..])
+        );
     }
 }

@@ -41,7 +41,12 @@ struct Bigram {
 impl Spm {
     /// `tokens` in the order of ids. `None` unless every byte can be spelled, by `<0x..>` or as a token, or there is
     /// an unknown token to stand for it.
-    pub(crate) fn new(tokens: &[String], scores: Vec<f32>, unknown: Option<u32>, add_space_prefix: bool) -> Option<Self> {
+    pub(crate) fn new(
+        tokens: &[String],
+        scores: Vec<f32>,
+        unknown: Option<u32>,
+        add_space_prefix: bool,
+    ) -> Option<Self> {
         let mut ids = HashMap::with_capacity(tokens.len());
         for (id, token) in tokens.iter().enumerate() {
             ids.entry(token.as_str().into()).or_insert(id as u32);

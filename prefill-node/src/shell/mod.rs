@@ -94,18 +94,20 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
     };
     // A pass reports each layer and its end before the next one starts, so the engine never waits for the loop.
     let (engine_events, mut from_engine) = mpsc::channel(loaded.kv.layers() + 2);
-    let worker = Worker::spawn(loaded.engine, true, move |event| {
+    let core = options.engine.cores.as_ref().and_then(|cores| cores.first().copied());
+    let worker = Worker::spawn(loaded.engine, core, true, move |event| {
         // The loop is gone only when the process is about to be.
         let _ = engine_events.blocking_send(event);
     });
     let (kv_events, mut from_kv) = mpsc::channel(KV_EVENTS);
     let client = KvClient::new(endpoint.clone(), options.link.name.clone(), loaded.identity, kv_events);
+    let page_bytes = loaded.kv.page_bytes();
     let mut from_link = link::start(endpoint.clone(), &options.link, hello);
     Status::Ready { role: Role::Prefill, name: &options.link.name, addr: endpoint.local_addr(), http: None }.print();
     let mut shell = Shell {
         clock: Clock::start(),
         machine: PrefillNode::new(config),
-        sender: Sender::new(options.sender),
+        sender: Sender::new(SenderConfig { page_bytes: page_bytes as u32, ..options.sender }),
         worker,
         client,
         kv: loaded.kv,

@@ -73,7 +73,8 @@ fn raw_string_end(chars: &[char], at: usize) -> Option<usize> {
     let hashes = chars[at + 1..].iter().take_while(|c| **c == '#').count();
     let open = at + 1 + hashes;
     (chars.get(open) == Some(&'"')).then_some(())?;
-    let closes = |i: usize| chars[i] == '"' && chars[i + 1..].iter().take(hashes).filter(|c| **c == '#').count() == hashes;
+    let closes =
+        |i: usize| chars[i] == '"' && chars[i + 1..].iter().take(hashes).filter(|c| **c == '#').count() == hashes;
     let close = (open + 1..chars.len()).find(|i| closes(*i));
     Some(close.map_or(chars.len(), |i| i + 1 + hashes))
 }

@@ -55,7 +55,9 @@ pub fn unbounded(tree: &Tree) -> Vec<String> {
     let shipped = |path: &str| !path.contains("/tests/") && !path.contains("/examples/");
     for (path, text) in tree.rust().filter(|(path, _)| shipped(path)) {
         let code = code_only(text);
-        if let Some(line) = first_line(&code, |line| has_word(line, "unbounded_channel") || line.contains("mpsc::channel()")) {
+        if let Some(line) =
+            first_line(&code, |line| has_word(line, "unbounded_channel") || line.contains("mpsc::channel()"))
+        {
             complaints.push(format!("{path}:{line}: an unbounded channel"));
         }
     }
@@ -86,9 +88,8 @@ fn first_line(code: &str, fits: impl Fn(&str) -> bool) -> Option<usize> {
 
 fn has_word(line: &str, word: &str) -> bool {
     let part_of_word = |c: char| c.is_alphanumeric() || c == '_';
-    line.match_indices(word).any(|(at, _)| {
-        !line[..at].ends_with(part_of_word) && !line[at + word.len()..].starts_with(part_of_word)
-    })
+    line.match_indices(word)
+        .any(|(at, _)| !line[..at].ends_with(part_of_word) && !line[at + word.len()..].starts_with(part_of_word))
 }
 
 #[cfg(test)]

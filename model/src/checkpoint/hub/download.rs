@@ -79,7 +79,8 @@ pub(super) fn fetch_model(
 impl<'a> Remote<'a> {
     fn open(repo: &'a Repo, settings: &'a HubSettings) -> Result<Self, LoadError> {
         let mut remote = Self { agent: agent(), settings, repo, commit: String::new(), files: Vec::new() };
-        let url = format!("{}/api/models/{}/revision/{}", settings.endpoint, repo.id, repo.revision.replace('/', "%2F"));
+        let url =
+            format!("{}/api/models/{}/revision/{}", settings.endpoint, repo.id, repo.revision.replace('/', "%2F"));
         let mut response = remote.get(&url, None, &repo.id)?;
         let body = response.body_mut().with_config().limit(MAX_API_BYTES).read_to_vec();
         let body = body.map_err(|e| remote.error(&repo.id, e.to_string()))?;
@@ -143,7 +144,10 @@ impl<'a> Remote<'a> {
         let text = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok());
         let linked = text("x-linked-etag");
         let etag = linked.or(text("etag")).unwrap_or("").trim_start_matches("W/").trim_matches('"');
-        if etag.is_empty() || etag.len() > 128 || !etag.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
+        if etag.is_empty()
+            || etag.len() > 128
+            || !etag.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_'))
+        {
             return Err(self.error(file, format!("the hub gave the entity tag '{etag}'")));
         }
         // Without the linked headers a redirect's length is that of the redirect.
