@@ -4,7 +4,7 @@ use super::node::Node;
 use super::placement::{missing_tokens, place};
 use super::sequence::{Arrival, Dispatch, Sequence};
 use super::types::{
-    ClientId, NodeView, ReplyEvent, RouterConfig, RouterError, RouterInput, RouterOutput, RouterStats, Submit,
+    ClientId, NodeView, ReplyEvent, RouterConfig, RouterError, RouterInput, RouterOutput, RouterStats, Submit, Usage,
 };
 use ridge_blocks::hash_blocks;
 use ridge_protocol::transfer::KvPeer;
@@ -184,7 +184,9 @@ impl Router {
     fn on_node_up(&mut self, now: Instant, node: NodeId, hello: NodeHello) {
         let refusal = match &hello {
             NodeHello { role: Role::Router, .. } => Some("a router cannot join as a node".to_string()),
-            NodeHello { role: Role::Decode, kv_addr: None, .. } => Some("a decode node must say where it takes KV".into()),
+            NodeHello { role: Role::Decode, kv_addr: None, .. } => {
+                Some("a decode node must say where it takes KV".into())
+            }
             NodeHello { identity, .. } => {
                 let other = self.nodes.values().next();
                 other.and_then(|o| {
@@ -284,8 +286,11 @@ impl Router {
         match sequence.arrive(index, out, finish) {
             Arrival::Nothing => {}
             Arrival::InOrder(tokens) => {
+                let so_far = sequence.usage;
                 for (index, out, finish) in tokens {
-                    self.outputs.push_back(RouterOutput::Reply { client, event: ReplyEvent::Token { index, out } });
+                    let usage = Usage { completion_tokens: index + 1, ..so_far };
+                    let event = ReplyEvent::Token { index, out, usage };
+                    self.outputs.push_back(RouterOutput::Reply { client, event });
                     if let Some(reason) = finish {
                         return self.finish(client, reason);
                     }
@@ -360,8 +365,7 @@ impl Machine for Router {
     }
 
     fn handle_timeout(&mut self, now: Instant) {
-        let late: Vec<ClientId> =
-            self.sequences.values().filter(|s| s.deadline <= now).map(|s| s.client).collect();
+        let late: Vec<ClientId> = self.sequences.values().filter(|s| s.deadline <= now).map(|s| s.client).collect();
         for client in late {
             if self.sequences[&client].dispatch.is_none() {
                 let waited = self.config.placement_deadline.as_secs();

@@ -118,6 +118,8 @@ pub enum ReplyEvent {
         index: u32,
         /// The token. A stop token is reported too: the HTTP side leaves it out of the text.
         out: TokenOut,
+        /// What is known so far, for an answer that the HTTP side ends itself (at a stop string).
+        usage: Usage,
     },
     /// The answer is complete.
     Finished {

@@ -77,7 +77,9 @@ impl Submission {
             return None;
         }
         let event = self.events.recv().await.unwrap_or_else(|| {
-            ReplyEvent::Failed(RouterError::Unavailable("the router stopped, or the answer was not read in time".into()))
+            ReplyEvent::Failed(RouterError::Unavailable(
+                "the router stopped, or the answer was not read in time".into(),
+            ))
         });
         self.over = !matches!(event, ReplyEvent::Token { .. });
         Some(event)

@@ -257,7 +257,8 @@ async fn act(actions: Vec<Do>, events: mpsc::Sender<ReplyEvent>, prompt_tokens: 
         let event = match action {
             Do::Token(out) => {
                 index += 1;
-                ReplyEvent::Token { index: index - 1, out }
+                let usage = Usage { prompt_tokens, completion_tokens: index, cached_tokens: 2, receipt: RECEIPT };
+                ReplyEvent::Token { index: index - 1, out, usage }
             }
             Do::Sleep(ms) => {
                 tokio::time::sleep(Duration::from_millis(ms)).await;

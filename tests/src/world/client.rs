@@ -42,7 +42,7 @@ impl Client {
     pub fn take(&mut self, event: ReplyEvent, max_model_len: usize) {
         assert!(self.end.is_none(), "an event after the end: {event:?}");
         match event {
-            ReplyEvent::Token { index, out } => {
+            ReplyEvent::Token { index, out, .. } => {
                 assert_eq!(index as usize, self.got.len(), "a gap or a duplicate in the stream");
                 self.got.push(out.token);
                 let wanted = oracle(&self.prompt, &self.params, max_model_len);

@@ -115,7 +115,8 @@ impl Generation {
             return Ok(None);
         }
         let delta = match event {
-            ReplyEvent::Token { out, .. } => {
+            ReplyEvent::Token { out, usage, .. } => {
+                choice.usage = Some(usage);
                 let now = Instant::now();
                 match choice.last_token.replace(now) {
                     None => self.metrics.first_token.observe(now - self.arrived),
@@ -147,7 +148,7 @@ impl Generation {
         error
     }
 
-    /// Token counts so far. How much of a prompt was cached is known when one of its answers ran to its own end.
+    /// Token counts so far.
     pub(super) fn usage(&self) -> UsageBody {
         let completion_tokens = self.choices.iter().map(|choice| choice.answer.tokens()).sum();
         let cached =

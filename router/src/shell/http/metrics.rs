@@ -7,11 +7,11 @@ use crate::shell::gateway::ClusterView;
 use axum::extract::State;
 use axum::http::header;
 use axum::response::IntoResponse;
+use dashmap::DashMap;
 use ridge_protocol::Role;
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 /// Buckets of the time to a first token: from a warm cache to a prompt of a million tokens on CPUs.
@@ -37,8 +37,8 @@ pub(super) struct Metrics {
     pub(super) inter_token: Histogram,
     /// From the arrival of a request to the end of its last answer.
     pub(super) end_to_end: Histogram,
-    /// By route (never by raw path, which clients choose) and status. Locked for one increment.
-    requests: Mutex<BTreeMap<(String, u16), u64>>,
+    /// By route (never by raw path, which clients choose) and status. Every handler counts here, so it is sharded.
+    requests: DashMap<(String, u16), u64>,
 }
 
 /// A histogram with fixed buckets.
@@ -56,7 +56,7 @@ impl Default for Metrics {
             first_token: Histogram::new(FIRST_TOKEN_S),
             inter_token: Histogram::new(INTER_TOKEN_S),
             end_to_end: Histogram::new(END_TO_END_S),
-            requests: Mutex::default(),
+            requests: DashMap::new(),
         }
     }
 }
@@ -64,8 +64,7 @@ impl Default for Metrics {
 impl Metrics {
     /// Counts a request that was answered, or (status 499, as nginx has it) whose client left before.
     pub(super) fn on_request(&self, route: &str, status: u16) {
-        let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
-        *requests.entry((route.to_owned(), status)).or_default() += 1;
+        *self.requests.entry((route.to_owned(), status)).or_default() += 1;
     }
 }
 
@@ -174,7 +173,9 @@ fn router(page: &mut Page, ready: bool, stats: &RouterStats) {
 fn http(page: &mut Page, metrics: &Metrics) {
     let name = "ridge_http_requests_total";
     page.family(name, "counter", "HTTP requests by route and status; 499 is a client that left before the answer.");
-    for ((path, status), count) in metrics.requests.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+    let requests: BTreeMap<(String, u16), u64> =
+        metrics.requests.iter().map(|entry| (entry.key().clone(), *entry.value())).collect();
+    for ((path, status), count) in &requests {
         page.sample(name, &[("path", path), ("status", &status.to_string())], count);
     }
     let histograms = [
