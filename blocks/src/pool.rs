@@ -104,7 +104,8 @@ pub struct BlockPool {
     index: BTreeMap<BlockHash, BlockId>,
     counts: [u32; 5],
     clock: u64,
-    changes: CacheChange,
+    /// Hashes whose findability changed since the last report, and what it is now.
+    changes: BTreeMap<BlockHash, bool>,
     caching: bool,
 }
 
@@ -119,7 +120,7 @@ impl BlockPool {
             index: BTreeMap::new(),
             counts: [0, 0, 0, 0, total],
             clock: 0,
-            changes: CacheChange::default(),
+            changes: BTreeMap::new(),
             caching,
         }
     }
@@ -152,6 +153,20 @@ impl BlockPool {
         hashes.iter().take_while(|hash| self.index.contains_key(hash)).count()
     }
 
+    /// Whether [`lease`](Self::lease) would succeed and leave at least `reserve` blocks available.
+    pub fn can_lease(&self, hashes: &[BlockHash], limit: usize, total: usize, reserve: usize) -> bool {
+        let (matched, available) = self.prefix(hashes, limit.min(total));
+        total - matched.len() + reserve <= available
+    }
+
+    /// The longest findable prefix, and how many blocks are available beside it.
+    fn prefix(&self, hashes: &[BlockHash], limit: usize) -> (Vec<BlockId>, usize) {
+        let matched: Vec<BlockId> = hashes.iter().take(limit).map_while(|hash| self.index.get(hash).copied()).collect();
+        // Matched blocks that are idle would be counted as evictable: they are not, since they are to be taken.
+        let idle = matched.iter().filter(|b| !self.blocks[b.0 as usize].is_referenced()).count();
+        (matched, self.available() - idle)
+    }
+
     /// Takes the longest findable prefix of `hashes`, at most `limit` blocks, plus fresh blocks up to `total`.
     ///
     /// Returns the lease and how many leading blocks came from the cache. On failure nothing is taken.
@@ -162,11 +177,7 @@ impl BlockPool {
         limit: usize,
         total: usize,
     ) -> Result<(Lease, usize), OutOfBlocks> {
-        let matched: Vec<BlockId> =
-            hashes.iter().take(limit.min(total)).map_while(|hash| self.index.get(hash).copied()).collect();
-        // Matched blocks that are idle would be counted as evictable: they are not, since we take them.
-        let idle_matched = matched.iter().filter(|b| !self.blocks[b.0 as usize].is_referenced()).count();
-        let available = self.available() - idle_matched;
+        let (matched, available) = self.prefix(hashes, limit.min(total));
         let wanted = total - matched.len();
         if wanted > available {
             return Err(OutOfBlocks { wanted, available });
@@ -225,12 +236,22 @@ impl BlockPool {
         }
         entry.hash = Some(hash);
         self.index.insert(hash, block);
-        self.changes.added.push(hash);
+        self.changes.insert(hash, true);
     }
 
-    /// What changed in the index since the last call.
+    /// What changed in the index since the last call. A hash is in one of the two lists at most.
     pub fn take_changes(&mut self) -> CacheChange {
-        std::mem::take(&mut self.changes)
+        let mut change = CacheChange::default();
+        for (hash, findable) in std::mem::take(&mut self.changes) {
+            let list = if findable { &mut change.added } else { &mut change.removed };
+            list.push(hash);
+        }
+        change
+    }
+
+    /// Makes the next [`take_changes`](Self::take_changes) report the whole index, for a listener that knows nothing.
+    pub fn announce_all(&mut self) {
+        self.changes = self.index.keys().map(|hash| (*hash, true)).collect();
     }
 
     /// Panics if a block is in two states, lost, or findable where it should not be. `leases` are all that exist:
@@ -269,7 +290,7 @@ impl BlockPool {
         let entry = &mut self.blocks[block.0 as usize];
         let hash = entry.hash.take().expect("idle blocks are findable");
         self.index.remove(&hash);
-        self.changes.removed.push(hash);
+        self.changes.insert(hash, false);
         self.counts[State::Cached as usize] -= 1;
         self.counts[State::Free as usize] += 1;
         Some(block)
@@ -344,8 +365,7 @@ mod tests {
         let (c, cached) = lease(&mut pool, &[], 4);
         assert_eq!((cached, pool.matched(&hashes)), (0, 0));
         let changes = pool.take_changes();
-        assert_eq!(changes.added, hashes);
-        assert_eq!(changes.removed, [hashes[1], hashes[0]]);
+        assert_eq!((changes.added.len(), changes.removed.len()), (0, 2), "only the last state is reported");
         pool.release(c);
     }
 
@@ -374,6 +394,24 @@ mod tests {
         assert_eq!(pool.counts().held, 3);
         pool.release(a);
         assert_eq!(pool.counts().free, 3);
+    }
+
+    #[test]
+    fn asking_agrees_with_doing_and_costs_no_cache() {
+        let mut pool = BlockPool::new(4, true);
+        let hashes = hash_blocks(0, 1, &[7, 8]);
+        let (a, _) = lease(&mut pool, &hashes, 2);
+        for (block, hash) in a.blocks().to_vec().into_iter().zip(&hashes) {
+            pool.publish(block, *hash);
+        }
+        pool.release(a);
+        assert!(pool.can_lease(&hashes, 2, 4, 0));
+        assert!(!pool.can_lease(&hashes, 2, 4, 1), "the prefix is not available twice");
+        assert!(!pool.can_lease(&[], 0, 5, 0));
+        assert_eq!(pool.matched(&hashes), 2, "asking evicts nothing");
+        pool.take_changes();
+        pool.announce_all();
+        assert_eq!(pool.take_changes().added.len(), 2);
     }
 
     #[test]

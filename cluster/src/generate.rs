@@ -51,7 +51,7 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         }
         text.push_str(&piece);
     };
-    let out = generate(loaded.engine.as_mut(), &prompt, &params, args.chunk, &mut |out| {
+    let out = generate(loaded.engine.as_mut(), &prompt, &params, args.chunk, loaded.max_model_len, &mut |out| {
         if !params.is_stop(out.token) {
             show(decoder.push(out.token));
         }

@@ -42,7 +42,7 @@ pub enum GenerateError {
     },
 }
 
-/// Continues `prompt` until a stop token, `max_tokens`, the end of the context, or `on_token` returns `false`.
+/// Continues `prompt` until a stop token, `max_tokens`, `max_model_len` tokens in all, or `on_token` returns `false`.
 ///
 /// The prompt runs in chunks of `chunk` tokens, rounded down to whole blocks but at least one. The answer does not
 /// depend on it. A stop token is part of the answer, as its last token.
@@ -51,9 +51,10 @@ pub fn generate(
     prompt: &[TokenId],
     params: &SamplingParams,
     chunk: usize,
+    max_model_len: usize,
     on_token: &mut dyn FnMut(&TokenOut) -> bool,
 ) -> Result<Vec<TokenOut>, GenerateError> {
-    let (context, vocab) = (engine.spec().context, engine.spec().vocab);
+    let (context, vocab) = (engine.spec().context.min(max_model_len), engine.spec().vocab);
     let (block_size, blocks) = (engine.kv().format().block_size, engine.kv().blocks());
     params.check().map_err(GenerateError::Params)?;
     if prompt.is_empty() {

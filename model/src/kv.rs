@@ -8,6 +8,8 @@
 //! page's lock without waiting and panic if it is taken the wrong way, because that means that a hand-off invariant
 //! is already broken (a block shipped before it was finished, or computed into before it was granted).
 
+#![allow(unsafe_code, reason = "pages are handed out as slices of one mapping that engine and network share")]
+
 use ridge_kernels::KvFormat;
 use ridge_kernels::sync::page_lock::PageLocks;
 use ridge_protocol::BlockId;

@@ -3,6 +3,8 @@
 //! The engine does not know that it is distributed: it takes batch plans and returns tokens. Read
 //! [`spec::ModelSpec`] for what a model is and [`checkpoint::load`] for where it comes from.
 
+#![deny(unsafe_code)]
+
 pub mod checkpoint;
 pub mod config;
 pub mod detokenize;

@@ -217,7 +217,8 @@ impl Worker {
                 report(WorkerEvent::StepDone { step, outputs, busy: begin.elapsed() });
             }
         };
-        let thread = std::thread::Builder::new().name("engine".into()).spawn(run).expect("the system can start a thread");
+        let thread =
+            std::thread::Builder::new().name("engine".into()).spawn(run).expect("the system can start a thread");
         Self { plans: Some(plans), thread: Some(thread) }
     }
 

@@ -245,7 +245,7 @@ fn generation_does_not_depend_on_the_chunk() {
     let prompt = &prompts()[4];
     let run = |block_size: usize, chunk| {
         let mut engine = engine(block_size, 200usize.div_ceil(block_size));
-        generate(&mut engine, prompt, &params, chunk, &mut |_| true).expect("an answer")
+        generate(&mut engine, prompt, &params, chunk, usize::MAX, &mut |_| true).expect("an answer")
     };
     let expected = run(16, 1000);
     assert_eq!(expected.len(), 40);
@@ -264,7 +264,7 @@ fn generation_ends_at_stop_tokens_the_context_and_the_callers_word() {
             left -= 1;
             left > 0
         };
-        generate(&mut engine, &prompt, params, 64, &mut on_token).expect("an answer")
+        generate(&mut engine, &prompt, params, 64, usize::MAX, &mut on_token).expect("an answer")
     };
     let all = run(&SamplingParams::greedy(1000), 1000);
     assert_eq!(all.len(), 256 - prompt.len(), "up to the context");
@@ -279,7 +279,7 @@ fn generation_ends_at_stop_tokens_the_context_and_the_callers_word() {
 fn generation_refuses_what_it_cannot_do() {
     let mut engine = engine(16, 4);
     let mut run = |prompt: &[TokenId], max_tokens| {
-        generate(&mut engine, prompt, &SamplingParams::greedy(max_tokens), 64, &mut |_| true)
+        generate(&mut engine, prompt, &SamplingParams::greedy(max_tokens), 64, usize::MAX, &mut |_| true)
     };
     assert_eq!(run(&[], 1), Err(GenerateError::EmptyPrompt));
     assert_eq!(run(&[96], 1), Err(GenerateError::Token { token: 96, vocab: 96 }));

@@ -98,7 +98,8 @@ fn check_model(name: &str, checkpoint: Checkpoint, tolerance: Tolerance) {
     for case in cases {
         let (prompt, steps) = (ids(&case["prompt"]), ids(&case["ids"]).len());
         for chunk in [16, 1024] {
-            let out = generate(&mut engine, &prompt, &greedy(steps), chunk, &mut |_| true).expect("a continuation");
+            let out = generate(&mut engine, &prompt, &greedy(steps), chunk, usize::MAX, &mut |_| true)
+                .expect("a continuation");
             let label = format!("{name}, prompt of {}, chunks of {chunk}", prompt.len());
             worst = worst.max(check_case(&label, case, &out, tolerance));
         }
@@ -197,7 +198,7 @@ fn stories_match_the_reference_ids_and_log_probabilities() {
     let golden = read_json(&Path::new(STORIES).join("stories260K/golden_greedy.json"));
     for case in golden["cases"].as_array().expect("cases") {
         let (prompt, expected) = (ids(&case["prompt_ids"]), ids(&case["ids"]));
-        let out = generate(&mut engine, &prompt, &greedy(expected.len() - prompt.len()), 64, &mut |_| true);
+        let out = generate(&mut engine, &prompt, &greedy(expected.len() - prompt.len()), 64, usize::MAX, &mut |_| true);
         let out = out.expect("a story");
         assert_eq!(out.iter().map(|out| out.token).collect::<Vec<_>>(), expected[prompt.len()..]);
         // The file's entry `i` is about token `i + 1`.
@@ -220,7 +221,7 @@ fn stories_match_the_published_texts() {
         let prompt = tokenizer.encode(case["prompt"].as_str().expect("a prompt"), true).expect("a prompt's ids");
         let expected = case["text"].as_str().expect("a story");
         let steps = case["sequence_length"].as_u64().expect("a length") as usize - prompt.len();
-        let out = generate(&mut engine, &prompt, &greedy(steps), 64, &mut |_| true).expect("a story");
+        let out = generate(&mut engine, &prompt, &greedy(steps), 64, usize::MAX, &mut |_| true).expect("a story");
         let all: Vec<u32> = prompt.into_iter().chain(out.iter().map(|out| out.token)).collect();
         let text = tokenizer.decode(&all, true);
         // llama2.c counts positions of the sequence, its printers cut at a whole word: the shorter is a prefix.

@@ -82,6 +82,13 @@ pub enum RouterToNode {
     },
     /// Accept nothing new, finish what runs, then say `Drained`.
     Drain,
+    /// The prefill node cannot hand this request over, and this decode node may not have heard (rule C-8).
+    TransferFailed {
+        /// Which.
+        request: RequestId,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// A node introduces itself.

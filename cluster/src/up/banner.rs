@@ -140,7 +140,7 @@ mod tests {
         let text = banner("127.0.0.1:8000", false);
         assert!(text.starts_with("Ridge serves m at http://127.0.0.1:8000 (after 0.4 s)\n"), "{text}");
         assert!(text.contains("What\\u0027s a KV cache?"), "a quote would end the shell's string: {text}");
-        assert!(text.contains("router      42"), "{text}");
+        assert!(text.contains("router  router   42  any"), "{text}");
         assert!(!text.contains("warning"), "{text}");
     }
 

@@ -9,13 +9,22 @@ use ridge_protocol::wire::{DecodeRequest, FinishReason, NodeError, NodeToRouter,
 use ridge_protocol::{BatchPlan, Duration, Instant, Machine, RequestId, TokenOut};
 use std::collections::{BTreeMap, VecDeque};
 
+/// Hashes in one message about the prefix cache.
+const MAX_REPORTED_HASHES: usize = 1 << 15;
+/// Between two reports.
+const MIN_REPORT_INTERVAL: Duration = Duration::from_millis(20);
+
 /// What can happen to a decode node.
 #[derive(Clone, PartialEq, Debug)]
 pub enum DecodeInput {
     /// The router said something.
     Router(RouterToNode),
+    /// The router has taken the node in: it knows nothing of the prefix cache.
+    RouterUp,
     /// The router's connection is gone: every sequence of its belongs to nobody.
     RouterLost,
+    /// The process is to stop: as [`RouterToNode::Drain`], and no router can call it off.
+    Shutdown,
     /// The running pass is over.
     StepDone {
         /// The pass.
@@ -54,7 +63,9 @@ pub struct DecodeNode {
     pass: Option<(u64, Vec<(RequestId, u32)>)>,
     next_step: u64,
     draining: bool,
+    stopping: bool,
     next_report: Instant,
+    last_report: Instant,
     stats: NodeStats,
     outputs: VecDeque<DecodeOutput>,
 }
@@ -78,7 +89,9 @@ impl DecodeNode {
             pass: None,
             next_step: 0,
             draining: false,
+            stopping: false,
             next_report: Instant(0),
+            last_report: Instant(0),
             stats: NodeStats::default(),
             outputs: VecDeque::new(),
         }
@@ -93,10 +106,11 @@ impl DecodeNode {
         match message {
             RouterToNode::Decode(request) => self.on_decode(request),
             RouterToNode::Cancel { request } => self.cancel(request, "cancelled by the router"),
+            RouterToNode::TransferFailed { request, reason } => self.on_no_transfer(request, &reason),
             RouterToNode::Drain => self.draining = true,
             RouterToNode::Prefill(request) => {
                 let error = NodeError::Invalid("a decode node cannot take a prefill request".into());
-                self.to_router(NodeToRouter::Failed { request: request.request, error });
+                self.tell_router(NodeToRouter::Failed { request: request.request, error });
             }
             // Greetings are the shell's business.
             RouterToNode::Welcome { .. } | RouterToNode::Refuse { .. } => {}
@@ -109,7 +123,7 @@ impl DecodeNode {
             return; // A duplicate is not an error.
         }
         if let Err(error) = self.check(&request) {
-            return self.to_router(NodeToRouter::Failed { request: id, error });
+            return self.tell_router(NodeToRouter::Failed { request: id, error });
         }
         self.sequences.insert(id, Sequence::new(request, self.config.block_size));
         self.waiting.push_back(id);
@@ -128,7 +142,10 @@ impl DecodeNode {
             return Err(NodeError::Invalid(format!("a prompt of {len} tokens leaves no room in a context of {max}")));
         }
         if let Some(token) = request.tokens.iter().find(|&&t| t >= self.config.vocab) {
-            return Err(NodeError::Invalid(format!("token {token} is outside the vocabulary of {}", self.config.vocab)));
+            return Err(NodeError::Invalid(format!(
+                "token {token} is outside the vocabulary of {}",
+                self.config.vocab
+            )));
         }
         request.params.check().map_err(NodeError::Invalid)?;
         if self.waiting.len() >= self.config.max_waiting {
@@ -137,7 +154,7 @@ impl DecodeNode {
         Ok(())
     }
 
-    fn to_router(&mut self, message: NodeToRouter) {
+    fn tell_router(&mut self, message: NodeToRouter) {
         self.outputs.push_back(DecodeOutput::ToRouter(message));
     }
 
@@ -170,23 +187,55 @@ impl DecodeNode {
         match event {
             ReceiveEvent::Landed { request, first, bytes, .. } => self.on_landed(request, first, bytes),
             ReceiveEvent::Failed { request, reason: _ } => {
-                let Some(sequence) = self.sequences.get_mut(&request) else { return };
+                let Some(sequence) = self.sequences.get(&request) else { return };
                 assert_eq!(sequence.phase, Phase::Transferring, "only a transfer can fail");
-                // The prompt is computed here instead: the client sees a pause, not an error. The receipt and
-                // `recomputed_tokens` tell that it happened.
-                sequence.from = None;
-                sequence.recomputing = true;
-                // If the whole prompt was cached, its last token is run again for its logits.
-                sequence.computed = sequence.computed.min(sequence.len() - 1);
-                self.start(request);
+                self.compute_here(request);
             }
         }
+    }
+
+    /// The router knows of a failed hand-off that this node may not have heard of.
+    fn on_no_transfer(&mut self, id: RequestId, reason: &str) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        match sequence.phase {
+            Phase::Waiting if sequence.from.is_some() => {
+                sequence.from = None;
+                sequence.again_until = sequence.given;
+            }
+            Phase::Transferring => {
+                let command = ReceiveCommand::Cancel { request: id, reason: reason.into() };
+                self.outputs.push_back(DecodeOutput::Transfer(command));
+                self.compute_here(id);
+            }
+            Phase::Waiting | Phase::Running => {}
+        }
+    }
+
+    /// Gives up a hand-off and computes the prompt here: the client sees a pause, not an error. The receipt and
+    /// `recomputed_tokens` tell that it happened (rule C-8).
+    fn compute_here(&mut self, id: RequestId) {
+        let sequence = self.sequences.get_mut(&id).expect("a sequence in transfer is kept");
+        sequence.from = None;
+        sequence.again_until = sequence.given;
+        if sequence.remaining() > 0 {
+            return self.start(id);
+        }
+        // All of it was cached, but its last token must be run for its logits, and that would write into a block
+        // that others read. Admitted anew, it gets a block of its own.
+        let lease = sequence.lease.take().expect("a sequence in transfer has blocks");
+        self.pool.release(lease);
+        sequence.phase = Phase::Waiting;
+        self.waiting.push_front(id);
     }
 
     /// A reservation's KV is complete and verified: commit it.
     fn on_landed(&mut self, id: RequestId, first: TokenOut, bytes: u64) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         assert_eq!(sequence.phase, Phase::Transferring, "only a transfer can land");
+        if first.token >= self.config.vocab {
+            // A peer's word is input like any other; what it sends is not believed further than this.
+            return self.compute_here(id);
+        }
         sequence.receipt.transferred = sequence.given - sequence.receipt.cached;
         sequence.receipt.transfer_bytes = bytes;
         sequence.computed = sequence.given;
@@ -230,7 +279,7 @@ impl DecodeNode {
         let sequence = self.sequences.get_mut(&id).expect("a running sequence is kept");
         let finish = sequence.push(out.token, self.config.max_model_len);
         let index = sequence.last_index();
-        self.to_router(NodeToRouter::Token { request: id, index, out, finish });
+        self.tell_router(NodeToRouter::Token { request: id, index, out, finish });
         if let Some(FinishReason::Stop | FinishReason::Length) = finish {
             self.remove(id);
         }
@@ -244,16 +293,15 @@ impl DecodeNode {
         let mut outputs: BTreeMap<RequestId, TokenOut> = outputs.into_iter().collect();
         for (id, take) in items {
             let sequence = self.sequences.get_mut(&id).expect("a sequence in a pass is kept");
+            let before = sequence.computed;
             sequence.computed += take;
             // Positions below `given` are prompt work; the others are the answer being continued.
-            let prompt_work = sequence.computed.min(sequence.given).saturating_sub(sequence.computed - take);
-            if sequence.recomputing {
-                sequence.receipt.recomputed += prompt_work;
-                self.stats.recomputed_tokens += u64::from(take);
-            } else {
-                sequence.receipt.computed += prompt_work;
-                self.stats.computed_tokens += u64::from(prompt_work);
-            }
+            let again = sequence.computed.min(sequence.again_until).saturating_sub(before);
+            let prompt = sequence.computed.min(sequence.given).saturating_sub(before);
+            sequence.receipt.recomputed += again.min(prompt);
+            sequence.receipt.computed += prompt - again.min(prompt);
+            self.stats.recomputed_tokens += u64::from(again);
+            self.stats.computed_tokens += u64::from(prompt - again.min(prompt));
             let finished = sequence.remaining() == 0;
             let doomed = sequence.doomed;
             self.publish(id);
@@ -263,7 +311,6 @@ impl DecodeNode {
             } else if finished {
                 let out = outputs.remove(&id).expect("an item that reaches the end samples");
                 self.stats.generated_tokens += 1;
-                self.sequences.get_mut(&id).expect("looked up above").recomputing = false;
                 self.send_receipt(id);
                 self.on_token(id, out);
             }
@@ -274,12 +321,15 @@ impl DecodeNode {
     /// Admits waiting sequences, oldest first, while blocks and places last.
     fn admit(&mut self) {
         while let Some(&id) = self.waiting.front() {
-            let placed = self.sequences.values().filter(|s| s.phase != Phase::Waiting).count();
-            if placed >= self.config.max_num_seqs {
-                return;
-            }
+            let placed = self.sequences.len() - self.waiting.len();
+            let (running, transferring) = (self.running.len(), placed - self.running.len());
             let block_size = self.config.block_size;
             let sequence = self.sequences.get_mut(&id).expect("a waiting sequence is kept");
+            // Prompts that are still being computed elsewhere must not keep others out of the batch.
+            let taken = if sequence.from.is_some() { transferring } else { running };
+            if taken >= self.config.max_num_seqs {
+                return;
+            }
             // Room for the next token too: a sequence that could not take one step would only be preempted.
             let blocks = Sequence::blocks_for((sequence.len() + 1).min(self.config.max_model_len), block_size);
             let headroom = if placed == 0 { 0 } else { self.config.headroom_blocks * placed };
@@ -288,16 +338,17 @@ impl DecodeNode {
                 Some(_) => sequence.hashes.len(),
                 None => ((sequence.len() - 1) / block_size) as usize,
             };
-            let claim = if sequence.from.is_some() { Claim::Reserved } else { Claim::Used };
-            let Ok((lease, cached)) = self.pool.lease(claim, &sequence.hashes, reusable, blocks) else { return };
-            if self.pool.available() < headroom {
-                self.pool.release(lease);
+            if !self.pool.can_lease(&sequence.hashes, reusable, blocks, headroom) {
                 return;
             }
+            let claim = if sequence.from.is_some() { Claim::Reserved } else { Claim::Used };
+            let leased = self.pool.lease(claim, &sequence.hashes, reusable, blocks);
+            let (lease, cached) = leased.expect("the pool said that it can");
             self.waiting.pop_front();
             sequence.computed = cached as u32 * block_size;
             sequence.published = cached;
-            if !sequence.receipt_sent {
+            if !sequence.admitted {
+                sequence.admitted = true;
                 sequence.receipt.cached = sequence.computed.min(sequence.given);
                 self.stats.cached_tokens += u64::from(sequence.receipt.cached);
             }
@@ -331,9 +382,9 @@ impl DecodeNode {
         self.pool.release(lease);
         sequence.phase = Phase::Waiting;
         sequence.from = None;
+        sequence.again_until = sequence.again_until.max(sequence.computed);
         sequence.computed = 0;
         sequence.published = 0;
-        sequence.recomputing = true;
         self.waiting.push_front(id);
         self.stats.preemptions += 1;
     }
@@ -358,7 +409,7 @@ impl DecodeNode {
     /// One decode step of every running sequence, and chunks of prompts to be computed here under their budget.
     fn plan(&mut self) {
         if self.pass.is_some() {
-            return;
+            return self.admit(); // Reservations need not wait for the end of a step.
         }
         self.grow();
         self.admit();
@@ -367,6 +418,9 @@ impl DecodeNode {
         let mut chosen = Vec::new();
         let mut items = Vec::new();
         for &id in &self.running {
+            if items.len() == self.config.max_num_seqs {
+                break;
+            }
             let sequence = &self.sequences[&id];
             let take = if sequence.remaining() == 1 { 1 } else { sequence.remaining().min(budget) };
             if take == 0 {
@@ -387,15 +441,19 @@ impl DecodeNode {
     }
 
     fn report(&mut self, now: Instant) {
+        self.last_report = now;
         self.next_report = now + self.config.report_interval;
         let changes = self.pool.take_changes();
-        if !changes.added.is_empty() || !changes.removed.is_empty() {
-            self.to_router(NodeToRouter::CacheChanged { added: changes.added, removed: changes.removed });
+        for added in changes.added.chunks(MAX_REPORTED_HASHES) {
+            self.tell_router(NodeToRouter::CacheChanged { added: added.to_vec(), removed: Vec::new() });
+        }
+        for removed in changes.removed.chunks(MAX_REPORTED_HASHES) {
+            self.tell_router(NodeToRouter::CacheChanged { added: Vec::new(), removed: removed.to_vec() });
         }
         let stats = self.stats();
-        self.to_router(NodeToRouter::Stats(stats));
+        self.tell_router(NodeToRouter::Stats(stats));
         if self.draining && self.is_idle() {
-            self.to_router(NodeToRouter::Drained);
+            self.tell_router(NodeToRouter::Drained);
         }
     }
 
@@ -428,14 +486,25 @@ impl Machine for DecodeNode {
                 for id in self.sequences.keys().copied().collect::<Vec<_>>() {
                     self.cancel(id, "the router's connection is gone");
                 }
-                self.draining = false;
+                self.draining = self.stopping;
+            }
+            DecodeInput::RouterUp => self.pool.announce_all(),
+            DecodeInput::Shutdown => {
+                self.draining = true;
+                self.stopping = true;
             }
             DecodeInput::StepDone { step, outputs, busy } => self.on_step(step, outputs, busy),
             DecodeInput::Transfer(event) => self.on_transfer(event),
         }
         self.plan();
         if self.is_idle() && !was_idle {
-            self.report(now);
+            // At once, so that an idle node's gauges are true; but a report costs a walk over all blocks.
+            let earliest = self.last_report + MIN_REPORT_INTERVAL;
+            if now >= earliest || self.draining {
+                self.report(now);
+            } else {
+                self.next_report = self.next_report.min(earliest);
+            }
         }
     }
 

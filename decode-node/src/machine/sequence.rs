@@ -42,8 +42,10 @@ pub(super) struct Sequence {
     pub published: usize,
     pub receipt: Receipt,
     pub receipt_sent: bool,
-    /// What is being computed was computed before, or should have come by transfer.
-    pub recomputing: bool,
+    /// Positions below this one were computed before, or should have come by transfer.
+    pub again_until: u32,
+    /// Blocks were leased for it once: what the cache gave is accounted for.
+    pub admitted: bool,
     /// Cancelled, but the running pass still writes its blocks.
     pub doomed: bool,
 }
@@ -67,7 +69,8 @@ impl Sequence {
             published: 0,
             receipt: Receipt::default(),
             receipt_sent: false,
-            recomputing: false,
+            again_until: 0,
+            admitted: false,
             doomed: false,
         }
     }

@@ -4,15 +4,13 @@ use crate::machine::{DecodeConfig, DecodeInput, DecodeNode, DecodeOutput};
 use bytes::Bytes;
 use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
-use ridge_kvtransfer::shell::{
-    ControlHandle, Endpoint, EndpointError, KvServer, KvServerEvent, NodeTls, TlsError,
-};
+use ridge_kvtransfer::shell::{ControlHandle, Endpoint, EndpointError, KvServer, KvServerEvent, NodeTls, TlsError};
 use ridge_kvtransfer::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput};
 use ridge_model::checkpoint::LoadProgress;
 use ridge_model::kv::KvMemory;
 use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
 use ridge_protocol::page::{PageHeader, page_digest};
-use ridge_protocol::wire::{NodeHello, NodeToRouter, RouterToNode};
+use ridge_protocol::wire::{NodeHello, NodeToRouter};
 use ridge_protocol::{Duration, Machine, NodeName, Role};
 use std::future::Future;
 use std::sync::Arc;
@@ -22,6 +20,8 @@ use tokio::sync::mpsc;
 const KV_EVENTS: usize = 256;
 /// How long a node that was asked to stop goes on with what it has.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+/// How long its last messages may take to reach the router.
+const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How a decode node is set up. The model decides the machine's block count, layers, vocabulary and context.
 #[derive(Clone, PartialEq, Debug)]
@@ -121,7 +121,7 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
         let deadline =
             [shell.machine.poll_timeout(), shell.receiver.poll_timeout(), drain_until].into_iter().flatten().min();
         let event = tokio::select! {
-            Some(event) = from_engine.recv() => Event::Engine(event),
+            event = from_engine.recv() => Event::Engine(event.ok_or(WorkerDied)?),
             Some(event) = from_link.recv() => Event::Link(event),
             Some(event) = from_kv.recv() => Event::Kv(event),
             () = shell.clock.sleep_until(deadline) => Event::Timer,
@@ -144,6 +144,7 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
             Event::Link(LinkEvent::Up(node, handle)) => {
                 tracing::info!(node = node.0, "joined the cluster");
                 shell.router = Some(handle);
+                shell.machine.handle(now, DecodeInput::RouterUp);
             }
             Event::Link(LinkEvent::Message(message)) => shell.machine.handle(now, DecodeInput::Router(message)),
             Event::Link(LinkEvent::Down(_)) => {
@@ -157,10 +158,16 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
             }
             Event::Shutdown => {
                 drain_until = Some(now + DRAIN_DEADLINE);
-                shell.machine.handle(now, DecodeInput::Router(RouterToNode::Drain));
+                shell.machine.handle(now, DecodeInput::Shutdown);
                 shell.drained = shell.machine.is_idle();
             }
         }
+    }
+    // The last tokens are still on their way: the link is closed from this side when they have arrived.
+    if let Some(mut router) = shell.router.take() {
+        router.close("the node is shutting down");
+        let gone = async { while !matches!(from_link.recv().await, None | Some(LinkEvent::Down(_))) {} };
+        let _ = tokio::time::timeout(FLUSH_DEADLINE, gone).await;
     }
     endpoint.close("the node is shutting down");
     let _ = tokio::time::timeout(Duration::from_millis(300), endpoint.wait_idle()).await;

@@ -13,9 +13,10 @@ use std::collections::{BTreeMap, VecDeque};
 /// Limits and deadlines of a [`Receiver`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ReceiverConfig {
-    /// How long a reservation waits for its offer.
+    /// How long a reservation waits for its offer: as long as a prompt may queue on a prefill node. A sender that
+    /// died or cannot reach this node is reported by the router, long before.
     pub expect_deadline: Duration,
-    /// How long an offer waits for its reservation.
+    /// How long an offer waits for its reservation: as long as a sequence may wait here for blocks.
     pub offer_deadline: Duration,
     /// How long a granted transfer may go without a page or `Finish`. Covers the prefill node's computing, so it
     /// must be longer than the longest prompt takes there.
@@ -29,11 +30,11 @@ pub struct ReceiverConfig {
 impl Default for ReceiverConfig {
     fn default() -> Self {
         Self {
-            expect_deadline: Duration::from_secs(60),
-            offer_deadline: Duration::from_secs(60),
-            progress_deadline: Duration::from_secs(60),
+            expect_deadline: Duration::from_secs(600),
+            offer_deadline: Duration::from_secs(600),
+            progress_deadline: Duration::from_secs(600),
             credit_pages: 64,
-            max_sessions: 1024,
+            max_sessions: 1 << 14,
         }
     }
 }
@@ -175,7 +176,10 @@ fn step(phase: Phase, cause: Cause) -> Step<Phase> {
 
         (Phase::Expected, Offer) => Step::Enter(Phase::Landing),
         // The sender may still come: it will then be told at once, not after a deadline.
-        (Phase::Expected, Cancel | PeerAbort | PeerLost | Deadline) => Step::Enter(Phase::Gone),
+        (Phase::Expected, Cancel | PeerAbort | Deadline) => Step::Enter(Phase::Gone),
+        // Nothing of it was said on the lost connection: the sender may be back already, under a new one. If it is
+        // not, the router knows and cancels.
+        (Phase::Expected, PeerLost) => Step::Ignore,
         (Phase::Expected, Finish | Page) => Step::Violation,
         (Phase::Expected, Expect | AllLanded) => Step::Bug,
 
@@ -347,7 +351,8 @@ impl Receiver {
                     self.send(offer.from, ReceiverMsg::Abort { request, reason });
                 } else if self.sessions() >= self.config.max_sessions {
                     let reason = format!("receiver is full: {} transfers", self.config.max_sessions);
-                    self.send(offer.from, ReceiverMsg::Abort { request, reason });
+                    self.send(offer.from, ReceiverMsg::Abort { request, reason: reason.clone() });
+                    self.remember(now, request, reason);
                 } else {
                     let deadline = now + self.config.offer_deadline;
                     self.sessions.insert(request, Session { state: State::Offered(offer), deadline });
@@ -645,7 +650,7 @@ impl Machine for Receiver {
                 let lost: Vec<RequestId> = self
                     .sessions
                     .iter()
-                    .filter(|(_, s)| s.peer() == Some(&peer))
+                    .filter(|(_, s)| s.peer() == Some(&peer) && !matches!(s.state, State::Expected(_)))
                     .map(|(request, _)| *request)
                     .collect();
                 for request in lost {

@@ -27,9 +27,9 @@ pub struct SenderConfig {
 impl Default for SenderConfig {
     fn default() -> Self {
         Self {
-            offer_deadline: Duration::from_secs(60),
-            progress_deadline: Duration::from_secs(10),
-            max_sessions: 1024,
+            offer_deadline: Duration::from_secs(600),
+            progress_deadline: Duration::from_secs(60),
+            max_sessions: 1 << 14,
             max_credit: 1024,
             page_bytes: 0,
         }
@@ -50,10 +50,11 @@ pub enum SenderInput {
     },
     /// The connection to this peer is up: offers that waited for it are on their way now.
     PeerUp(NodeName),
-    /// The connection to this peer is gone, and everything that was said on it.
+    /// The connection to this peer is gone, and everything that was said on it. Transfers to a node of the same name
+    /// at another address are not touched: it came back.
     PeerLost {
         /// Which peer.
-        peer: NodeName,
+        peer: KvPeer,
         /// Why.
         reason: String,
     },
@@ -240,7 +241,10 @@ impl Sender {
         self.begun += 1;
         if self.sessions.len() >= self.config.max_sessions {
             self.ended += 1;
-            self.settle(request, Outcome::Aborted(format!("sender is full: {} transfers", self.config.max_sessions)));
+            let reason = format!("sender is full: {} transfers", self.config.max_sessions);
+            let message = SenderMsg::Abort { request, reason: reason.clone() };
+            self.outputs.push_back(SenderOutput::Send { to: job.to, message });
+            self.settle(request, Outcome::Aborted(reason));
             return;
         }
         let blocks = u32::try_from(job.blocks.len()).expect("a prompt's blocks are counted in u32");
@@ -489,11 +493,11 @@ impl Machine for Sender {
             }
             SenderInput::PeerLost { peer, reason } => {
                 let lost: Vec<RequestId> =
-                    self.sessions.iter().filter(|(_, s)| s.to.name == peer).map(|(request, _)| *request).collect();
+                    self.sessions.iter().filter(|(_, s)| s.to == peer).map(|(request, _)| *request).collect();
                 for request in lost {
                     assert_eq!(step(self.phase(request), Cause::PeerLost), Step::End, "{request}");
                     self.end(request);
-                    self.settle(request, Outcome::Aborted(format!("lost {peer}: {reason}")));
+                    self.settle(request, Outcome::Aborted(format!("lost {}: {reason}", peer.name)));
                 }
             }
         }

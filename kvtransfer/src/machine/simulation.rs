@@ -98,6 +98,10 @@ fn sender_name(at: usize) -> NodeName {
     NodeName(format!("prefill-{at}"))
 }
 
+fn receiver_peer(at: usize) -> KvPeer {
+    KvPeer { name: receiver_name(at), addr: "127.0.0.1:1".parse().expect("an address") }
+}
+
 fn receiver_name(at: usize) -> NodeName {
     NodeName(format!("decode-{at}"))
 }
@@ -140,7 +144,7 @@ impl World {
         let mut script = VecDeque::new();
         script.push_back(SendCommand::Begin(SendJob {
             request,
-            to: KvPeer { name: receiver_name(to), addr: "127.0.0.1:1".parse().expect("an address") },
+            to: receiver_peer(to),
             tokens: blocks * 16,
             blocks: (0..blocks).map(|at| BlockId(100 + at)).collect(),
             hashes: offered.clone(),
@@ -309,7 +313,7 @@ impl World {
         match what {
             0 => {
                 link.sender_must_hear = false;
-                self.senders[at.0].handle(self.now, SenderInput::PeerLost { peer: receiver_name(at.1), reason });
+                self.senders[at.0].handle(self.now, SenderInput::PeerLost { peer: receiver_peer(at.1), reason });
                 self.drain_sender(at.0);
             }
             1 => {

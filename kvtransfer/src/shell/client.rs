@@ -9,6 +9,7 @@ use ridge_protocol::transfer::KvPeer;
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
 use ridge_protocol::{ModelIdentity, NodeName};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use tokio::sync::{mpsc, oneshot};
 
 /// Pages waiting for one peer. Credit bounds them long before: sessions times credit.
@@ -32,8 +33,8 @@ pub enum KvClientEvent {
     /// The connection is gone, or never came to be. Said once per connection, after its last message; answer with
     /// [`KvClient::forget`].
     Lost {
-        /// The decode node.
-        peer: NodeName,
+        /// The decode node, at the address where it was.
+        peer: KvPeer,
         /// Why.
         reason: String,
     },
@@ -54,6 +55,7 @@ pub struct KvClient {
 
 #[derive(Debug)]
 struct Peer {
+    addr: SocketAddr,
     messages: mpsc::Sender<SenderMsg>,
     pages: mpsc::Sender<PageItem>,
     /// Ends the connection with a reason; dropped unused, it ends it without an event.
@@ -93,11 +95,20 @@ impl KvClient {
     }
 
     /// Forgets a peer: closes its connection if there is one, without a `Lost`; the next message dials anew.
-    pub fn forget(&mut self, name: &NodeName) {
-        self.peers.remove(name);
+    /// A connection to another address of the same node is kept.
+    pub fn forget(&mut self, peer: &KvPeer) {
+        if self.peers.get(&peer.name).is_some_and(|known| known.addr == peer.addr) {
+            self.peers.remove(&peer.name);
+        }
     }
 
     fn peer(&mut self, to: &KvPeer) -> &mut Peer {
+        // A node that came back under another address: the old connection leads nowhere.
+        if self.peers.get(&to.name).is_some_and(|peer| peer.addr != to.addr)
+            && let Some(mut old) = self.peers.remove(&to.name)
+        {
+            old.fail(format!("{} is now at {}", to.name, to.addr));
+        }
         self.peers.entry(to.name.clone()).or_insert_with(|| {
             let (messages, from_messages) = mpsc::channel(CONTROL_QUEUE);
             let (pages, from_pages) = mpsc::channel(PAGE_QUEUE);
@@ -110,7 +121,7 @@ impl KvClient {
                 resets: pages.downgrade(),
             };
             tokio::spawn(task.run(from_messages, from_pages, failed));
-            Peer { messages, pages, fail: Some(fail) }
+            Peer { addr: to.addr, messages, pages, fail: Some(fail) }
         })
     }
 }
@@ -156,7 +167,7 @@ impl PeerTask {
         }
         if let Some(reason) = ended {
             tracing::info!(peer = %self.to.name, "KV connection lost: {reason}");
-            let _ = self.events.send(KvClientEvent::Lost { peer: self.to.name, reason }).await;
+            let _ = self.events.send(KvClientEvent::Lost { peer: self.to, reason }).await;
         }
     }
 

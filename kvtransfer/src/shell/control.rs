@@ -16,7 +16,7 @@ const CONTROL_PRIORITY: i32 = 10;
 /// How long a graceful close waits for the peer to acknowledge the last message.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 /// Messages waiting to be written; more means that the peer does not read.
-pub(crate) const CONTROL_QUEUE: usize = 4096;
+pub(crate) const CONTROL_QUEUE: usize = 1 << 14;
 
 /// Why a control stream is of no more use.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]

@@ -61,7 +61,7 @@ async fn run(
         match session(&endpoint, router, &router_name, &hello, &events).await {
             Ok(reason) => {
                 pause = BACKOFF.0;
-                tracing::warn!(%reason, "the link to the router is down");
+                tracing::info!(%reason, "the link to the router is down");
                 if events.send(LinkEvent::Down(reason)).await.is_err() {
                     return;
                 }
@@ -71,7 +71,7 @@ async fn run(
                 return;
             }
             Err(Failure::Unreachable(reason)) => {
-                tracing::warn!(%router, "the router cannot be reached: {reason}");
+                tracing::info!(%router, "the router cannot be reached: {reason}");
                 if events.is_closed() {
                     return;
                 }

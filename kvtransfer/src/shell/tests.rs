@@ -329,7 +329,7 @@ async fn a_closed_and_a_silent_peer_are_noticed() {
     contains(&prefill.lost().await, "closed by peer: maintenance");
     decode.lost().await;
     prefill.client.send(&peer, abort(2));
-    prefill.client.forget(&peer.name);
+    prefill.client.forget(&peer);
     assert!(prefill.events.try_recv().is_err(), "what is said before forget is dropped");
 
     // A process that is killed says nothing: its runtime goes, and with it its connections' timers.

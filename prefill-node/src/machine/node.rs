@@ -12,13 +12,22 @@ use ridge_protocol::{
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+/// Hashes in one message about the prefix cache.
+const MAX_REPORTED_HASHES: usize = 1 << 15;
+/// Between two reports.
+const MIN_REPORT_INTERVAL: Duration = Duration::from_millis(20);
+
 /// What can happen to a prefill node.
 #[derive(Clone, PartialEq, Debug)]
 pub enum PrefillInput {
     /// The router said something.
     Router(RouterToNode),
+    /// The router has taken the node in: it knows nothing of the prefix cache.
+    RouterUp,
     /// The router's connection is gone: every request of its belongs to nobody.
     RouterLost,
+    /// The process is to stop: as [`RouterToNode::Drain`], and no router can call it off.
+    Shutdown,
     /// The running pass has written one layer's KV.
     LayerDone {
         /// The pass.
@@ -101,7 +110,9 @@ pub struct PrefillNode {
     pass: Option<(u64, Vec<Chunk>)>,
     next_step: u64,
     draining: bool,
+    stopping: bool,
     next_report: Instant,
+    last_report: Instant,
     stats: NodeStats,
     outputs: VecDeque<PrefillOutput>,
 }
@@ -125,7 +136,9 @@ impl PrefillNode {
             pass: None,
             next_step: 0,
             draining: false,
+            stopping: false,
             next_report: Instant(0),
+            last_report: Instant(0),
             stats: NodeStats::default(),
             outputs: VecDeque::new(),
         }
@@ -141,12 +154,11 @@ impl PrefillNode {
             RouterToNode::Prefill(request) => self.on_prefill(request),
             RouterToNode::Cancel { request } => self.cancel(request, "cancelled by the router"),
             RouterToNode::Drain => self.draining = true,
-            RouterToNode::Decode(request) => self.refuse(
-                request.request,
-                NodeError::Invalid("a prefill node cannot take a decode request".into()),
-            ),
-            // Greetings are the shell's business.
-            RouterToNode::Welcome { .. } | RouterToNode::Refuse { .. } => {}
+            RouterToNode::Decode(request) => {
+                self.refuse(request.request, NodeError::Invalid("a prefill node cannot take a decode request".into()))
+            }
+            // Greetings are the shell's business, failed transfers a decode node's.
+            RouterToNode::Welcome { .. } | RouterToNode::Refuse { .. } | RouterToNode::TransferFailed { .. } => {}
         }
     }
 
@@ -187,7 +199,10 @@ impl PrefillNode {
             return Err(NodeError::Invalid(format!("a prompt of {len} tokens leaves no room in a context of {max}")));
         }
         if let Some(token) = request.tokens.iter().find(|&&t| t >= self.config.vocab) {
-            return Err(NodeError::Invalid(format!("token {token} is outside the vocabulary of {}", self.config.vocab)));
+            return Err(NodeError::Invalid(format!(
+                "token {token} is outside the vocabulary of {}",
+                self.config.vocab
+            )));
         }
         request.params.check().map_err(NodeError::Invalid)?;
         if self.waiting.len() >= self.config.max_waiting {
@@ -284,8 +299,7 @@ impl PrefillNode {
         self.running.retain(|&r| r != id);
         self.stats.generated_tokens += 1;
         prompt.finished = true;
-        let receipt =
-            Receipt { cached: prompt.cached, computed: prompt.len() - prompt.cached, ..Receipt::default() };
+        let receipt = Receipt { cached: prompt.cached, computed: prompt.len() - prompt.cached, ..Receipt::default() };
         let index = prompt.len() - prompt.request.prompt_len;
         let finish = if prompt.params.is_stop(out.token) {
             Some(FinishReason::Stop)
@@ -365,10 +379,10 @@ impl PrefillNode {
 
     /// Fills one pass with chunks of the running prompts, oldest first, under the token budget.
     fn plan(&mut self) {
+        self.admit(); // Offers need not wait for the end of a pass.
         if self.pass.is_some() {
             return;
         }
-        self.admit();
         let block_size = self.config.block_size;
         let mut budget = self.config.max_batched_tokens;
         let mut chunks = Vec::new();
@@ -396,10 +410,15 @@ impl PrefillNode {
     }
 
     fn report(&mut self, now: Instant) {
+        self.last_report = now;
         self.next_report = now + self.config.report_interval;
         let changes = self.pool.take_changes();
-        if !changes.added.is_empty() || !changes.removed.is_empty() {
-            let message = NodeToRouter::CacheChanged { added: changes.added, removed: changes.removed };
+        for added in changes.added.chunks(MAX_REPORTED_HASHES) {
+            let message = NodeToRouter::CacheChanged { added: added.to_vec(), removed: Vec::new() };
+            self.outputs.push_back(PrefillOutput::ToRouter(message));
+        }
+        for removed in changes.removed.chunks(MAX_REPORTED_HASHES) {
+            let message = NodeToRouter::CacheChanged { added: Vec::new(), removed: removed.to_vec() };
             self.outputs.push_back(PrefillOutput::ToRouter(message));
         }
         let stats = self.stats();
@@ -429,7 +448,13 @@ impl PrefillNode {
     fn settle(&mut self, now: Instant, was_idle: bool) {
         self.plan();
         if self.is_idle() && !was_idle {
-            self.report(now);
+            // At once, so that an idle node's gauges are true; but a report costs a walk over all blocks.
+            let earliest = self.last_report + MIN_REPORT_INTERVAL;
+            if now >= earliest || self.draining {
+                self.report(now);
+            } else {
+                self.next_report = self.next_report.min(earliest);
+            }
         }
     }
 }
@@ -464,7 +489,12 @@ impl Machine for PrefillNode {
                 for id in self.prompts.keys().copied().collect::<Vec<_>>() {
                     self.cancel(id, "the router's connection is gone");
                 }
-                self.draining = false;
+                self.draining = self.stopping;
+            }
+            PrefillInput::RouterUp => self.pool.announce_all(),
+            PrefillInput::Shutdown => {
+                self.draining = true;
+                self.stopping = true;
             }
             PrefillInput::LayerDone { step, layer } => self.on_layer(step, layer),
             PrefillInput::StepDone { step, outputs, busy } => self.on_step(step, outputs, busy),

@@ -4,9 +4,7 @@ use crate::machine::{PrefillConfig, PrefillInput, PrefillNode, PrefillOutput};
 use bytes::Bytes;
 use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
-use ridge_kvtransfer::shell::{
-    ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, NodeTls, TlsError,
-};
+use ridge_kvtransfer::shell::{ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, NodeTls, TlsError};
 use ridge_kvtransfer::{Sender, SenderConfig, SenderInput, SenderOutput};
 use ridge_model::checkpoint::LoadProgress;
 use ridge_model::kv::KvMemory;
@@ -22,6 +20,8 @@ use tokio::sync::mpsc;
 const KV_EVENTS: usize = 1024;
 /// How long a node that was asked to stop goes on with what it has.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+/// How long its last messages may take to reach the router.
+const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How a prefill node is set up. The model decides the machine's block count, layers, vocabulary and context.
 #[derive(Clone, PartialEq, Debug)]
@@ -121,9 +121,10 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
         if drain_until.is_some_and(|until| shell.drained || shell.clock.now() >= until) {
             break;
         }
-        let deadline = [shell.machine.poll_timeout(), shell.sender.poll_timeout(), drain_until].into_iter().flatten().min();
+        let deadline =
+            [shell.machine.poll_timeout(), shell.sender.poll_timeout(), drain_until].into_iter().flatten().min();
         let event = tokio::select! {
-            Some(event) = from_engine.recv() => Event::Engine(event),
+            event = from_engine.recv() => Event::Engine(event.ok_or(WorkerDied)?),
             Some(event) = from_kv.recv() => Event::Kv(event),
             Some(event) = from_link.recv() => Event::Link(event),
             () = shell.clock.sleep_until(deadline) => Event::Timer,
@@ -142,13 +143,14 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
             }
             Event::Kv(KvClientEvent::Up { peer }) => shell.sender.handle(now, SenderInput::PeerUp(peer)),
             Event::Kv(KvClientEvent::Lost { peer, reason }) => {
-                tracing::warn!(%peer, %reason, "KV connection lost");
+                tracing::warn!(peer = %peer.name, %reason, "KV connection lost");
                 shell.client.forget(&peer);
                 shell.sender.handle(now, SenderInput::PeerLost { peer, reason });
             }
             Event::Link(LinkEvent::Up(node, handle)) => {
                 tracing::info!(node = node.0, "joined the cluster");
                 shell.router = Some(handle);
+                shell.machine.handle(now, PrefillInput::RouterUp);
             }
             Event::Link(LinkEvent::Message(message)) => shell.machine.handle(now, PrefillInput::Router(message)),
             Event::Link(LinkEvent::Down(_)) => {
@@ -162,10 +164,16 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
             }
             Event::Shutdown => {
                 drain_until = Some(now + DRAIN_DEADLINE);
-                shell.machine.handle(now, PrefillInput::Router(ridge_protocol::wire::RouterToNode::Drain));
+                shell.machine.handle(now, PrefillInput::Shutdown);
                 shell.drained = shell.machine.is_idle();
             }
         }
+    }
+    // The last tokens are still on their way: the link is closed from this side when they have arrived.
+    if let Some(mut router) = shell.router.take() {
+        router.close("the node is shutting down");
+        let gone = async { while !matches!(from_link.recv().await, None | Some(LinkEvent::Down(_))) {} };
+        let _ = tokio::time::timeout(FLUSH_DEADLINE, gone).await;
     }
     endpoint.close("the node is shutting down");
     let _ = tokio::time::timeout(Duration::from_millis(300), endpoint.wait_idle()).await;

@@ -12,5 +12,6 @@ mod types;
 
 pub use router::Router;
 pub use types::{
-    ClientId, NodeView, ReplyEvent, RouterConfig, RouterError, RouterInput, RouterOutput, RouterStats, Submit, Usage,
+    ClientId, ModelDigests, NodeView, ReplyEvent, RouterConfig, RouterError, RouterInput, RouterOutput, RouterStats,
+    Submit, Usage,
 };

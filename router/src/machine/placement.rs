@@ -46,3 +46,138 @@ pub(super) fn missing_tokens(node: &Node, tokens: usize, hashes: &[BlockHash]) -
     let cached = node.overlap(hashes) * node.hello.identity.block_size as usize;
     tokens.saturating_sub(cached) as u64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ridge_blocks::hash_blocks;
+    use ridge_protocol::wire::NodeHello;
+    use ridge_protocol::{ModelIdentity, NodeName, RequestId, TokenId};
+
+    const PROMPT: [TokenId; 5] = [1, 2, 3, 4, 5];
+
+    /// In blocks of two tokens.
+    fn node(role: Role) -> Node {
+        let identity = ModelIdentity {
+            weights: [0; 32],
+            config: [0; 32],
+            tokenizer: [0; 32],
+            layers: 1,
+            kv_heads: 1,
+            head_dim: 1,
+            block_size: 2,
+            kv_dtype: "f32".into(),
+            rope: String::new(),
+        };
+        let (name, max_model_len) = (NodeName("some".into()), 64);
+        Node::new(NodeHello { name, role, kv_addr: None, identity, max_model_len, blocks: 8, pid: 1 })
+    }
+
+    /// With one dispatch per entry, each of so many prompt tokens.
+    fn busy(mut node: Node, work: &[u64]) -> Node {
+        node.in_flight = work.iter().enumerate().map(|(at, tokens)| (RequestId(at as u64), *tokens)).collect();
+        node
+    }
+
+    /// Having the first `blocks` blocks of the prompt.
+    fn warm(mut node: Node, blocks: usize) -> Node {
+        node.on_cache_changed(hash_blocks(0, 2, &PROMPT)[..blocks].to_vec(), vec![], usize::MAX);
+        node
+    }
+
+    fn draining(mut node: Node) -> Node {
+        node.draining = true;
+        node
+    }
+
+    fn prefill() -> Node {
+        node(Role::Prefill)
+    }
+
+    fn decode() -> Node {
+        node(Role::Decode)
+    }
+
+    /// Nodes are numbered from 0. Wanted: the prefill and the decode node.
+    fn check(nodes: Vec<Node>, avoid: &[u32], want: Option<(Option<u32>, u32)>) {
+        let nodes = nodes.into_iter().enumerate().map(|(at, node)| (NodeId(at as u32), node)).collect();
+        let avoid: Vec<NodeId> = avoid.iter().copied().map(NodeId).collect();
+        let placement = place(&nodes, PROMPT.len(), &hash_blocks(0, 2, &PROMPT), &avoid);
+        assert_eq!(placement.map(|p| (p.prefill.map(|id| id.0), p.decode.0)), want);
+    }
+
+    #[test]
+    fn a_decode_node_is_needed_and_a_prefill_node_is_not() {
+        check(vec![], &[], None);
+        check(vec![prefill()], &[], None);
+        check(vec![decode()], &[], Some((None, 0)));
+        check(vec![decode(), prefill()], &[], Some((Some(1), 0)));
+    }
+
+    #[test]
+    fn equals_go_by_number() {
+        check(vec![prefill(), prefill(), decode(), decode()], &[], Some((Some(0), 2)));
+    }
+
+    #[test]
+    fn the_least_prompt_work_attracts_a_prompt() {
+        check(vec![decode(), busy(prefill(), &[9]), busy(prefill(), &[4, 4])], &[], Some((Some(2), 0)));
+        check(vec![decode(), busy(prefill(), &[0, 0, 0]), busy(prefill(), &[1])], &[], Some((Some(1), 0)));
+    }
+
+    #[test]
+    fn the_smallest_batch_attracts_a_sequence() {
+        check(vec![busy(decode(), &[0, 0]), busy(decode(), &[0])], &[], Some((None, 1)));
+    }
+
+    #[test]
+    fn a_prefix_attracts_until_the_load_outweighs_it() {
+        check(vec![decode(), prefill(), warm(prefill(), 2)], &[], Some((Some(2), 0)));
+        check(vec![decode(), warm(prefill(), 1), warm(prefill(), 2)], &[], Some((Some(2), 0)));
+        check(vec![decode(), prefill(), busy(warm(prefill(), 2), &[3])], &[], Some((Some(2), 0)));
+        check(vec![decode(), prefill(), busy(warm(prefill(), 2), &[4])], &[], Some((Some(1), 0)));
+        check(vec![decode(), warm(decode(), 2)], &[], Some((None, 1)));
+        check(vec![decode(), busy(warm(decode(), 2), &[0])], &[], Some((None, 0)));
+    }
+
+    #[test]
+    fn draining_nodes_are_left_out() {
+        check(vec![draining(decode())], &[], None);
+        check(vec![decode(), draining(prefill())], &[], Some((None, 0)));
+        check(vec![draining(decode()), busy(decode(), &[0; 9])], &[], Some((None, 1)));
+    }
+
+    #[test]
+    fn nodes_that_failed_are_the_last_resort() {
+        check(vec![decode(), busy(decode(), &[0; 9])], &[0], Some((None, 1)));
+        check(vec![decode(), prefill(), busy(prefill(), &[99])], &[1], Some((Some(2), 0)));
+        check(vec![decode(), prefill()], &[0, 1], Some((Some(1), 0)));
+    }
+
+    #[test]
+    fn what_a_node_has_is_not_missing() {
+        let hashes = hash_blocks(0, 2, &PROMPT);
+        assert_eq!(missing_tokens(&prefill(), 5, &hashes), 5);
+        assert_eq!(missing_tokens(&warm(prefill(), 1), 5, &hashes), 3);
+        assert_eq!(missing_tokens(&warm(prefill(), 2), 5, &hashes), 1);
+        assert_eq!(missing_tokens(&warm(prefill(), 2), 4, &hashes), 0);
+    }
+
+    #[test]
+    fn a_prefix_ends_at_the_first_block_that_is_missing() {
+        let mut node = warm(prefill(), 2);
+        let hashes = hash_blocks(0, 2, &PROMPT);
+        node.on_cache_changed(vec![], vec![hashes[0]], usize::MAX);
+        assert_eq!(node.overlap(&hashes), 0);
+    }
+
+    #[test]
+    fn only_so_many_hashes_are_remembered() {
+        let mut node = prefill();
+        let hashes = hash_blocks(0, 2, &PROMPT);
+        node.on_cache_changed(hashes.clone(), vec![], 1);
+        assert_eq!(node.overlap(&hashes), 1);
+        node.on_cache_changed(vec![hashes[0]], vec![hashes[0]], 1);
+        assert_eq!(node.overlap(&hashes), 1);
+    }
+}

@@ -11,7 +11,7 @@ use ridge_protocol::transfer::KvPeer;
 use ridge_protocol::wire::{
     DecodeRequest, FinishReason, NodeError, NodeHello, NodeToRouter, PrefillRequest, RouterToNode,
 };
-use ridge_protocol::{Instant, Machine, NodeId, RequestId, Role, TokenOut};
+use ridge_protocol::{Instant, Machine, ModelIdentity, NodeId, RequestId, Role, SamplingParams, TokenOut};
 use std::collections::{BTreeMap, VecDeque};
 
 /// The router's machine: one per cluster.
@@ -25,6 +25,8 @@ pub struct Router {
     next_request: u64,
     draining: bool,
     drained_said: bool,
+    /// No deadline is earlier. Deadlines move on with every token, so the earliest is looked up only when it passes.
+    next_check: Option<Instant>,
     stats: RouterStats,
     outputs: VecDeque<RouterOutput>,
 }
@@ -40,6 +42,7 @@ impl Router {
             next_request: first_request,
             draining: false,
             drained_said: false,
+            next_check: None,
             stats: RouterStats::default(),
             outputs: VecDeque::new(),
         }
@@ -72,6 +75,7 @@ impl Router {
         }
         self.stats.submitted += 1;
         let sequence = Sequence::new(submit, now + self.config.placement_deadline);
+        self.expect_by(sequence.deadline);
         assert!(self.sequences.insert(client, sequence).is_none(), "client numbers are never reused");
         self.dispatch(now, client);
     }
@@ -90,22 +94,40 @@ impl Router {
         Ok(())
     }
 
-    /// Sends a sequence to nodes, both at once, or leaves it waiting for one.
+    fn expect_by(&mut self, deadline: Instant) {
+        self.next_check = Some(self.next_check.map_or(deadline, |check| check.min(deadline)));
+    }
+
+    /// Sends a sequence to nodes, both at once, or leaves it waiting for one (rule C-3).
     fn dispatch(&mut self, now: Instant, client: ClientId) {
         let sequence = self.sequences.get_mut(&client).expect("a dispatched sequence is kept");
         assert!(sequence.dispatch.is_none(), "a sequence has one dispatch at a time");
         let Some(block_size) = self.nodes.values().next().map(|n| n.hello.identity.block_size) else { return };
         let hashes = hash_blocks(sequence.salt, block_size as usize, &sequence.tokens);
         let Some(placement) = place(&self.nodes, sequence.tokens.len(), &hashes, &sequence.avoid) else { return };
+        // Both nodes must come to the same end: the shorter context counts, and it counts for both.
+        let chosen = placement.prefill.into_iter().chain([placement.decode]);
+        let context = chosen.map(|id| self.nodes[&id].hello.max_model_len).min().expect("a decode node is chosen");
+        if sequence.tokens.len() >= context as usize {
+            let (given, started) = (sequence.tokens.len(), sequence.next_index() > 0);
+            return if started {
+                self.finish(client, None, FinishReason::Length)
+            } else {
+                let error = format!("a prompt of {given} tokens leaves no room in a context of {context}");
+                self.fail(client, RouterError::Invalid(error))
+            };
+        }
         let request = RequestId(self.next_request);
         self.next_request += 1;
         sequence.attempts += 1;
         sequence.drop_early();
         sequence.deadline = now + self.config.progress_deadline;
-        let only_first = sequence.next_index() + 1 >= sequence.params.max_tokens;
+        let max_tokens = sequence.params.max_tokens.min(context - sequence.prompt_len);
+        let only_first = sequence.next_index() + 1 >= max_tokens;
         let decode = (placement.prefill.is_none() || !only_first).then_some(placement.decode);
         let tokens = sequence.tokens.clone();
-        let (prompt_len, salt, params) = (sequence.prompt_len, sequence.salt, sequence.params.clone());
+        let (prompt_len, salt) = (sequence.prompt_len, sequence.salt);
+        let params = SamplingParams { max_tokens, ..sequence.params.clone() };
         if let Some(decode) = decode {
             let from = placement.prefill.map(|id| self.nodes[&id].hello.name.clone());
             let (tokens, params) = (tokens.clone(), params.clone());
@@ -131,23 +153,21 @@ impl Router {
     }
 
     /// Ends a sequence's dispatch: the nodes that may still work on it are told to forget it.
-    fn recall(&mut self, client: ClientId, tell: bool) {
+    fn recall(&mut self, client: ClientId) {
         let sequence = self.sequences.get_mut(&client).expect("a recalled sequence is kept");
         let Some(dispatch) = sequence.dispatch.take() else { return };
         self.requests.remove(&dispatch.request);
         for id in dispatch.prefill.into_iter().chain(dispatch.decode) {
             let Some(node) = self.nodes.get_mut(&id) else { continue };
             node.in_flight.remove(&dispatch.request);
-            if tell {
-                let message = RouterToNode::Cancel { request: dispatch.request };
-                self.outputs.push_back(RouterOutput::Send { node: id, message });
-            }
+            let message = RouterToNode::Cancel { request: dispatch.request };
+            self.outputs.push_back(RouterOutput::Send { node: id, message });
         }
     }
 
     /// Recalls a sequence and dispatches it again, away from `failed`, or fails it when it was tried often enough.
     fn retry(&mut self, now: Instant, client: ClientId, failed: Option<NodeId>, reason: &str) {
-        self.recall(client, true);
+        self.recall(client);
         let sequence = self.sequences.get_mut(&client).expect("a retried sequence is kept");
         sequence.avoid.extend(failed);
         if sequence.attempts >= self.config.max_attempts {
@@ -156,21 +176,37 @@ impl Router {
             return self.fail(client, error);
         }
         sequence.deadline = now + self.config.placement_deadline;
+        let deadline = sequence.deadline;
+        self.expect_by(deadline);
         self.stats.redispatched += 1;
         self.dispatch(now, client);
     }
 
     fn fail(&mut self, client: ClientId, error: RouterError) {
-        self.recall(client, true);
+        self.recall(client);
         self.sequences.remove(&client);
         self.stats.failed += 1;
         self.outputs.push_back(RouterOutput::Reply { client, event: ReplyEvent::Failed(error) });
     }
 
-    fn finish(&mut self, client: ClientId, reason: FinishReason) {
-        // Whoever sent the last token has finished by itself. If that was the prefill node, the decode node still
-        // takes the KV and then sees the same last token.
-        self.recall(client, false);
+    /// Ends a sequence whose last token came from node `by`, which is done with it; the others are told.
+    fn finish(&mut self, client: ClientId, by: Option<NodeId>, reason: FinishReason) {
+        let dispatch = self.sequences.get_mut(&client).and_then(|s| s.dispatch.as_mut());
+        if let Some(dispatch) = dispatch
+            && let Some(by) = by
+        {
+            // A decode node that took the KV has settled with the prefill node: both are done.
+            let handed_over = dispatch.handed_over && dispatch.decode == Some(by);
+            for side in [&mut dispatch.prefill, &mut dispatch.decode] {
+                if let Some(id) = side.filter(|id| *id == by || handed_over) {
+                    *side = None;
+                    if let Some(node) = self.nodes.get_mut(&id) {
+                        node.in_flight.remove(&dispatch.request);
+                    }
+                }
+            }
+        }
+        self.recall(client);
         let mut sequence = self.sequences.remove(&client).expect("a finished sequence is kept");
         sequence.usage.completion_tokens = sequence.next_index();
         let usage = sequence.usage;
@@ -187,13 +223,10 @@ impl Router {
             NodeHello { role: Role::Decode, kv_addr: None, .. } => {
                 Some("a decode node must say where it takes KV".into())
             }
-            NodeHello { identity, .. } => {
-                let other = self.nodes.values().next();
-                other.and_then(|o| {
-                    let mismatch = o.hello.identity.mismatch(identity)?;
-                    Some(format!("this cluster serves another model than {}: {mismatch}", hello.name))
-                })
+            NodeHello { identity, .. } if identity.page_bytes() == 0 || identity.layers == 0 => {
+                Some("a model has layers, heads and blocks: the identity says none".into())
             }
+            NodeHello { identity, .. } => self.mismatch(&hello, identity),
         };
         if let Some(reason) = refusal {
             let message = RouterToNode::Refuse { reason: reason.clone() };
@@ -212,6 +245,20 @@ impl Router {
         assert!(self.nodes.insert(node, Node::new(hello)).is_none(), "node numbers are never reused");
         self.outputs.push_back(RouterOutput::Send { node, message: RouterToNode::Welcome { node } });
         self.dispatch_waiting(now);
+    }
+
+    /// What keeps a node's model from being this cluster's, if anything (rule P-4).
+    fn mismatch(&self, hello: &NodeHello, identity: &ModelIdentity) -> Option<String> {
+        let ours = self.config.model.map(|model| ModelIdentity {
+            weights: model.weights,
+            config: model.config,
+            tokenizer: model.tokenizer,
+            ..identity.clone()
+        });
+        // A node that comes back may come back changed: its own old entry does not count.
+        let others = self.nodes.values().filter(|n| n.hello.name != hello.name).map(|n| &n.hello.identity);
+        let mismatch = ours.iter().chain(others).find_map(|known| known.mismatch(identity))?;
+        Some(format!("this cluster serves another model than {}: {mismatch}", hello.name))
     }
 
     fn dispatch_waiting(&mut self, now: Instant) {
@@ -239,9 +286,18 @@ impl Router {
         match message {
             NodeToRouter::Token { request, index, out, finish } => self.on_token(now, id, request, index, out, finish),
             NodeToRouter::Receipt { request, receipt } => {
-                if let Some(client) = self.requests.get(&request) {
-                    let from_decode = node.hello.role == Role::Decode;
-                    self.sequences.get_mut(client).expect("in flight").on_receipt(from_decode, receipt);
+                let Some(client) = self.requests.get(&request) else { return };
+                let sequence = self.sequences.get_mut(client).expect("a dispatch in flight is kept");
+                let from_decode = node.hello.role == Role::Decode;
+                sequence.on_receipt(from_decode, receipt);
+                let dispatch = sequence.dispatch.as_ref().expect("a dispatch in flight is kept");
+                if from_decode
+                    && receipt.recomputed > 0
+                    && let Some(prefill) = dispatch.prefill
+                {
+                    // The decode node did not wait for the hand-off: nobody needs it any more.
+                    let message = RouterToNode::Cancel { request };
+                    self.outputs.push_back(RouterOutput::Send { node: prefill, message });
                 }
             }
             NodeToRouter::Failed { request, error } => self.on_failed(now, id, request, error),
@@ -271,6 +327,9 @@ impl Router {
         let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
         sequence.deadline = now + self.config.progress_deadline;
         let dispatch = sequence.dispatch.as_mut().expect("a dispatch in flight is kept");
+        if dispatch.decode != Some(id) && dispatch.prefill != Some(id) {
+            return; // It has no part in this.
+        }
         if dispatch.decode == Some(id) {
             dispatch.handed_over = true;
         }
@@ -285,14 +344,16 @@ impl Router {
         }
         match sequence.arrive(index, out, finish) {
             Arrival::Nothing => {}
+            Arrival::Ends(reason) => self.finish(client, Some(id), reason),
             Arrival::InOrder(tokens) => {
+                sequence.attempts = 1; // It moves: only failures without a token between them are counted.
                 let so_far = sequence.usage;
                 for (index, out, finish) in tokens {
                     let usage = Usage { completion_tokens: index + 1, ..so_far };
                     let event = ReplyEvent::Token { index, out, usage };
                     self.outputs.push_back(RouterOutput::Reply { client, event });
                     if let Some(reason) = finish {
-                        return self.finish(client, reason);
+                        return self.finish(client, Some(id), reason);
                     }
                 }
             }
@@ -308,8 +369,13 @@ impl Router {
         let Some(&client) = self.requests.get(&request) else { return };
         let dispatch = self.sequences[&client].dispatch.as_ref().expect("a dispatch in flight is kept");
         let from_prefill = dispatch.prefill == Some(id);
-        if from_prefill && (dispatch.handed_over || matches!(error, NodeError::Transfer(_))) {
-            // The decode node has seen the same failure and computes the prompt itself.
+        if !from_prefill && dispatch.decode != Some(id) || from_prefill && dispatch.handed_over {
+            return; // It has no part in this, or no longer.
+        }
+        if from_prefill && let (NodeError::Transfer(reason), Some(decode)) = (&error, dispatch.decode) {
+            // The decode node computes the prompt itself; it may not have heard (rule C-8).
+            let message = RouterToNode::TransferFailed { request, reason: reason.clone() };
+            self.outputs.push_back(RouterOutput::Send { node: decode, message });
             return;
         }
         match error {
@@ -334,7 +400,7 @@ impl Router {
 
     fn on_client_gone(&mut self, client: ClientId) {
         if self.sequences.contains_key(&client) {
-            self.recall(client, true);
+            self.recall(client);
             self.sequences.remove(&client);
             self.stats.gone += 1;
         }
@@ -365,6 +431,9 @@ impl Machine for Router {
     }
 
     fn handle_timeout(&mut self, now: Instant) {
+        if self.next_check.is_none_or(|check| now < check) {
+            return;
+        }
         let late: Vec<ClientId> = self.sequences.values().filter(|s| s.deadline <= now).map(|s| s.client).collect();
         for client in late {
             if self.sequences[&client].dispatch.is_none() {
@@ -372,9 +441,12 @@ impl Machine for Router {
                 let error = format!("no decode node could be had for {waited} s");
                 self.fail(client, RouterError::Unavailable(error));
             } else {
-                self.retry(now, client, None, "no sign of life from its nodes");
+                let dispatch = self.sequences[&client].dispatch.as_ref();
+                let owing = dispatch.and_then(|d| if d.handed_over { d.decode } else { d.prefill.or(d.decode) });
+                self.retry(now, client, owing, "no sign of life from its nodes");
             }
         }
+        self.next_check = self.sequences.values().map(|s| s.deadline).min();
         self.say_drained();
     }
 
@@ -383,7 +455,7 @@ impl Machine for Router {
     }
 
     fn poll_timeout(&self) -> Option<Instant> {
-        self.sequences.values().map(|s| s.deadline).min()
+        self.next_check
     }
 
     fn check_integrity(&self) {

@@ -42,6 +42,8 @@ pub(super) enum Arrival {
     InOrder(Vec<(u32, TokenOut, Option<FinishReason>)>),
     /// Its turn has not come, or it was seen before.
     Nothing,
+    /// It was seen before, but not that it is the last one.
+    Ends(FinishReason),
     /// It contradicts what the client was given.
     Diverged {
         /// Position within the answer.
@@ -79,11 +81,20 @@ impl Sequence {
         let next = self.next_index();
         if index < next {
             let had = self.tokens[(self.prompt_len + index) as usize];
-            return if had == out.token { Arrival::Nothing } else { Arrival::Diverged { index, had } };
+            return match finish {
+                _ if had != out.token => Arrival::Diverged { index, had },
+                Some(reason) if index + 1 == next => Arrival::Ends(reason),
+                _ => Arrival::Nothing,
+            };
         }
         // At most one token is early in practice; a peer that sends far ahead is cut off by the answer's length.
         if index >= self.params.max_tokens {
             return Arrival::Nothing;
+        }
+        if let Some((early, _)) = self.early.get(&index)
+            && early.token != out.token
+        {
+            return Arrival::Diverged { index, had: early.token };
         }
         self.early.insert(index, (out, finish));
         let mut ready = Vec::new();
@@ -104,6 +115,9 @@ impl Sequence {
 
     /// Takes a node's account of where the prompt's KV came from.
     pub fn on_receipt(&mut self, from_decode: bool, receipt: Receipt) {
+        if self.attempts > 1 && self.next_index() > 0 {
+            return; // After a failover a node may find its own earlier work in its cache: no saving of the client's.
+        }
         if from_decode {
             self.usage.receipt = receipt;
             if receipt.transferred == 0 {
@@ -112,7 +126,6 @@ impl Sequence {
         } else {
             self.usage.cached_tokens = receipt.cached;
         }
-        // After a failover the nodes count generated tokens as part of the prompt; the client's prompt has none.
         self.usage.cached_tokens = self.usage.cached_tokens.min(self.prompt_len);
     }
 }

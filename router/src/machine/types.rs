@@ -15,12 +15,27 @@ pub struct RouterConfig {
     pub max_in_flight: usize,
     /// How long a sequence waits for a usable decode node (a restarting one, say) before it fails.
     pub placement_deadline: Duration,
-    /// How long a dispatched sequence may stay without any sign of life before it is dispatched again.
+    /// How long a dispatched sequence may stay without a token before it is dispatched again: as long as a prompt may
+    /// queue. Nodes that die are noticed by their connections, long before.
     pub progress_deadline: Duration,
     /// Dispatches of one sequence before it fails.
     pub max_attempts: u32,
     /// Hashes remembered per node for prefix-aware placement.
     pub max_prefix_hashes: usize,
+    /// Digests of the model whose tokenizer the HTTP side uses; a node with another one is refused. `None` takes the
+    /// first node's word.
+    pub model: Option<ModelDigests>,
+}
+
+/// What a model is recognised by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ModelDigests {
+    /// Of the weights.
+    pub weights: [u8; 32],
+    /// Of the description.
+    pub config: [u8; 32],
+    /// Of the vocabulary.
+    pub tokenizer: [u8; 32],
 }
 
 impl Default for RouterConfig {
@@ -28,9 +43,10 @@ impl Default for RouterConfig {
         Self {
             max_in_flight: 4096,
             placement_deadline: Duration::from_secs(30),
-            progress_deadline: Duration::from_secs(120),
+            progress_deadline: Duration::from_secs(900),
             max_attempts: 4,
             max_prefix_hashes: 1 << 20,
+            model: None,
         }
     }
 }

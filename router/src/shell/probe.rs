@@ -84,3 +84,123 @@ impl Probe {
         self.ready
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::{RouterError, Usage};
+    use ridge_protocol::stats::NodeStats;
+    use ridge_protocol::wire::{FinishReason, NodeHello, Receipt};
+    use ridge_protocol::{ModelIdentity, NodeId, NodeName, TokenOut};
+
+    fn node(role: Role) -> NodeView {
+        let identity = ModelIdentity {
+            weights: [0; 32],
+            config: [0; 32],
+            tokenizer: [0; 32],
+            layers: 1,
+            kv_heads: 1,
+            head_dim: 1,
+            block_size: 2,
+            kv_dtype: "f32".into(),
+            rope: String::new(),
+        };
+        let (name, max_model_len) = (NodeName("some".into()), 64);
+        let hello = NodeHello { name, role, kv_addr: None, identity, max_model_len, blocks: 8, pid: 1 };
+        NodeView { node: NodeId(1), hello, stats: NodeStats::default(), in_flight: 0, draining: false }
+    }
+
+    fn both() -> Vec<NodeView> {
+        vec![node(Role::Prefill), node(Role::Decode)]
+    }
+
+    fn finished(transferred: u32) -> ReplyEvent {
+        let usage = Usage { receipt: Receipt { transferred, ..Receipt::default() }, ..Usage::default() };
+        ReplyEvent::Finished { reason: FinishReason::Length, usage }
+    }
+
+    /// A probe whose first prompt is on its way.
+    fn sent(expect_prefill: bool) -> (Probe, ClientId) {
+        let mut probe = Probe::new(vec![1, 2, 3], expect_prefill);
+        let submit = probe.poll(&both(), 7).expect("every node is there");
+        (probe, submit.client)
+    }
+
+    #[test]
+    fn no_prompt_is_sent_before_the_nodes_are_there() {
+        let check = |expect_prefill: bool, nodes: &[NodeView], want: Option<&str>| {
+            let mut probe = Probe::new(vec![1], expect_prefill);
+            assert_eq!(probe.state(), (false, "no node has joined"));
+            assert_eq!(probe.poll(nodes, 7).is_none(), want.is_some());
+            assert_eq!(probe.state(), (false, want.unwrap_or("the first prompt has not passed yet")));
+        };
+        let draining = |role| NodeView { draining: true, ..node(role) };
+        check(true, &[], Some("no decode node is connected"));
+        check(true, &[node(Role::Prefill)], Some("no decode node is connected"));
+        check(true, &[node(Role::Decode)], Some("no prefill node is connected"));
+        check(true, &[node(Role::Prefill), draining(Role::Decode)], Some("no decode node is connected"));
+        check(true, &[draining(Role::Prefill), node(Role::Decode)], Some("no prefill node is connected"));
+        check(true, &both(), None);
+        check(false, &[node(Role::Decode)], None);
+    }
+
+    #[test]
+    fn a_probe_is_an_ordinary_prompt_with_a_salt_of_its_own() {
+        let mut probe = Probe::new(vec![1, 2, 3], true);
+        let submit = probe.poll(&both(), 7).expect("every node is there");
+        assert_eq!((&submit.tokens[..], submit.salt), (&[1, 2, 3][..], 7));
+        // Two tokens: one from each node.
+        assert_eq!((submit.params.max_tokens, submit.params.ignore_eos), (2, true));
+        assert_eq!(submit.params.check(), Ok(()));
+    }
+
+    #[test]
+    fn one_prompt_at_a_time_and_none_once_ready() {
+        let (mut probe, client) = sent(true);
+        assert!(probe.poll(&both(), 8).is_none());
+        probe.on_reply(client, &finished(3));
+        assert!(probe.poll(&both(), 9).is_none());
+    }
+
+    #[test]
+    fn a_prompt_that_passed_makes_ready() {
+        let check = |expect_prefill: bool, event: ReplyEvent, want: (bool, &str)| {
+            let (mut probe, client) = sent(expect_prefill);
+            let out = TokenOut { token: 1, logprob: None, top: vec![] };
+            assert!(!probe.on_reply(client, &ReplyEvent::Token { index: 0, out, usage: Usage::default() }));
+            assert_eq!(probe.on_reply(client, &event), want.0);
+            assert_eq!(probe.state(), want);
+            // Another try follows unless it passed.
+            assert_eq!(probe.poll(&both(), 8).is_none(), want.0);
+        };
+        check(true, finished(3), (true, ""));
+        check(true, finished(0), (false, "the first prompt was answered without a KV transfer"));
+        check(false, finished(0), (true, ""));
+        let failed = ReplyEvent::Failed(RouterError::Failed("gave up".into()));
+        check(true, failed, (false, "the first prompt failed: gave up"));
+    }
+
+    #[test]
+    fn a_lost_node_ends_readiness_until_a_prompt_passes_again() {
+        let (mut probe, client) = sent(true);
+        probe.on_reply(client, &finished(3));
+        assert!(probe.poll(&[node(Role::Prefill)], 8).is_none());
+        assert_eq!(probe.state(), (false, "no decode node is connected"));
+        let again = probe.poll(&both(), 9).expect("every node is there").client;
+        assert_ne!(again, client);
+        assert!(!probe.state().0);
+        assert!(probe.on_reply(again, &finished(3)));
+    }
+
+    #[test]
+    fn only_its_own_replies_count() {
+        let (mut probe, client) = sent(true);
+        assert!(!probe.on_reply(ClientId(1), &finished(3)));
+        assert!(!probe.on_reply(ClientId(client.0 - 1), &finished(3)));
+        assert!(probe.owns(client));
+        assert!(!probe.owns(ClientId(1)));
+        assert!(!probe.owns(ClientId(client.0 - 1)));
+        assert!(probe.on_reply(client, &finished(3)));
+        assert!(!probe.on_reply(client, &finished(3)), "said once");
+    }
+}

@@ -4,7 +4,7 @@ use super::gateway::{ClusterView, Gateway, GatewayRequest};
 use super::http::{self, HttpConfig};
 use super::probe::Probe;
 use super::served::Served;
-use crate::machine::{ClientId, ReplyEvent, Router, RouterConfig, RouterInput, RouterOutput};
+use crate::machine::{ClientId, ModelDigests, ReplyEvent, Router, RouterConfig, RouterInput, RouterOutput};
 use ridge_kvtransfer::shell::process::{Clock, Status};
 use ridge_kvtransfer::shell::{
     ConnId, ControlServer, ControlServerEvent, Endpoint, EndpointError, NodeTls, TlsError, TransportOptions,
@@ -102,6 +102,14 @@ pub async fn run(options: RouterOptions, shutdown: impl Future<Output = ()>) -> 
     if config.served_model_names.is_empty() {
         config.served_model_names.push(checkpoint.name.clone());
     }
+    let machine = RouterConfig {
+        model: Some(ModelDigests {
+            weights: checkpoint.weights_digest,
+            config: checkpoint.config_digest,
+            tokenizer: checkpoint.tokenizer_digest,
+        }),
+        ..options.machine
+    };
     let probe = Probe::new(golden_prompt(&checkpoint), options.expect_prefill);
 
     let (requests, mut from_gateway) = mpsc::channel(REQUESTS);
@@ -122,7 +130,7 @@ pub async fn run(options: RouterOptions, shutdown: impl Future<Output = ()>) -> 
     let first_request = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64);
     let mut shell = Shell {
         clock: Clock::start(),
-        machine: Router::new(options.machine, first_request),
+        machine: Router::new(machine, first_request),
         server,
         connections: BTreeMap::new(),
         next_node: 0,

@@ -7,11 +7,17 @@ use ridge_kvtransfer::{Receiver, ReceiverConfig, Sender, SenderConfig};
 use ridge_prefill_node::machine::{PrefillConfig, PrefillNode};
 use ridge_protocol::wire::NodeHello;
 use ridge_protocol::{BatchPlan, Duration, Instant, Machine, ModelIdentity, NodeId, NodeName, Role};
+use std::net::SocketAddr;
 
 #[allow(clippy::large_enum_variant, reason = "a handful of them")]
 pub enum Machines {
     Prefill(PrefillNode, Sender),
     Decode(DecodeNode, Receiver),
+}
+
+/// Where a decode node takes KV. A restarted node has another address.
+pub fn kv_addr(id: NodeId) -> SocketAddr {
+    ([127, 0, 0, 1], 1000 + id.0 as u16).into()
 }
 
 pub struct SimNode {
@@ -87,7 +93,7 @@ impl SimNode {
         NodeHello {
             name: self.name.clone(),
             role: self.role(),
-            kv_addr: decode.then(|| ([127, 0, 0, 1], 1000 + self.id.0 as u16).into()),
+            kv_addr: decode.then(|| kv_addr(self.id)),
             identity: ModelIdentity {
                 weights: [1; 32],
                 config: [2; 32],

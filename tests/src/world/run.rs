@@ -2,10 +2,11 @@
 
 use super::client::{Client, VOCAB};
 use super::kv::Page;
-use super::node::{Machines, SimNode};
+use super::node::{Machines, SimNode, kv_addr};
 use ridge_decode_node::machine::{DecodeInput, DecodeOutput};
 use ridge_kvtransfer::{ReceiverInput, ReceiverOutput, SenderInput, SenderOutput};
 use ridge_prefill_node::machine::{PrefillInput, PrefillOutput};
+use ridge_protocol::transfer::KvPeer;
 use ridge_protocol::wire::{NodeToRouter, ReceiverMsg, RouterToNode, SenderMsg};
 use ridge_protocol::{Duration, Instant, Machine, NodeId, NodeName, RequestId, Role, SamplingParams, TokenId};
 use ridge_router::machine::{ClientId, Router, RouterConfig, RouterInput, RouterOutput, Submit};
@@ -200,6 +201,11 @@ impl World {
         self.nodes.values().find(|n| n.alive && n.name == *name).map(|n| n.id)
     }
 
+    /// The node that a sender reaches: not a later one of the same name.
+    fn node_at(&self, peer: &KvPeer) -> Option<NodeId> {
+        self.node_named(&peer.name).filter(|id| kv_addr(*id) == peer.addr)
+    }
+
     fn alive(&mut self, id: NodeId) -> Option<&mut SimNode> {
         self.nodes.get_mut(&id).filter(|n| n.alive)
     }
@@ -315,7 +321,10 @@ impl World {
         for other in self.nodes.values_mut().filter(|n| n.alive) {
             let (peer, reason) = (name.clone(), reason.clone());
             match &mut other.machines {
-                Machines::Prefill(_, sender) => sender.handle(self.now, SenderInput::PeerLost { peer, reason }),
+                Machines::Prefill(_, sender) => {
+                    let peer = KvPeer { name: peer, addr: kv_addr(id) };
+                    sender.handle(self.now, SenderInput::PeerLost { peer, reason });
+                }
                 Machines::Decode(_, receiver) => receiver.handle(self.now, ReceiverInput::PeerLost { peer, reason }),
             }
         }
@@ -378,17 +387,17 @@ impl World {
                         match output {
                             SenderOutput::Event(event) => machine.handle(now, PrefillInput::Transfer(event)),
                             SenderOutput::Send { to, message } => {
-                                if let Some(to) = self.node_named(&to.name) {
+                                if let Some(to) = self.node_at(&to) {
                                     let event = Event::ToReceiver { from: id, to, message };
                                     self.deliver(id.0, to.0, false, event);
                                 } else {
-                                    self.lost_to_sender(id, to.name);
+                                    self.lost_to_sender(id, to);
                                 }
                             }
                             SenderOutput::Ship { to, request, layer, index, block } => {
                                 let page = node.kv.read(layer, block);
                                 let intact = self.pick(1000) >= self.scenario.damage_permille;
-                                if let Some(to) = self.node_named(&to.name) {
+                                if let Some(to) = self.node_at(&to) {
                                     let event = Event::Page { from: id, to, request, layer, index, page, intact };
                                     self.deliver(id.0, to.0, true, event);
                                 }
@@ -426,7 +435,7 @@ impl World {
     }
 
     /// Nobody answers under that name.
-    fn lost_to_sender(&mut self, id: NodeId, peer: NodeName) {
+    fn lost_to_sender(&mut self, id: NodeId, peer: KvPeer) {
         if let Some(SimNode { machines: Machines::Prefill(_, sender), .. }) = self.nodes.get_mut(&id) {
             sender.handle(self.now, SenderInput::PeerLost { peer, reason: "cannot be reached".into() });
         }

@@ -62,7 +62,7 @@ impl Generation {
         let prompt_tokens = prompts.iter().map(|prompt| prompt.tokens.len() as u32).sum();
         for PromptTokens { tokens, echo } in prompts {
             for choice in 0..options.n {
-                let params = options.fit(choice, tokens.len(), app.config.max_model_len);
+                let params = options.fit(choice, tokens.len(), app.max_model_len());
                 let answer = Answer::new(app.model.as_ref(), &tokens, &params, options, echo.clone());
                 let submission = app.gateway.submit(tokens.clone(), params, salt)?;
                 let (reply, abort) = stream::abortable(replies(choices.len(), submission));

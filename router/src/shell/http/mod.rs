@@ -145,6 +145,13 @@ impl App {
         })
     }
 
+    /// Longest prompt plus answer: the model's, or the shortest that a connected node has memory for.
+    fn max_model_len(&self) -> u32 {
+        let view = self.gateway.view();
+        let nodes = view.nodes.iter().map(|node| node.hello.max_model_len);
+        nodes.chain([self.config.max_model_len]).min().expect("one is always there")
+    }
+
     /// The name a request used for the model, or the first one.
     fn resolve(&self, model: Option<String>) -> Result<String, ApiError> {
         let names = &self.config.served_model_names;

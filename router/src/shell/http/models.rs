@@ -44,6 +44,6 @@ fn model(app: &App, name: &str) -> Model {
         owned_by: "ridge",
         root: app.config.served_model_names[0].clone(),
         parent: None,
-        max_model_len: app.config.max_model_len,
+        max_model_len: app.max_model_len(),
     }
 }

@@ -91,7 +91,8 @@ impl GenerateOptions {
     /// The parameters of answer `choice` to a prompt: what is left of the context bounds the answer, and each choice
     /// draws its own random numbers.
     pub(super) fn fit(&self, choice: u32, prompt_tokens: usize, max_model_len: u32) -> SamplingParams {
-        let room = max_model_len - u32::try_from(prompt_tokens).expect("the prompt was checked against the context");
+        // A node with a shorter context may have joined since the prompt was checked: then the router refuses.
+        let room = (max_model_len as usize).saturating_sub(prompt_tokens).max(1) as u32;
         let max_tokens = if self.params.max_tokens == 0 { room } else { self.params.max_tokens.min(room) };
         let seed = self.params.seed.wrapping_add(u64::from(choice));
         SamplingParams { max_tokens, seed, ..self.params.clone() }

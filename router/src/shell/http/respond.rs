@@ -54,8 +54,8 @@ pub(super) fn check_prompt(app: &App, param: &str, tokens: usize) -> Result<(), 
     if tokens == 0 {
         return Err(ApiError::invalid(param, format!("'{param}' must have at least one token")));
     }
-    if tokens >= app.config.max_model_len as usize {
-        return Err(ApiError::context_length(tokens, app.config.max_model_len, param));
+    if tokens >= app.max_model_len() as usize {
+        return Err(ApiError::context_length(tokens, app.max_model_len(), param));
     }
     Ok(())
 }

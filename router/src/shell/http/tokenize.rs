@@ -56,7 +56,7 @@ fn encode(app: &App, body: &[u8]) -> Result<Tokenized, ApiError> {
     let tokens = app.model.encode(&text, add_special).map_err(|error| ApiError::invalid(param, error))?;
     let string = |token: &TokenId| String::from_utf8_lossy(&app.model.token_bytes(*token)).into_owned();
     let token_strs = return_strings.then(|| tokens.iter().map(string).collect());
-    Ok(Tokenized { count: tokens.len(), max_model_len: app.config.max_model_len, tokens, token_strs })
+    Ok(Tokenized { count: tokens.len(), max_model_len: app.max_model_len(), tokens, token_strs })
 }
 
 fn decode(app: &App, body: &[u8]) -> Result<Detokenized, ApiError> {
