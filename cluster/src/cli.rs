@@ -52,8 +52,8 @@ pub struct UpArgs {
     /// Where the HTTP server listens.
     #[command(flatten)]
     pub http: HttpArgs,
-    /// Prefill nodes.
-    #[arg(long, value_name = "P", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    /// Prefill nodes. With 0, decode nodes compute prompts themselves: the co-located mode to compare with.
+    #[arg(long, value_name = "P", default_value_t = 1, value_parser = clap::value_parser!(u16).range(0..=64))]
     pub prefill: u16,
     /// Decode nodes.
     #[arg(long, value_name = "D", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]

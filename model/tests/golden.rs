@@ -23,12 +23,17 @@ struct Tolerance {
     logprob: f32,
     /// A continuation may differ from the first step on whose two likeliest tokens are nearer than this.
     gap: f32,
+    /// Tokens less likely than this are not compared.
+    likely: f32,
 }
 
 /// Everything in float32: ids must be equal. Observed: 2e-5.
-const EXACT: Tolerance = Tolerance { kv: KvDtype::F32, logprob: 2e-4, gap: 0.0 };
+const EXACT: Tolerance = Tolerance { kv: KvDtype::F32, logprob: 2e-4, gap: 0.0, likely: f32::NEG_INFINITY };
 /// Weights and cache in bfloat16; activations too where the CPU multiplies bfloat16.
-const BF16: Tolerance = Tolerance { kv: KvDtype::BF16, logprob: 0.1, gap: 0.2 };
+const BF16: Tolerance = Tolerance { kv: KvDtype::BF16, logprob: 0.1, gap: 0.2, likely: f32::NEG_INFINITY };
+/// A trained model is so sure of itself that its fifth likeliest token has a log-probability of about -13. There the
+/// rounding of activations to bf16 alone moves it by 0.1; what has less than one chance in 60,000 is not compared.
+const TRAINED: Tolerance = Tolerance { likely: -11.0, ..BF16 };
 
 fn open(folder: &Path, tokenizer: Option<PathBuf>) -> Checkpoint {
     let options = LoadOptions { tokenizer, chat_template: None, download: false };
@@ -67,7 +72,7 @@ fn check_case(name: &str, case: &Value, out: &[TokenOut], tolerance: Tolerance) 
             .iter()
             .map(|pair| (pair[0].as_u64().expect("an id") as u32, pair[1].as_f64().expect("a number") as f32))
             .collect();
-        for (token, expected) in &top {
+        for (token, expected) in top.iter().filter(|(_, expected)| *expected >= tolerance.likely) {
             // A token that fell out of our twenty likeliest is less likely than the last of them.
             let ours = out.top.iter().find(|(id, _)| id == token).or(out.top.last()).expect("twenty tokens").1;
             worst = worst.max((ours - expected).abs());
@@ -178,7 +183,7 @@ fn demo_model() {
         println!("skipped: no demo model or no golden of it");
         return;
     }
-    check_model("ridge-demo", open(Path::new(DEMO), None), BF16);
+    check_model("ridge-demo", open(Path::new(DEMO), None), TRAINED);
 }
 
 /// The stories model, or `None` where the shared data is not.

@@ -87,6 +87,9 @@ impl Launch {
             line.flag("--host", &self.args.http.host);
             line.flag("--port", &http.map_or(self.args.http.port, |http| http.port()));
             self.names.iter().for_each(|name| line.flag("--served-model-name", name));
+            if self.args.prefill == 0 {
+                line.0.push("--decode-only".into());
+            }
             return line.0;
         }
         line.flag("--router", &router.expect("nodes start after the router"));

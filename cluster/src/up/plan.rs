@@ -33,7 +33,6 @@ pub struct Plan {
 impl Plan {
     /// Shares `cores`, neighbours first, among `prefill` and `decode` nodes. `threads` overrides each node's share.
     pub fn new(prefill: usize, decode: usize, threads: Option<usize>, cores: &[usize]) -> Self {
-        assert!(prefill > 0, "at least one prefill node");
         assert!(decode > 0, "at least one decode node");
         let nodes = prefill + decode;
         let shares: Vec<usize> = match threads {
@@ -108,6 +107,7 @@ mod tests {
         check(1, 1, None, 2, &[("prefill-0", 1, "1"), ("decode-0", 1, "0")]);
         check(1, 1, None, 5, &[("prefill-0", 2, "3-4"), ("decode-0", 3, "0-2")]);
         check(1, 2, None, 8, &[("prefill-0", 2, "6-7"), ("decode-0", 3, "0-2"), ("decode-1", 3, "3-5")]);
+        check(0, 1, None, 2, &[("decode-0", 2, "0-1")]);
         check(1, 1, Some(2), 8, &[("prefill-0", 2, "2-3"), ("decode-0", 2, "0-1")]);
     }
 
