@@ -32,12 +32,15 @@ impl ModelIdentity {
     /// Bytes of one page: K and V of one block in one layer.
     pub fn page_bytes(&self) -> usize {
         let element = if self.kv_dtype == "f32" { 4 } else { 2 };
-        2 * self.kv_heads as usize * self.block_size as usize * self.head_dim as usize * element
+        // Saturating: a peer may claim any size, and whoever reads it compares with a limit.
+        [self.kv_heads, self.block_size, self.head_dim]
+            .into_iter()
+            .fold(2 * element, |bytes: usize, factor| bytes.saturating_mul(factor as usize))
     }
 
     /// Bytes of one block over all layers.
     pub fn block_bytes(&self) -> usize {
-        self.page_bytes() * self.layers as usize
+        self.page_bytes().saturating_mul(self.layers as usize)
     }
 
     /// The first field in which two identities differ, with both values, or `None` if KV may pass.

@@ -187,9 +187,10 @@ impl DecodeNode {
         match event {
             ReceiveEvent::Landed { request, first, bytes, .. } => self.on_landed(request, first, bytes),
             ReceiveEvent::Failed { request, reason: _ } => {
-                let Some(sequence) = self.sequences.get(&request) else { return };
-                assert_eq!(sequence.phase, Phase::Transferring, "only a transfer can fail");
-                self.compute_here(request);
+                // Unless it was given up already (see `on_no_transfer`).
+                if self.sequences.get(&request).is_some_and(|s| s.phase == Phase::Transferring) {
+                    self.compute_here(request);
+                }
             }
         }
     }
@@ -230,8 +231,7 @@ impl DecodeNode {
 
     /// A reservation's KV is complete and verified: commit it.
     fn on_landed(&mut self, id: RequestId, first: TokenOut, bytes: u64) {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
-        assert_eq!(sequence.phase, Phase::Transferring, "only a transfer can land");
+        let Some(sequence) = self.sequences.get_mut(&id).filter(|s| s.phase == Phase::Transferring) else { return };
         if first.token >= self.config.vocab {
             // A peer's word is input like any other; what it sends is not believed further than this.
             return self.compute_here(id);

@@ -2,7 +2,7 @@
 
 use super::node::Node;
 use super::placement::{missing_tokens, place};
-use super::sequence::{Arrival, Dispatch, Sequence};
+use super::sequence::{Arrival, Dispatch, Early, Sequence};
 use super::types::{
     ClientId, NodeView, ReplyEvent, RouterConfig, RouterError, RouterInput, RouterOutput, RouterStats, Submit, Usage,
 };
@@ -149,6 +149,8 @@ impl Router {
             node.in_flight.insert(request, work);
         }
         sequence.dispatch = Some(Dispatch { request, prefill: placement.prefill, decode, handed_over: false });
+        let deadline = sequence.deadline;
+        self.expect_by(deadline);
         self.requests.insert(request, client);
     }
 
@@ -162,6 +164,20 @@ impl Router {
             node.in_flight.remove(&dispatch.request);
             let message = RouterToNode::Cancel { request: dispatch.request };
             self.outputs.push_back(RouterOutput::Send { node: id, message });
+        }
+    }
+
+    /// Takes the prefill node out of a sequence's dispatch: the decode node computes the prompt.
+    fn release_prefill(&mut self, client: ClientId, tell: bool) {
+        let sequence = self.sequences.get_mut(&client).expect("a sequence in flight is kept");
+        let dispatch = sequence.dispatch.as_mut().expect("a dispatch in flight is kept");
+        let (request, Some(prefill)) = (dispatch.request, dispatch.prefill.take()) else { return };
+        if let Some(node) = self.nodes.get_mut(&prefill) {
+            node.in_flight.remove(&request);
+        }
+        if tell {
+            let message = RouterToNode::Cancel { request };
+            self.outputs.push_back(RouterOutput::Send { node: prefill, message });
         }
     }
 
@@ -223,7 +239,7 @@ impl Router {
             NodeHello { role: Role::Decode, kv_addr: None, .. } => {
                 Some("a decode node must say where it takes KV".into())
             }
-            NodeHello { identity, .. } if identity.page_bytes() == 0 || identity.layers == 0 => {
+            NodeHello { identity, .. } if identity.block_bytes() == 0 => {
                 Some("a model has layers, heads and blocks: the identity says none".into())
             }
             NodeHello { identity, .. } => self.mismatch(&hello, identity),
@@ -286,18 +302,17 @@ impl Router {
         match message {
             NodeToRouter::Token { request, index, out, finish } => self.on_token(now, id, request, index, out, finish),
             NodeToRouter::Receipt { request, receipt } => {
-                let Some(client) = self.requests.get(&request) else { return };
-                let sequence = self.sequences.get_mut(client).expect("a dispatch in flight is kept");
-                let from_decode = node.hello.role == Role::Decode;
-                sequence.on_receipt(from_decode, receipt);
+                let Some(&client) = self.requests.get(&request) else { return };
+                let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
                 let dispatch = sequence.dispatch.as_ref().expect("a dispatch in flight is kept");
-                if from_decode
-                    && receipt.recomputed > 0
-                    && let Some(prefill) = dispatch.prefill
-                {
+                let (from_prefill, from_decode) = (dispatch.prefill == Some(id), dispatch.decode == Some(id));
+                if !from_prefill && !from_decode {
+                    return; // It has no part in this.
+                }
+                sequence.on_receipt(from_decode, receipt);
+                if from_decode && receipt.recomputed > 0 {
                     // The decode node did not wait for the hand-off: nobody needs it any more.
-                    let message = RouterToNode::Cancel { request };
-                    self.outputs.push_back(RouterOutput::Send { node: prefill, message });
+                    self.release_prefill(client, true);
                 }
             }
             NodeToRouter::Failed { request, error } => self.on_failed(now, id, request, error),
@@ -325,11 +340,11 @@ impl Router {
     ) {
         let Some(&client) = self.requests.get(&request) else { return }; // Of a dispatch that is over.
         let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
-        sequence.deadline = now + self.config.progress_deadline;
         let dispatch = sequence.dispatch.as_mut().expect("a dispatch in flight is kept");
         if dispatch.decode != Some(id) && dispatch.prefill != Some(id) {
             return; // It has no part in this.
         }
+        sequence.deadline = now + self.config.progress_deadline;
         if dispatch.decode == Some(id) {
             dispatch.handed_over = true;
         }
@@ -342,18 +357,18 @@ impl Router {
                 node.in_flight.remove(&request);
             }
         }
-        match sequence.arrive(index, out, finish) {
+        match sequence.arrive(id, index, out, finish) {
             Arrival::Nothing => {}
             Arrival::Ends(reason) => self.finish(client, Some(id), reason),
             Arrival::InOrder(tokens) => {
                 sequence.attempts = 1; // It moves: only failures without a token between them are counted.
                 let so_far = sequence.usage;
-                for (index, out, finish) in tokens {
+                for (index, Early { out, by, finish }) in tokens {
                     let usage = Usage { completion_tokens: index + 1, ..so_far };
                     let event = ReplyEvent::Token { index, out, usage };
                     self.outputs.push_back(RouterOutput::Reply { client, event });
                     if let Some(reason) = finish {
-                        return self.finish(client, Some(id), reason);
+                        return self.finish(client, Some(by), reason);
                     }
                 }
             }
@@ -376,7 +391,7 @@ impl Router {
             // The decode node computes the prompt itself; it may not have heard (rule C-8).
             let message = RouterToNode::TransferFailed { request, reason: reason.clone() };
             self.outputs.push_back(RouterOutput::Send { node: decode, message });
-            return;
+            return self.release_prefill(client, false);
         }
         match error {
             NodeError::Invalid(reason) => self.fail(client, RouterError::Invalid(reason)),

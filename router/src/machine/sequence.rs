@@ -31,15 +31,25 @@ pub(super) struct Sequence {
     /// When to give up waiting: for a node, or for a sign of life.
     pub deadline: Instant,
     /// Tokens that arrived before their turn: the prefill and the decode node speak over different connections.
-    early: BTreeMap<u32, (TokenOut, Option<FinishReason>)>,
+    early: BTreeMap<u32, Early>,
+    /// It was dispatched again after the client had been given tokens.
+    failed_over: bool,
     pub usage: Usage,
+}
+
+/// A token that arrived, who said it, and whether it is the last.
+#[derive(Clone, PartialEq, Debug)]
+pub(super) struct Early {
+    pub out: TokenOut,
+    pub by: NodeId,
+    pub finish: Option<FinishReason>,
 }
 
 /// What became of a token that arrived.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) enum Arrival {
     /// These are next in the client's stream; the last may end it.
-    InOrder(Vec<(u32, TokenOut, Option<FinishReason>)>),
+    InOrder(Vec<(u32, Early)>),
     /// Its turn has not come, or it was seen before.
     Nothing,
     /// It was seen before, but not that it is the last one.
@@ -67,6 +77,7 @@ impl Sequence {
             avoid: Vec::new(),
             deadline,
             early: BTreeMap::new(),
+            failed_over: false,
             usage: Usage { prompt_tokens: prompt_len, ..Usage::default() },
         }
     }
@@ -77,7 +88,7 @@ impl Sequence {
     }
 
     /// Takes a token of the present dispatch.
-    pub fn arrive(&mut self, index: u32, out: TokenOut, finish: Option<FinishReason>) -> Arrival {
+    pub fn arrive(&mut self, by: NodeId, index: u32, out: TokenOut, finish: Option<FinishReason>) -> Arrival {
         let next = self.next_index();
         if index < next {
             let had = self.tokens[(self.prompt_len + index) as usize];
@@ -91,17 +102,19 @@ impl Sequence {
         if index >= self.params.max_tokens {
             return Arrival::Nothing;
         }
-        if let Some((early, _)) = self.early.get(&index)
-            && early.token != out.token
-        {
-            return Arrival::Diverged { index, had: early.token };
+        let early = self.early.entry(index).or_insert(Early { out: out.clone(), by, finish });
+        if early.out.token != out.token {
+            return Arrival::Diverged { index, had: early.out.token };
         }
-        self.early.insert(index, (out, finish));
+        if early.finish.is_none() && finish.is_some() {
+            (early.by, early.finish) = (by, finish);
+        }
         let mut ready = Vec::new();
-        while let Some((out, finish)) = self.early.remove(&self.next_index()) {
-            ready.push((self.next_index(), out.clone(), finish));
-            self.tokens.push(out.token);
-            if finish.is_some() {
+        while let Some(early) = self.early.remove(&self.next_index()) {
+            let (index, last) = (self.next_index(), early.finish.is_some());
+            self.tokens.push(early.out.token);
+            ready.push((index, early));
+            if last {
                 break;
             }
         }
@@ -111,11 +124,12 @@ impl Sequence {
     /// Forgets tokens of a dispatch that is over.
     pub fn drop_early(&mut self) {
         self.early.clear();
+        self.failed_over |= self.next_index() > 0;
     }
 
     /// Takes a node's account of where the prompt's KV came from.
     pub fn on_receipt(&mut self, from_decode: bool, receipt: Receipt) {
-        if self.attempts > 1 && self.next_index() > 0 {
+        if self.failed_over {
             return; // After a failover a node may find its own earlier work in its cache: no saving of the client's.
         }
         if from_decode {
