@@ -55,6 +55,15 @@ pub struct CacheChange {
     pub removed: Vec<BlockHash>,
 }
 
+impl CacheChange {
+    /// The same in pieces of at most `most` hashes, for messages of limited size. Nothing if nothing changed.
+    pub fn split(self, most: usize) -> Vec<CacheChange> {
+        let added = self.added.chunks(most).map(|piece| CacheChange { added: piece.to_vec(), removed: Vec::new() });
+        let removed = self.removed.chunks(most).map(|piece| CacheChange { added: Vec::new(), removed: piece.to_vec() });
+        added.chain(removed).collect()
+    }
+}
+
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 struct Block {
     /// References by claim: used, reserved, held.

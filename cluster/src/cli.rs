@@ -400,6 +400,7 @@ mod tests {
         let Command::Up(args) = Cli::parse_from(line).command else { panic!("up") };
         assert_eq!(args.http.served_model_name, ["a", "b"]);
         assert!(Cli::try_parse_from(["cluster", "up", "--local", "--block-size", "12"]).is_err());
-        assert!(Cli::try_parse_from(["cluster", "up", "--local", "--prefill", "0"]).is_err());
+        assert!(Cli::try_parse_from(["cluster", "up", "--local", "--prefill", "0"]).is_ok());
+        assert!(Cli::try_parse_from(["cluster", "up", "--local", "--decode", "0"]).is_err());
     }
 }

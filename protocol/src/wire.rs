@@ -185,6 +185,30 @@ pub enum NodeError {
     Draining,
 }
 
+impl NodeError {
+    /// Names what keeps a node of this vocabulary and context from running a request, whatever its load.
+    pub fn check_request(
+        tokens: &[TokenId],
+        prompt_len: u32,
+        params: &SamplingParams,
+        vocab: u32,
+        max_model_len: u32,
+    ) -> Result<(), NodeError> {
+        let len = tokens.len();
+        if len == 0 || prompt_len == 0 || prompt_len as usize > len {
+            return Err(NodeError::Invalid("the prompt is empty".into()));
+        }
+        if len >= max_model_len as usize {
+            let reason = format!("a prompt of {len} tokens leaves no room in a context of {max_model_len}");
+            return Err(NodeError::Invalid(reason));
+        }
+        if let Some(token) = tokens.iter().find(|&&token| token >= vocab) {
+            return Err(NodeError::Invalid(format!("token {token} is outside the vocabulary of {vocab}")));
+        }
+        params.check().map_err(NodeError::Invalid)
+    }
+}
+
 /// From the KV sender (prefill node) to the receiver, on the connection's control stream.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum SenderMsg {

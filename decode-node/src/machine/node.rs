@@ -2,7 +2,7 @@
 
 use super::DecodeConfig;
 use super::sequence::{Phase, Sequence};
-use ridge_blocks::{BlockPool, Claim, Lease};
+use ridge_blocks::{BlockPool, CacheChange, Claim, Lease};
 use ridge_protocol::stats::NodeStats;
 use ridge_protocol::transfer::{ReceiveCommand, ReceiveEvent, ReceiveJob};
 use ridge_protocol::wire::{DecodeRequest, FinishReason, NodeError, NodeToRouter, RouterToNode};
@@ -130,24 +130,11 @@ impl DecodeNode {
     }
 
     fn check(&self, request: &DecodeRequest) -> Result<(), NodeError> {
-        let len = request.tokens.len();
         if self.draining {
             return Err(NodeError::Draining);
         }
-        if len == 0 || request.prompt_len == 0 || request.prompt_len as usize > len {
-            return Err(NodeError::Invalid("the prompt is empty".into()));
-        }
-        if len >= self.config.max_model_len as usize {
-            let max = self.config.max_model_len;
-            return Err(NodeError::Invalid(format!("a prompt of {len} tokens leaves no room in a context of {max}")));
-        }
-        if let Some(token) = request.tokens.iter().find(|&&t| t >= self.config.vocab) {
-            return Err(NodeError::Invalid(format!(
-                "token {token} is outside the vocabulary of {}",
-                self.config.vocab
-            )));
-        }
-        request.params.check().map_err(NodeError::Invalid)?;
+        let (vocab, context) = (self.config.vocab, self.config.max_model_len);
+        NodeError::check_request(&request.tokens, request.prompt_len, &request.params, vocab, context)?;
         if self.waiting.len() >= self.config.max_waiting {
             return Err(NodeError::Overloaded(format!("{} sequences are waiting", self.waiting.len())));
         }
@@ -443,12 +430,9 @@ impl DecodeNode {
     fn report(&mut self, now: Instant) {
         self.last_report = now;
         self.next_report = now + self.config.report_interval;
-        let changes = self.pool.take_changes();
-        for added in changes.added.chunks(MAX_REPORTED_HASHES) {
-            self.tell_router(NodeToRouter::CacheChanged { added: added.to_vec(), removed: Vec::new() });
-        }
-        for removed in changes.removed.chunks(MAX_REPORTED_HASHES) {
-            self.tell_router(NodeToRouter::CacheChanged { added: Vec::new(), removed: removed.to_vec() });
+        for CacheChange { added, removed } in self.pool.take_changes().split(MAX_REPORTED_HASHES) {
+            let message = NodeToRouter::CacheChanged { added, removed };
+            self.tell_router(message);
         }
         let stats = self.stats();
         self.tell_router(NodeToRouter::Stats(stats));

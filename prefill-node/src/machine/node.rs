@@ -1,7 +1,7 @@
 //! [`PrefillNode`].
 
 use super::PrefillConfig;
-use ridge_blocks::{BlockPool, Claim, Lease, hash_blocks};
+use ridge_blocks::{BlockPool, CacheChange, Claim, Lease, hash_blocks};
 use ridge_protocol::stats::NodeStats;
 use ridge_protocol::transfer::{Outcome, SendCommand, SendEvent, SendJob};
 use ridge_protocol::wire::{FinishReason, NodeError, NodeToRouter, PrefillRequest, Receipt, RouterToNode};
@@ -187,24 +187,11 @@ impl PrefillNode {
     }
 
     fn check(&self, request: &PrefillRequest) -> Result<(), NodeError> {
-        let len = request.tokens.len();
         if self.draining {
             return Err(NodeError::Draining);
         }
-        if len == 0 || request.prompt_len == 0 || request.prompt_len as usize > len {
-            return Err(NodeError::Invalid("the prompt is empty".into()));
-        }
-        if len >= self.config.max_model_len as usize {
-            let max = self.config.max_model_len;
-            return Err(NodeError::Invalid(format!("a prompt of {len} tokens leaves no room in a context of {max}")));
-        }
-        if let Some(token) = request.tokens.iter().find(|&&t| t >= self.config.vocab) {
-            return Err(NodeError::Invalid(format!(
-                "token {token} is outside the vocabulary of {}",
-                self.config.vocab
-            )));
-        }
-        request.params.check().map_err(NodeError::Invalid)?;
+        let (vocab, context) = (self.config.vocab, self.config.max_model_len);
+        NodeError::check_request(&request.tokens, request.prompt_len, &request.params, vocab, context)?;
         if self.waiting.len() >= self.config.max_waiting {
             return Err(NodeError::Overloaded(format!("{} prompts are waiting", self.waiting.len())));
         }
@@ -412,13 +399,8 @@ impl PrefillNode {
     fn report(&mut self, now: Instant) {
         self.last_report = now;
         self.next_report = now + self.config.report_interval;
-        let changes = self.pool.take_changes();
-        for added in changes.added.chunks(MAX_REPORTED_HASHES) {
-            let message = NodeToRouter::CacheChanged { added: added.to_vec(), removed: Vec::new() };
-            self.outputs.push_back(PrefillOutput::ToRouter(message));
-        }
-        for removed in changes.removed.chunks(MAX_REPORTED_HASHES) {
-            let message = NodeToRouter::CacheChanged { added: Vec::new(), removed: removed.to_vec() };
+        for CacheChange { added, removed } in self.pool.take_changes().split(MAX_REPORTED_HASHES) {
+            let message = NodeToRouter::CacheChanged { added, removed };
             self.outputs.push_back(PrefillOutput::ToRouter(message));
         }
         let stats = self.stats();
