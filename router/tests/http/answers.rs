@@ -99,7 +99,7 @@ async fn a_stop_string_ends_the_answer_at_once() {
     let body = ask(json!({ "stop": ["END", "zzz"] }));
     let expected = json!({
         "choices": [{ "message": { "content": "one " }, "finish_reason": "stop", "stop_reason": "END" }],
-        "usage": { "completion_tokens": 7, "prompt_tokens_details": null }
+        "usage": { "completion_tokens": 7, "prompt_tokens_details": { "cached_tokens": 2 } }
     });
     expect(post(&server, CHAT, &body).await, 200, expected);
     server.wait_gone(1).await;

@@ -297,7 +297,7 @@ fn cluster() -> ClusterView {
             role,
             kv_addr: None,
             identity: identity.clone(),
-            max_model_len: CONTEXT,
+            max_model_len: 1 << 20,
             blocks: 10,
             pid: 1,
         },

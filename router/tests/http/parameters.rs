@@ -1,6 +1,6 @@
 //! From JSON to sampling parameters, and every way to get them wrong.
 
-use crate::client::{expect, post};
+use crate::client::{expect, get, post};
 use crate::fake::{EOS, Server, config, say};
 use ridge_protocol::SamplingParams;
 use ridge_router::shell::http::{Defaults, HttpConfig};
@@ -213,4 +213,13 @@ async fn long_prompts_are_read_on_other_threads() {
     let server = Server::with(config, Defaults::default(), say("x")).await;
     let body = json!({ "prompt": "y".repeat(40_000) });
     expect(post(&server, TEXT, &body).await, 200, json!({ "usage": { "prompt_tokens": 40_001 } }));
+}
+
+/// A node whose memory holds less than the model's context bounds everybody.
+#[tokio::test]
+async fn the_shortest_node_bounds_the_context() {
+    let config = HttpConfig { max_model_len: 1 << 21, ..config() };
+    let server = Server::with(config, Defaults::default(), say("x")).await;
+    let (_, models) = get(&server, "/v1/models").await;
+    assert_eq!(models["data"][0]["max_model_len"], json!(1 << 20), "{models}");
 }
