@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes quant_goldens.bin: seeded random blocks of every GGML type Ridge reads, and what gguf-py decodes them to.
 
-Run: /opt/py/venv/bin/python kernels/goldens/make_quant_goldens.py
+Run: python3 kernels/goldens/make_quant_goldens.py
 
 Layout, little-endian: for each type
     u32 ggml type, u32 number of blocks, the blocks' bytes, the decoded f32 values;

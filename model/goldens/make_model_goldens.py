@@ -1,8 +1,8 @@
 """Makes small seeded random models and what Hugging Face transformers computes with them.
 
-    /opt/py/venv/bin/python model/goldens/make_model_goldens.py           # every model below
-    /opt/py/venv/bin/python model/goldens/make_model_goldens.py qwen3     # one of them
-    /opt/py/venv/bin/python model/goldens/make_model_goldens.py demo      # answers of model/demo/ridge-demo
+    python3 model/goldens/make_model_goldens.py           # every model below
+    python3 model/goldens/make_model_goldens.py qwen3     # one of them
+    python3 model/goldens/make_model_goldens.py demo      # answers of model/demo/ridge-demo
 
 Each model becomes a folder with config.json, model.safetensors and golden.json. The configurations are written in
 the two spellings found in the wild: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters`
