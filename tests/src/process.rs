@@ -84,14 +84,18 @@ pub fn signal(pid: u32, kill: Kill) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::within;
     use std::process::Command;
+    use std::time::Duration;
 
     #[test]
     fn children_are_found_and_killed() {
         let mut child = Command::new("sleep").arg("60").spawn().expect("starts");
-        let found = Process::children_of(std::process::id());
-        let found = found.iter().find(|p| p.pid == child.id()).expect("is listed");
-        assert_eq!(found.flag("sleep"), Some("60"));
+        let listed = || Process::children_of(std::process::id()).into_iter().find(|p| p.pid == child.id());
+        assert!(listed().is_some(), "is listed");
+        // The kernel shows a new program's arguments a moment after it has started.
+        let shown = || listed().is_some_and(|found| found.flag("sleep") == Some("60"));
+        assert!(within(Duration::from_secs(10), shown), "{:?}", listed());
         signal(child.id(), Kill::Kill);
         child.wait().expect("ends");
         assert!(!Process::is_alive(child.id()));
