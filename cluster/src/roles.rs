@@ -63,21 +63,13 @@ pub fn prefill(args: NodeArgs) -> anyhow::Result<()> {
     if let Some(limit) = args.max_num_batched_tokens {
         machine.max_batched_tokens = u32::try_from(limit).context("--max-num-batched-tokens is too large")?;
     }
-    let supervision = args.supervision;
     let options = PrefillOptions {
-        link: LinkOptions {
-            name: NodeName(args.name.unwrap_or_else(|| "prefill-0".into())),
-            listen: args.listen,
-            router: args.router,
-            router_name: NodeName(args.router_name),
-            tls_dir: args.tls_dir,
-            transport: TransportOptions::default(),
-        },
+        link: link(&args, "prefill-0"),
         engine: engine(args.model, args.threads, args.cores, args.kv_blocks, &args.engine),
         machine,
         sender: ridge_kvtransfer::SenderConfig::default(),
     };
-    block_on(&supervision, |shutdown| ridge_prefill_node::shell::run(options, shutdown))
+    block_on(&args.supervision, |shutdown| ridge_prefill_node::shell::run(options, shutdown))
 }
 
 /// Runs a decode node until a signal.
@@ -93,21 +85,25 @@ pub fn decode(args: NodeArgs) -> anyhow::Result<()> {
     if let Some(limit) = args.max_num_batched_tokens {
         machine.max_prefill_tokens = u32::try_from(limit).context("--max-num-batched-tokens is too large")?;
     }
-    let supervision = args.supervision;
     let options = DecodeOptions {
-        link: LinkOptions {
-            name: NodeName(args.name.unwrap_or_else(|| "decode-0".into())),
-            listen: args.listen,
-            router: args.router,
-            router_name: NodeName(args.router_name),
-            tls_dir: args.tls_dir,
-            transport: TransportOptions::default(),
-        },
+        link: link(&args, "decode-0"),
         engine: engine(args.model, args.threads, args.cores, args.kv_blocks, &args.engine),
         machine,
         receiver: ridge_kvtransfer::ReceiverConfig::default(),
     };
-    block_on(&supervision, |shutdown| ridge_decode_node::shell::run(options, shutdown))
+    block_on(&args.supervision, |shutdown| ridge_decode_node::shell::run(options, shutdown))
+}
+
+/// A node's place in the network.
+fn link(args: &NodeArgs, default_name: &str) -> LinkOptions {
+    LinkOptions {
+        name: NodeName(args.name.clone().unwrap_or_else(|| default_name.into())),
+        listen: args.listen,
+        router: args.router,
+        router_name: NodeName(args.router_name.clone()),
+        tls_dir: args.tls_dir.clone(),
+        transport: TransportOptions::default(),
+    }
 }
 
 fn engine(

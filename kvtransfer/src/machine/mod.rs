@@ -22,6 +22,7 @@ mod simulation;
 mod tests;
 
 pub use receiver::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput};
+use ridge_protocol::stats::NodeStats;
 pub use sender::{Sender, SenderConfig, SenderInput, SenderOutput};
 
 /// Counters of one machine since it was made.
@@ -39,6 +40,17 @@ pub struct TransferStats {
     pub digest_failures: u64,
     /// Messages and pages that belonged to no transfer of that peer and were ignored.
     pub strays: u64,
+}
+
+impl TransferStats {
+    /// Enters them into a node's report, whose scheduler knows nothing of transfers.
+    pub fn report(&self, stats: &mut NodeStats) {
+        stats.transfer_bytes = self.bytes;
+        stats.transfer_pages = self.pages;
+        stats.transfers_committed = self.committed;
+        stats.transfers_aborted = self.aborted;
+        stats.digest_failures = self.digest_failures;
+    }
 }
 
 /// What an event means in a phase. The value of both machines' transition tables.

@@ -9,6 +9,10 @@ use tokio::sync::mpsc;
 
 /// Messages from the router that wait for the node's loop.
 const EVENTS: usize = 1024;
+/// How long a leaving node's last messages may take to reach the router.
+const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
+/// How long peers may take to acknowledge that a connection is closed.
+const GOODBYE_DEADLINE: Duration = Duration::from_millis(300);
 /// First and longest pause between two attempts to reach the router.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
@@ -47,6 +51,22 @@ pub fn start(endpoint: Endpoint, options: &LinkOptions, hello: NodeHello) -> mps
     let (events, receiver) = mpsc::channel(EVENTS);
     tokio::spawn(run(endpoint, options.router, options.router_name.clone(), hello, events));
     receiver
+}
+
+/// Leaves the cluster for good: what was said to the router arrives, then every connection is closed.
+pub async fn leave(
+    endpoint: &Endpoint,
+    router: Option<ControlHandle<NodeToRouter>>,
+    events: &mut mpsc::Receiver<LinkEvent>,
+) {
+    const REASON: &str = "the node is shutting down";
+    if let Some(mut router) = router {
+        router.close(REASON);
+        let down = async { while !matches!(events.recv().await, None | Some(LinkEvent::Down(_))) {} };
+        let _ = tokio::time::timeout(FLUSH_DEADLINE, down).await;
+    }
+    endpoint.close(REASON);
+    let _ = tokio::time::timeout(GOODBYE_DEADLINE, endpoint.wait_idle()).await;
 }
 
 async fn run(

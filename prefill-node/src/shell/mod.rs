@@ -20,8 +20,6 @@ use tokio::sync::mpsc;
 const KV_EVENTS: usize = 1024;
 /// How long a node that was asked to stop goes on with what it has.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
-/// How long its last messages may take to reach the router.
-const FLUSH_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How a prefill node is set up. The model decides the machine's block count, layers, vocabulary and context.
 #[derive(Clone, PartialEq, Debug)]
@@ -169,14 +167,7 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
             }
         }
     }
-    // The last tokens are still on their way: the link is closed from this side when they have arrived.
-    if let Some(mut router) = shell.router.take() {
-        router.close("the node is shutting down");
-        let gone = async { while !matches!(from_link.recv().await, None | Some(LinkEvent::Down(_))) {} };
-        let _ = tokio::time::timeout(FLUSH_DEADLINE, gone).await;
-    }
-    endpoint.close("the node is shutting down");
-    let _ = tokio::time::timeout(Duration::from_millis(300), endpoint.wait_idle()).await;
+    link::leave(&endpoint, shell.router.take(), &mut from_link).await;
     Ok(())
 }
 
@@ -214,14 +205,7 @@ impl Shell {
             }
             PrefillOutput::ToRouter(mut message) => {
                 match &mut message {
-                    NodeToRouter::Stats(stats) => {
-                        let transfer = self.sender.stats();
-                        stats.transfer_bytes = transfer.bytes;
-                        stats.transfer_pages = transfer.pages;
-                        stats.transfers_committed = transfer.committed;
-                        stats.transfers_aborted = transfer.aborted;
-                        stats.digest_failures = transfer.digest_failures;
-                    }
+                    NodeToRouter::Stats(stats) => self.sender.stats().report(stats),
                     NodeToRouter::Drained => self.drained = true,
                     _ => {}
                 }
