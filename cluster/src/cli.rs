@@ -114,6 +114,43 @@ pub struct EngineArgs {
     /// Memory for KV blocks of each node, such as 2GiB. Default: chosen by the engine.
     #[arg(long, env = "RIDGE_KV_MEMORY", value_name = "SIZE", value_parser = parse_bytes)]
     pub kv_memory: Option<u64>,
+    /// Folder where weights are kept in the order in which the kernels read them, shared by all processes; as large as the
+    /// model. `auto` is XDG_CACHE_HOME/ridge/packed; with `off`, every process packs its own copy in memory.
+    #[arg(long, env = "RIDGE_WEIGHTS_CACHE", value_name = "DIR", default_value = "auto")]
+    pub weights_cache: WeightsCache,
+}
+
+/// Where packed weights are kept.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum WeightsCache {
+    /// In the user's cache folder.
+    Auto,
+    /// Nowhere.
+    Off,
+    /// In this folder.
+    Folder(PathBuf),
+}
+
+impl std::str::FromStr for WeightsCache {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(match text {
+            "auto" => WeightsCache::Auto,
+            "off" => WeightsCache::Off,
+            folder => WeightsCache::Folder(folder.into()),
+        })
+    }
+}
+
+impl std::fmt::Display for WeightsCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            WeightsCache::Auto => f.write_str("auto"),
+            WeightsCache::Off => f.write_str("off"),
+            WeightsCache::Folder(folder) => folder.display().fmt(f),
+        }
+    }
 }
 
 /// Element types of the KV cache.

@@ -28,6 +28,7 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         max_model_len: args.engine.max_model_len,
         kv_blocks: None,
         kv_memory_bytes: args.engine.kv_memory,
+        weights_cache: roles::weights_cache(&args.engine.weights_cache),
     };
     let mut loaded = load_engine(&options, &mut |_| {})?;
     let prompt = prompt(args, &loaded)?;

@@ -2,7 +2,8 @@
 //!
 //! The roles themselves live in their crates. Read [`router`], [`prefill`], [`decode`] and [`Shutdown`].
 
-use crate::cli::{EngineArgs, KvCacheDtype, NodeArgs, RouterArgs, SupervisionArgs};
+use crate::cli::{EngineArgs, KvCacheDtype, NodeArgs, RouterArgs, SupervisionArgs, WeightsCache};
+use crate::dirs;
 use anyhow::Context;
 use ridge_decode_node::machine::DecodeConfig;
 use ridge_decode_node::shell::DecodeOptions;
@@ -18,6 +19,7 @@ use ridge_router::shell::http::HttpConfig;
 use std::future::Future;
 use std::io::Read;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
@@ -127,6 +129,16 @@ fn engine(
         max_model_len: args.max_model_len,
         kv_blocks,
         kv_memory_bytes: args.kv_memory,
+        weights_cache: weights_cache(&args.weights_cache),
+    }
+}
+
+/// The folder for packed weights. Without a home there is none.
+pub fn weights_cache(choice: &WeightsCache) -> Option<PathBuf> {
+    match choice {
+        WeightsCache::Auto => dirs::cache().ok().map(|cache| cache.join("packed")),
+        WeightsCache::Off => None,
+        WeightsCache::Folder(folder) => Some(folder.clone()),
     }
 }
 

@@ -5,7 +5,9 @@
 //! The limits (memory read bandwidth, register-only multiply-adds) are measured in the same run, because absolute figures
 //! drift from hour to hour.
 
-use ridge_kernels::{AttentionItem, Cpu, DType, Isa, KvDtype, KvFormat, Matrix, quantize_row, reference};
+use ridge_kernels::{
+    AttentionItem, Cpu, DType, Finish, Isa, KvDtype, KvFormat, Matrix, Operand, Packed, Rows, quantize_row, reference,
+};
 use rustix::time::{ClockId, clock_gettime};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -26,9 +28,13 @@ fn main() {
         "{:8} {:>5} {:>6} {:>6} {:>10} {:>7} {:>8} {:>7}",
         "weights", "m", "n", "k", "GFLOP/s", "of max", "GB/s", "of max"
     );
-    for dtype in [DType::BF16, DType::F16, DType::F32, DType::Q8_0, DType::Q4_0, DType::Q4K, DType::Q5K, DType::Q6K] {
+    let only = std::env::args().nth(2);
+    for dtype in DType::ALL.into_iter().filter(|d| only.as_deref().is_none_or(|o| o.split(',').any(|o| o == d.name())))
+    {
         let max = if dtype == DType::BF16 { bf16 } else { fma };
-        for (m, n, k) in [(1, 32768, 2048), (4, 32768, 2048), (16, 8192, 2048), (512, 8192, 2048), (512, 2048, 8192)] {
+        for (m, n, k) in
+            [(1, 256, 2048), (8, 256, 2048), (16, 256, 2048), (1, 32768, 2048), (8, 32768, 2048), (512, 8192, 2048)]
+        {
             let (seconds, bytes) = matmul(&cpu, dtype, m, n, k);
             let rate = 2.0 * (m * n * k) as f64 / seconds / 1e9;
             let stream = bytes as f64 / seconds / 1e9;
@@ -84,18 +90,25 @@ fn matmul(cpu: &Cpu, dtype: DType, m: usize, n: usize, k: usize) -> (f64, usize)
         data.extend_from_slice(&distinct);
     }
     let w = Matrix::new(dtype, n, k, &data).expect("n rows");
+    let mut bytes = vec![0; Packed::bytes(dtype, n, k, false).expect("a shape that was just made")];
+    cpu.pack(&w, None, &mut bytes);
+    let packed = Packed::new(dtype, n, k, false, &bytes).expect("packed just now");
     let x: Vec<f32> = (0..m * k).map(|_| half::bf16::from_f32(random(&mut seed)).to_f32()).collect();
-    let mut y = vec![0.0; m * n];
-    cpu.matmul(&x, &w, None, &mut y);
+    let (mut y, mut operand) = (vec![0.0; m * n], Operand::default());
+    let mut product =
+        |y: &mut [f32]| cpu.matmul(&mut Rows::new(black_box(&x), k, &mut operand), &packed, Finish::Store(None), y);
+    product(&mut y);
     let few = Matrix::new(dtype, 8, k, &data[..distinct.len()]).expect("8 rows");
     let mut want = vec![0.0; m * 8];
-    reference::matmul(&x, &few, None, &mut want);
+    let bytes_of_x = !matches!(dtype, DType::F32 | DType::F16 | DType::BF16);
+    let seen = if bytes_of_x { reference::round_to_bytes(&x) } else { x.clone() };
+    reference::matmul(&seen, &few, None, &mut want);
     for (got, want) in y.chunks(n).zip(want.chunks(8)) {
         for (i, got) in got.iter().enumerate() {
             assert!((got - want[i % 8]).abs() < 1e-2, "{dtype:?}: {got} for {}", want[i % 8]);
         }
     }
-    (best(cpu.threads(), || cpu.matmul(black_box(&x), &w, None, black_box(&mut y))), data.len())
+    (best(cpu.threads(), || product(black_box(&mut y))), data.len())
 }
 
 /// Llama-3.2-1B's heads: 32 queries, 8 keys of 64, bf16, blocks of 32.

@@ -19,6 +19,8 @@
 mod cpu;
 mod dtype;
 mod kv;
+#[cfg(not(loom))]
+mod packed;
 pub mod quant;
 pub mod reference;
 pub mod sync;
@@ -26,7 +28,14 @@ pub mod sync;
 mod testing;
 
 #[cfg(not(loom))]
-pub use cpu::{Cpu, dispatch::Isa};
+pub use cpu::{
+    Cpu,
+    dispatch::Isa,
+    generic::matmul::{Finish, Gate},
+    operand::{Operand, Rows},
+};
 pub use dtype::{DType, Matrix, ShapeError};
 pub use kv::{AttentionItem, KvDtype, KvFormat};
+#[cfg(not(loom))]
+pub use packed::Packed;
 pub use quant::{QuantizeError, dequantize_row, quantize_row};

@@ -33,7 +33,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let kv = Arc::new(KvMemory::new(format, spec.layers, SEQUENCES * blocks_each)?);
     let cpu = Cpu::new(threads, None);
     println!("{path}: {:.1} MB of weights, {threads} threads, {:?}", weight_bytes as f64 / 1e6, cpu.isa());
-    let mut engine = CpuEngine::new(Arc::new(checkpoint), kv, cpu)?;
+    let mut engine = CpuEngine::new(&checkpoint, kv, cpu, None)?;
 
     let params = Arc::new(SamplingParams::greedy(1));
     let item = |sequence: usize, start: usize, tokens: usize| PlanItem {

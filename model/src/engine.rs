@@ -10,6 +10,7 @@ use crate::sampling::sample;
 use crate::spec::ModelSpec;
 use ridge_kernels::{Cpu, KvDtype, KvFormat};
 use ridge_protocol::{BatchPlan, ModelIdentity, RequestId, TokenOut};
+use std::path::Path;
 use std::sync::Arc;
 
 /// A token that a pass produced.
@@ -68,8 +69,14 @@ pub struct CpuEngine {
 }
 
 impl CpuEngine {
-    /// Joins weights, memory and threads.
-    pub fn new(checkpoint: Arc<Checkpoint>, kv: Arc<KvMemory>, cpu: Cpu) -> Result<Self, EngineError> {
+    /// Joins weights, memory and threads. Large packed weights are kept in a file in the folder `cache`, if there is one. Of the
+    /// checkpoint, the engine keeps the embedding.
+    pub fn new(
+        checkpoint: &Checkpoint,
+        kv: Arc<KvMemory>,
+        cpu: Cpu,
+        cache: Option<&Path>,
+    ) -> Result<Self, EngineError> {
         let (spec, format) = (&checkpoint.spec, kv.format());
         let layout = [
             ("layers", kv.layers(), spec.layers),
@@ -81,7 +88,7 @@ impl CpuEngine {
                 return Err(EngineError::KvLayout { field, found, wanted });
             }
         }
-        let weights = Weights::new(&checkpoint)?;
+        let weights = Weights::new(checkpoint, &cpu, cache)?;
         Ok(Self { weights, kv, cpu, forward: Forward::default() })
     }
 }

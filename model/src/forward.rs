@@ -3,8 +3,8 @@
 //! The pass is driven by the layer descriptions of [`ModelSpec`]; no architecture has code of its own. Per layer:
 //!
 //! ```text
-//! h = norm(x);  k, v = h·Wk, h·Wv;  rotate k;  write k, v into their pages;  on_layer
-//! q = h·Wq;     rotate q;           x += attention(q, pages)·Wo
+//! h = norm(x);  q, k, v = h·Wq, h·Wk, h·Wv;  rotate q, k;  write k, v into their pages;  on_layer
+//! x += attention(q, pages)·Wo
 //! h = norm(x);  x += (activation(h·Wgate) * (h·Wup))·Wdown
 //! ```
 //!
@@ -20,9 +20,9 @@ pub use weights::Weights;
 
 use crate::kv::KvMemory;
 use crate::spec::{Activation, FfnKind, ModelSpec};
-use ridge_kernels::{AttentionItem, Cpu};
+use ridge_kernels::{AttentionItem, Cpu, Finish, Gate, Operand, Rows};
 use ridge_protocol::{BatchPlan, BlockId, PlanItem, TokenId};
-use weights::LayerWeights;
+use weights::{GateUp, LayerWeights};
 
 /// Consecutive rows of the batch that are consecutive positions of one sequence.
 struct Run<'a> {
@@ -39,7 +39,7 @@ struct Scratch {
     tokens: Vec<TokenId>,
     /// `[rows, hidden]`: the residual stream.
     x: Vec<f32>,
-    /// `[rows, hidden]`: normed, or a branch about to be added.
+    /// `[rows, hidden]`: normed.
     h: Vec<f32>,
     /// `[rows, q_width]`
     q: Vec<f32>,
@@ -59,6 +59,8 @@ struct Scratch {
     sin: Vec<f32>,
     /// `[sampled rows, vocab]`
     logits: Vec<f32>,
+    /// A product's left side, as the kernels want it.
+    operand: Operand,
 }
 
 /// The pass and its buffers.
@@ -93,14 +95,16 @@ impl Forward {
 
         let last_layer = weights.layers.len() - 1;
         for (index, layer) in weights.layers.iter().enumerate() {
-            self.fill_cache(weights, layer, index, kv, cpu, &runs);
+            // Nothing reads the last layer's output except the sampled rows.
+            let last = index == last_layer;
+            self.fill_cache(weights, layer, index, kv, cpu, &runs, !last);
             on_layer(index as u32);
-            if index == last_layer {
-                // Nothing reads the last layer's output except the sampled rows.
+            if last {
                 runs = self.narrow(weights, plan, &sampled);
                 if runs.is_empty() {
                     return &mut [];
                 }
+                self.query(weights, layer, cpu, &runs);
             }
             self.attend(weights, layer, index, kv, cpu, &runs);
             self.feed_forward(weights, layer, cpu, &runs);
@@ -124,7 +128,9 @@ impl Forward {
         }
     }
 
-    /// Norms the residual stream into `h`, computes keys and values and writes them into their pages.
+    /// Norms the residual stream into `h`, computes keys, values and, if asked to, queries, and writes keys and values into their
+    /// pages.
+    #[allow(clippy::too_many_arguments, reason = "a pass has these parts")]
     fn fill_cache(
         &mut self,
         weights: &Weights,
@@ -133,15 +139,22 @@ impl Forward {
         kv: &KvMemory,
         cpu: &Cpu,
         runs: &[Run<'_>],
+        with_queries: bool,
     ) {
-        let (spec, s) = (&weights.spec, &mut self.scratch);
+        let (spec, store, s) = (&weights.spec, &weights.store, &mut self.scratch);
         let (rows, width, pairs) = (row_count(runs), spec.kv_width(), weights.rope.pairs());
         let h = fit(&mut s.h, rows * spec.hidden);
         cpu.rms_norm(&s.x[..rows * spec.hidden], &layer.attn_norm, spec.norm_eps, h);
+        let mut h = Rows::new(h, spec.hidden, &mut s.operand);
         let k = fit(&mut s.k, rows * width);
         let v = fit(&mut s.v, rows * width);
-        layer.key.apply(cpu, spec.norm_eps, h, k);
-        layer.value.apply(cpu, spec.norm_eps, h, v);
+        layer.key.apply(cpu, store, spec.norm_eps, &mut h, k);
+        layer.value.apply(cpu, store, spec.norm_eps, &mut h, v);
+        if with_queries {
+            let q = fit(&mut s.q, rows * spec.q_width());
+            layer.query.apply(cpu, store, spec.norm_eps, &mut h, q);
+            cpu.rope(q, spec.heads, spec.head_dim, &s.cos[..rows * pairs], &s.sin[..rows * pairs]);
+        }
         cpu.rope(k, spec.kv_heads, spec.head_dim, &s.cos[..rows * pairs], &s.sin[..rows * pairs]);
         for run in runs {
             let rows = run.first_row * width..(run.first_row + run.rows) * width;
@@ -149,7 +162,17 @@ impl Forward {
         }
     }
 
-    /// Adds attention's output to the residual stream; `h` still holds the normed stream.
+    /// Computes queries from `h`.
+    fn query(&mut self, weights: &Weights, layer: &LayerWeights, cpu: &Cpu, runs: &[Run<'_>]) {
+        let (spec, s) = (&weights.spec, &mut self.scratch);
+        let (rows, pairs) = (row_count(runs), weights.rope.pairs());
+        let mut h = Rows::new(&s.h[..rows * spec.hidden], spec.hidden, &mut s.operand);
+        let q = fit(&mut s.q, rows * spec.q_width());
+        layer.query.apply(cpu, &weights.store, spec.norm_eps, &mut h, q);
+        cpu.rope(q, spec.heads, spec.head_dim, &s.cos[..rows * pairs], &s.sin[..rows * pairs]);
+    }
+
+    /// Adds attention's output to the residual stream.
     fn attend(
         &mut self,
         weights: &Weights,
@@ -160,12 +183,8 @@ impl Forward {
         runs: &[Run<'_>],
     ) {
         let (spec, s) = (&weights.spec, &mut self.scratch);
-        let (rows, width, pairs) = (row_count(runs), spec.q_width(), weights.rope.pairs());
-        let h = &mut s.h[..rows * spec.hidden];
-        let q = fit(&mut s.q, rows * width);
-        layer.query.apply(cpu, spec.norm_eps, h, q);
-        cpu.rope(q, spec.heads, spec.head_dim, &s.cos[..rows * pairs], &s.sin[..rows * pairs]);
-
+        let (rows, width) = (row_count(runs), spec.q_width());
+        let q = &s.q[..rows * width];
         let block_size = kv.format().block_size;
         let guards: Vec<Vec<_>> = runs
             .iter()
@@ -184,27 +203,39 @@ impl Forward {
         let scale = 1.0 / (spec.head_dim as f32).sqrt();
         cpu.attention(kv.format(), &items, spec.heads, scale, layer.attention.window, q, attended);
 
-        layer.out.apply(cpu, spec.norm_eps, attended, h);
-        cpu.add(&mut s.x[..rows * spec.hidden], h);
+        let mut attended = Rows::new(attended, width, &mut s.operand);
+        layer.out.add_to(cpu, &weights.store, &mut attended, &mut s.x[..rows * spec.hidden]);
     }
 
     /// Adds the feed-forward layer's output to the residual stream.
     fn feed_forward(&mut self, weights: &Weights, layer: &LayerWeights, cpu: &Cpu, runs: &[Run<'_>]) {
-        let (spec, s) = (&weights.spec, &mut self.scratch);
+        let (spec, store, s) = (&weights.spec, &weights.store, &mut self.scratch);
         let rows = row_count(runs);
         let x = &mut s.x[..rows * spec.hidden];
         let h = &mut s.h[..rows * spec.hidden];
         cpu.rms_norm(x, &layer.ffn_norm, spec.norm_eps, h);
+        let mut h = Rows::new(h, spec.hidden, &mut s.operand);
         let gate = fit(&mut s.gate, rows * spec.ffn);
-        let up = fit(&mut s.up, rows * spec.ffn);
-        cpu.matmul(h, &layer.gate.matrix(), None, gate);
-        cpu.matmul(h, &layer.up.matrix(), None, up);
-        match spec.activation {
-            Activation::Silu => cpu.silu_mul(gate, up),
-            Activation::GeluTanh => cpu.gelu_tanh_mul(gate, up),
+        match &layer.gate_up {
+            GateUp::Fused(both) => {
+                let activation = match spec.activation {
+                    Activation::Silu => Gate::Silu,
+                    Activation::GeluTanh => Gate::GeluTanh,
+                };
+                cpu.matmul(&mut h, &store.get(both), Finish::Gate(activation), gate);
+            }
+            GateUp::Apart { gate: gate_weight, up: up_weight } => {
+                let up = fit(&mut s.up, rows * spec.ffn);
+                cpu.matmul(&mut h, &store.get(gate_weight), Finish::Store(None), gate);
+                cpu.matmul(&mut h, &store.get(up_weight), Finish::Store(None), up);
+                match spec.activation {
+                    Activation::Silu => cpu.silu_mul(gate, up),
+                    Activation::GeluTanh => cpu.gelu_tanh_mul(gate, up),
+                }
+            }
         }
-        cpu.matmul(gate, &layer.down.matrix(), None, h);
-        cpu.add(x, h);
+        let mut gate = Rows::new(gate, spec.ffn, &mut s.operand);
+        cpu.matmul(&mut gate, &store.get(&layer.down), Finish::Add(None), x);
     }
 
     /// Norms the residual stream and multiplies it with the output head.
@@ -213,8 +244,9 @@ impl Forward {
         let rows = row_count(runs);
         let h = &mut s.h[..rows * spec.hidden];
         cpu.rms_norm(&s.x[..rows * spec.hidden], &weights.norm, spec.norm_eps, h);
+        let mut h = Rows::new(h, spec.hidden, &mut s.operand);
         let logits = fit(&mut s.logits, rows * spec.vocab);
-        cpu.matmul(h, &weights.head.matrix(), None, logits);
+        cpu.matmul(&mut h, &weights.store.get(&weights.head), Finish::Store(None), logits);
         logits
     }
 

@@ -12,6 +12,7 @@ pub mod engine;
 pub mod forward;
 pub mod generate;
 pub mod kv;
+pub mod packed;
 pub mod rope;
 pub mod sampling;
 pub mod spec;

@@ -3,12 +3,13 @@
 //! Kernels never run on the async runtime's threads. A [`Worker`] takes one [`BatchPlan`] at a time and reports through
 //! a callback; [`load_engine`] turns [`EngineOptions`] into weights, KV memory and an engine, or says why not.
 
-use crate::checkpoint::{Checkpoint, LoadError, LoadOptions, LoadProgress, ModelSource, load};
+use crate::checkpoint::{Checkpoint, LoadError, LoadOptions, LoadProgress, ModelSource, TensorMap, load};
 use crate::engine::{CpuEngine, Engine, EngineError, identity};
 use crate::kv::{KvError, KvMemory};
 use ridge_kernels::sync::pool::pin_to;
 use ridge_kernels::{Cpu, DType, KvDtype, KvFormat};
 use ridge_protocol::{BatchPlan, Duration, ModelIdentity, RequestId, TokenOut};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -37,6 +38,8 @@ pub struct EngineOptions {
     pub kv_blocks: Option<usize>,
     /// Bytes of KV memory; `None` takes a share of what is available.
     pub kv_memory_bytes: Option<u64>,
+    /// Folder for packed weights, shared by the machine's processes; `None` packs into private memory.
+    pub weights_cache: Option<PathBuf>,
 }
 
 /// Why a node's engine could not be set up.
@@ -82,7 +85,7 @@ pub fn load_engine(
         return Err(SetupError::Option(format!("--block-size must be between 1 and 1024, got {}", options.block_size)));
     }
     let source = ModelSource::parse(&options.model)?;
-    let checkpoint = Arc::new(load(&source, &LoadOptions::default(), progress)?);
+    let mut checkpoint = load(&source, &LoadOptions::default(), progress)?;
     let spec = &checkpoint.spec;
     let format = KvFormat {
         dtype: options.kv_dtype.unwrap_or_else(|| default_kv_dtype(&checkpoint)),
@@ -93,7 +96,7 @@ pub fn load_engine(
     let (blocks, max_model_len) = plan_kv(options, &format, spec.layers, spec.context)?;
     let kv = Arc::new(KvMemory::new(format, spec.layers, blocks)?);
     let cpu = Cpu::new(options.threads, options.cores.as_deref());
-    let engine = Box::new(CpuEngine::new(checkpoint.clone(), kv.clone(), cpu)?);
+    let engine = Box::new(CpuEngine::new(&checkpoint, kv.clone(), cpu, options.weights_cache.as_deref())?);
     let identity = identity(&checkpoint, &format);
     tracing::info!(
         model = %checkpoint.name,
@@ -103,7 +106,9 @@ pub fn load_engine(
         max_model_len,
         "engine is ready"
     );
-    Ok(LoadedEngine { checkpoint, kv, engine, identity, max_model_len })
+    // The engine has what it needs of them.
+    checkpoint.tensors = TensorMap::default();
+    Ok(LoadedEngine { checkpoint: Arc::new(checkpoint), kv, engine, identity, max_model_len })
 }
 
 /// KV follows the weights: 16 bits for what is stored in 16 bits or fewer.

@@ -171,7 +171,7 @@ fn check_schedule(weights: &Weights, kv_dtype: KvDtype, expected: &[Vec<Vec<f32>
 }
 
 fn check_invariance(dtype: DType, kv_dtype: KvDtype) {
-    let weights = Weights::new(&checkpoint(dtype)).expect("every tensor");
+    let weights = Weights::new(&checkpoint(dtype), &Cpu::new(1, None), None).expect("every tensor");
     let expected: Vec<_> = prompts().iter().map(|prompt| alone(&weights, kv_dtype, prompt)).collect();
     for seed in 0..24 {
         check_schedule(&weights, kv_dtype, &expected, seed);
@@ -195,7 +195,7 @@ fn logits_do_not_depend_on_the_batch_q8_0() {
 
 fn engine(block_size: usize, blocks: usize) -> CpuEngine {
     let kv = Arc::new(memory(KvDtype::BF16, block_size, blocks));
-    CpuEngine::new(checkpoint(DType::F32), kv, Cpu::new(1, None)).expect("an engine")
+    CpuEngine::new(&checkpoint(DType::F32), kv, Cpu::new(1, None), None).expect("an engine")
 }
 
 #[test]
@@ -314,7 +314,7 @@ fn a_request_in_a_plan_twice_panics() {
 fn memory_of_another_model_is_refused() {
     let format = KvFormat { dtype: KvDtype::F32, kv_heads: 3, head_dim: 16, block_size: 16 };
     let kv = Arc::new(KvMemory::new(format, 2, 1).expect("a small mapping"));
-    let error = CpuEngine::new(checkpoint(DType::F32), kv, Cpu::new(1, None)).err();
+    let error = CpuEngine::new(&checkpoint(DType::F32), kv, Cpu::new(1, None), None).err();
     assert_eq!(error, Some(EngineError::KvLayout { field: "kv heads", found: 3, wanted: 2 }));
 }
 

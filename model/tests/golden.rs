@@ -57,7 +57,7 @@ fn engine(checkpoint: Checkpoint, kv: KvDtype, widen: bool, positions: usize) ->
     let spec = &checkpoint.spec;
     let format = KvFormat { dtype: kv, kv_heads: spec.kv_heads, head_dim: spec.head_dim, block_size: 16 };
     let kv = KvMemory::new(format, spec.layers, positions.div_ceil(16)).expect("KV memory");
-    CpuEngine::new(Arc::new(checkpoint), Arc::new(kv), cpu).expect("an engine")
+    CpuEngine::new(&checkpoint, Arc::new(kv), cpu, None).expect("an engine")
 }
 
 fn greedy(steps: usize) -> SamplingParams {

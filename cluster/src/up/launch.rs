@@ -4,7 +4,7 @@
 
 use super::plan::Member;
 use super::progress::human_bytes;
-use crate::cli::{HttpArgs, KvCacheDtype, UpArgs};
+use crate::cli::{HttpArgs, KvCacheDtype, UpArgs, WeightsCache};
 use crate::{demo, dirs};
 use anyhow::{Context, bail};
 use clap::ValueEnum;
@@ -101,6 +101,9 @@ impl Launch {
             line.flag("--kv-cache-dtype", &name.get_name());
         }
         line.option("--kv-memory", engine.kv_memory);
+        if engine.weights_cache != WeightsCache::Auto {
+            line.flag("--weights-cache", &engine.weights_cache);
+        }
         match member.role {
             Role::Prefill => line.option("--max-num-batched-tokens", self.args.max_num_batched_tokens),
             _ => line.option("--max-num-seqs", self.args.max_num_seqs),

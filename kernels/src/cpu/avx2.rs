@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C (x86-64-v3): eight lanes.
 
-use super::vector::Vector;
+use super::vector::{BytesDot, Vector};
 use std::arch::x86_64::*;
 
 /// Eight lanes; a value is only made where AVX2 and FMA are enabled.
@@ -63,8 +63,11 @@ pub(super) unsafe fn largest_ymm(v: __m256) -> f32 {
 
 impl Vector for Ymm {
     const LANES: usize = 8;
-    // 3 x 4 accumulators, 3 rows of x and one of w fill the 16 registers.
-    const TILE_ROWS: usize = 3;
+    // 6 x 2 sums, two registers of w and one of x: 15 of the 16.
+    const FLOAT_ROWS: usize = 6;
+    // 2 x 2 sums and dots, and what the dot product needs itself.
+    const BYTE_ROWS: usize = 2;
+    const FOUR: bool = false;
     const TILE_QUERIES: usize = 2;
 
     #[inline(always)]
@@ -81,6 +84,22 @@ impl Vector for Ymm {
     unsafe fn load_first(p: *const f32, n: usize) -> Self {
         // SAFETY: AVX2, by contract; the mask leaves `n` floats to read.
         Ymm(unsafe { _mm256_maskload_ps(p, first(n)) })
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
+        // SAFETY: F16C and eight readable halves, by contract.
+        Ymm(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn look_up(levels: &[u8; 16], bytes: &mut [u8; 2048]) {
+        // SAFETY: AVX2, by contract; 2048 bytes are 64 registers.
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(levels.as_ptr().cast()));
+            for i in 0..64 {
+                let p = bytes.as_mut_ptr().add(32 * i).cast();
+                _mm256_storeu_si256(p, _mm256_shuffle_epi8(table, _mm256_loadu_si256(p)));
+            }
+        }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
@@ -156,4 +175,66 @@ impl Vector for Ymm {
     }
 }
 
-super::instantiate!("avx2,fma,f16c,bmi1,bmi2", super::Ymm);
+/// Bytes widened to 16 bits and multiplied pairwise: the instruction for bytes saturates.
+pub(crate) struct Widening;
+
+impl BytesDot<Ymm> for Widening {
+    type Ints = __m256i;
+
+    #[inline(always)]
+    unsafe fn splat(v: i32) -> __m256i {
+        // SAFETY: AVX2, by contract.
+        unsafe { _mm256_set1_epi32(v) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> __m256i {
+        // SAFETY: AVX2 and eight readable words, by contract.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn broadcast(p: *const u32) -> __m256i {
+        // SAFETY: AVX2 and a readable word, by contract.
+        unsafe { _mm256_set1_epi32(*p as i32) }
+    }
+    #[inline(always)]
+    fn dot(sum: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i {
+        // SAFETY: the values prove AVX2.
+        unsafe {
+            // Even bytes, then odd bytes, each as 16 bits.
+            let even = _mm256_and_si256(unsigned, _mm256_set1_epi16(255));
+            let even = _mm256_madd_epi16(even, _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(signed)));
+            let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(unsigned), _mm256_srai_epi16::<8>(signed));
+            _mm256_add_epi32(sum, _mm256_add_epi32(even, odd))
+        }
+    }
+    #[inline(always)]
+    fn floats(v: __m256i) -> Ymm {
+        // SAFETY: the value proves AVX2.
+        Ymm(unsafe { _mm256_cvtepi32_ps(v) })
+    }
+    #[inline(always)]
+    fn bits(v: __m256i, from: u32, width: u32) -> __m256i {
+        // SAFETY: the value proves AVX2.
+        unsafe {
+            let mask = _mm256_set1_epi8((1i8 << width) - 1);
+            _mm256_and_si256(_mm256_srl_epi32(v, _mm_cvtsi32_si128(from as i32)), mask)
+        }
+    }
+    #[inline(always)]
+    fn above(low: __m256i, high: __m256i, by: u32) -> __m256i {
+        // SAFETY: the values prove AVX2.
+        unsafe { _mm256_or_si256(low, _mm256_sll_epi32(high, _mm_cvtsi32_si128(by as i32))) }
+    }
+    #[inline(always)]
+    unsafe fn levels(levels: &[u8; 16]) -> __m256i {
+        // SAFETY: AVX2 and sixteen readable bytes.
+        unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(levels.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn look_up(levels: __m256i, v: __m256i) -> __m256i {
+        // SAFETY: the values prove AVX2.
+        unsafe { _mm256_shuffle_epi8(levels, v) }
+    }
+}
+
+super::instantiate!("avx2,fma,f16c,bmi1,bmi2", super::Ymm, super::Widening);

@@ -1,7 +1,7 @@
 //! AVX-512 (F, BW, DQ, VL; x86-64-v4): sixteen lanes, and with AVX512-BF16 the pairwise bf16 dot product.
 
 use super::avx2::{fold_ymm, largest_ymm, sum4_xmm};
-use super::vector::Vector;
+use super::vector::{BytesDot, Vector, WordsDot};
 use std::arch::x86_64::*;
 
 /// Sixteen lanes; a value is only made where AVX-512 F, BW, DQ and VL are enabled.
@@ -25,8 +25,11 @@ fn first(n: usize) -> __mmask16 {
 
 impl Vector for Zmm {
     const LANES: usize = 16;
-    // 6 x 4 accumulators, 6 rows of x and one of w: 31 of the 32 registers.
-    const TILE_ROWS: usize = 6;
+    // 12 x 2 (or 6 x 4) sums, two (four) registers of w and one of x: at most 29 of the 32.
+    const FLOAT_ROWS: usize = 12;
+    // 6 x 2 (or 3 x 4) sums and as many dots.
+    const BYTE_ROWS: usize = 6;
+    const FOUR: bool = true;
     const TILE_QUERIES: usize = 6;
 
     #[inline(always)]
@@ -43,6 +46,34 @@ impl Vector for Zmm {
     unsafe fn load_first(p: *const f32, n: usize) -> Self {
         // SAFETY: AVX-512, by contract; the mask leaves `n` floats to read.
         Zmm(unsafe { _mm512_maskz_loadu_ps(first(n), p) })
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
+        // SAFETY: AVX-512 and sixteen readable halves, by contract.
+        Zmm(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u32, which: usize) -> Self {
+        // SAFETY: AVX-512 and sixteen readable words, by contract.
+        Zmm(unsafe {
+            let words = _mm512_loadu_si512(p.cast());
+            _mm512_castsi512_ps(match which {
+                0 => _mm512_slli_epi32::<16>(words),
+                _ => _mm512_and_si512(words, _mm512_set1_epi32(0xffff_0000u32 as i32)),
+            })
+        })
+    }
+    #[inline(always)]
+    unsafe fn look_up(levels: &[u8; 16], bytes: &mut [u8; 2048]) {
+        // SAFETY: AVX-512 BW, by contract; 2048 bytes are 32 registers.
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(levels.as_ptr().cast()));
+            for i in 0..32 {
+                let p = bytes.as_mut_ptr().add(64 * i);
+                let indices = _mm512_loadu_si512(p.cast());
+                _mm512_storeu_si512(p.cast(), _mm512_shuffle_epi8(table, indices));
+            }
+        }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
@@ -122,59 +153,142 @@ impl Vector for Zmm {
     }
 }
 
-super::instantiate!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2", super::Zmm);
+/// Bytes widened to 16 bits and multiplied pairwise: without VNNI, the instruction for bytes saturates.
+pub(crate) struct Widening;
 
-/// The bf16 matrix product of AVX512-BF16.
-pub(super) mod bf16 {
-    use super::*;
-    use crate::cpu::generic::matmul::{Dot, Product, product};
+/// The four-byte dot product of AVX512-VNNI.
+pub(crate) struct Vnni;
 
-    /// 32 bf16 lanes multiplied pairwise into 16 f32 accumulators.
-    struct PairDot;
-
-    impl Dot for PairDot {
-        type Element = u16;
-        type Lanes = __m512i;
-        type Sum = Zmm;
-        const STEP: usize = 32;
-        const TILE_ROWS: usize = 6;
+/// What both kinds of byte products have in common.
+macro_rules! ints {
+    () => {
+        type Ints = __m512i;
 
         #[inline(always)]
-        unsafe fn zero() -> Zmm {
+        unsafe fn splat(v: i32) -> __m512i {
             // SAFETY: AVX-512, by contract.
-            unsafe { Zmm::splat(0.0) }
+            unsafe { _mm512_set1_epi32(v) }
         }
         #[inline(always)]
-        unsafe fn load(p: *const u16) -> __m512i {
-            // SAFETY: AVX-512 and 32 readable elements, by contract.
+        unsafe fn load(p: *const u32) -> __m512i {
+            // SAFETY: AVX-512 and sixteen readable words, by contract.
             unsafe { _mm512_loadu_si512(p.cast()) }
         }
         #[inline(always)]
-        unsafe fn load_first(p: *const u16, n: usize) -> __m512i {
-            // SAFETY: AVX-512 BW, by contract; the mask leaves `n` elements to read.
-            unsafe { _mm512_maskz_loadu_epi16(((1u64 << n) - 1) as __mmask32, p.cast()) }
+        unsafe fn broadcast(p: *const u32) -> __m512i {
+            // SAFETY: AVX-512 and a readable word, by contract.
+            unsafe { _mm512_set1_epi32(*p as i32) }
         }
         #[inline(always)]
-        unsafe fn dot(sum: Zmm, a: __m512i, b: __m512i) -> Zmm {
-            // SAFETY: `__m512bh` is the same 512 bits.
-            let (a, b) =
-                unsafe { (std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b)) };
-            // SAFETY: AVX512-BF16, by contract.
-            Zmm(unsafe { _mm512_dpbf16_ps(sum.0, a, b) })
+        fn floats(v: __m512i) -> Zmm {
+            // SAFETY: the value proves AVX-512.
+            Zmm(unsafe { _mm512_cvtepi32_ps(v) })
         }
         #[inline(always)]
-        fn sum4(v: [Zmm; 4]) -> [f32; 4] {
-            Vector::sum4(v)
+        fn bits(v: __m512i, from: u32, width: u32) -> __m512i {
+            // SAFETY: the value proves AVX-512.
+            unsafe {
+                let mask = _mm512_set1_epi8((1i8 << width) - 1);
+                _mm512_and_si512(_mm512_srl_epi32(v, _mm_cvtsi32_si128(from as i32)), mask)
+            }
+        }
+        #[inline(always)]
+        fn above(low: __m512i, high: __m512i, by: u32) -> __m512i {
+            // SAFETY: the values prove AVX-512.
+            unsafe { _mm512_or_si512(low, _mm512_sll_epi32(high, _mm_cvtsi32_si128(by as i32))) }
+        }
+        #[inline(always)]
+        unsafe fn levels(levels: &[u8; 16]) -> __m512i {
+            // SAFETY: AVX-512 and sixteen readable bytes.
+            unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(levels.as_ptr().cast())) }
+        }
+        #[inline(always)]
+        fn look_up(levels: __m512i, v: __m512i) -> __m512i {
+            // SAFETY: the values prove AVX-512 BW.
+            unsafe { _mm512_shuffle_epi8(levels, v) }
+        }
+    };
+}
+
+impl BytesDot<Zmm> for Widening {
+    ints!();
+
+    #[inline(always)]
+    fn dot(sum: __m512i, unsigned: __m512i, signed: __m512i) -> __m512i {
+        // SAFETY: the values prove AVX-512 BW.
+        unsafe {
+            // Even bytes, then odd bytes, each as 16 bits.
+            let even = _mm512_and_si512(unsigned, _mm512_set1_epi16(255));
+            let even = _mm512_madd_epi16(even, _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(signed)));
+            let odd = _mm512_madd_epi16(_mm512_srli_epi16::<8>(unsigned), _mm512_srai_epi16::<8>(signed));
+            _mm512_add_epi32(sum, _mm512_add_epi32(even, odd))
         }
     }
+}
 
-    /// See [`product`].
+impl BytesDot<Zmm> for Vnni {
+    ints!();
+
+    #[inline(always)]
+    fn dot(sum: __m512i, unsigned: __m512i, signed: __m512i) -> __m512i {
+        // SAFETY: AVX512-VNNI: this type is only named in functions compiled and called with it.
+        unsafe { _mm512_dpbusd_epi32(sum, unsigned, signed) }
+    }
+}
+
+/// Pairs of bf16, by the dot product of AVX512-BF16.
+pub(crate) struct Bf16Pairs;
+
+impl WordsDot<Zmm> for Bf16Pairs {
+    type Words = __m512i;
+    const BYTES: usize = 4;
+    const STEPS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load(p: *const u8, _: usize) -> __m512i {
+        // SAFETY: AVX-512 and sixteen readable words, by contract.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn broadcast(p: *const u32) -> __m512i {
+        // SAFETY: AVX-512 and a readable word, by contract.
+        unsafe { _mm512_set1_epi32(*p as i32) }
+    }
+    #[inline(always)]
+    fn dot(sum: Zmm, a: __m512i, b: __m512i) -> Zmm {
+        // SAFETY: `__m512bh` is the same 512 bits; AVX512-BF16, because this type is only named in functions compiled and
+        // called with it.
+        unsafe {
+            let (a, b) = (std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b));
+            Zmm(_mm512_dpbf16_ps(sum.0, a, b))
+        }
+    }
+}
+
+super::instantiate!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2", super::Zmm, super::Widening);
+
+/// The products that newer extensions compute otherwise.
+pub(super) mod extended {
+    use super::{Bf16Pairs, Vnni, Zmm};
+    use crate::cpu::generic::matmul::{Job, NoPairs, Scratch, strip};
+
+    /// See [`strip`].
     ///
     /// # Safety
-    /// As [`product`], and the CPU has AVX512-BF16 besides AVX-512 F, BW, DQ and VL.
-    #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    pub(in crate::cpu) unsafe fn matmul(p: &Product<u16>) {
+    /// As [`strip`], and the CPU has AVX512-VNNI.
+    #[target_feature(enable = "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2")]
+    pub(in crate::cpu) unsafe fn strip_vnni(job: &Job<'_>, scratch: &mut Scratch) {
         // SAFETY: passed on.
-        unsafe { product::<PairDot>(p) }
+        unsafe { strip::<Zmm, NoPairs, Vnni>(job, scratch) }
+    }
+
+    /// See [`strip`].
+    ///
+    /// # Safety
+    /// As [`strip`], and the CPU has AVX512-VNNI and AVX512-BF16.
+    #[target_feature(enable = "avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2")]
+    pub(in crate::cpu) unsafe fn strip_bf16(job: &Job<'_>, scratch: &mut Scratch) {
+        // SAFETY: passed on.
+        unsafe { strip::<Zmm, Bf16Pairs, Vnni>(job, scratch) }
     }
 }

@@ -1,31 +1,33 @@
 //! Compiles the generic algorithms for one ISA: thin functions that switch the target features on, and their table.
 
-/// `instantiate!("features", Vector)`: a table `KERNELS` of the generic algorithms under these target features (none if empty).
+/// `instantiate!("features", Vector, BytesDot)`: a table `KERNELS` of the generic algorithms under these target features (none if empty).
 macro_rules! instantiate {
-    ($features:literal, $vector:ty) => {
-        $crate::cpu::instantiate!(@table [target_feature(enable = $features)] $vector);
+    ($features:literal, $vector:ty, $bytes:ty) => {
+        $crate::cpu::instantiate!(@table [target_feature(enable = $features)] $vector, $bytes);
     };
-    ($vector:ty) => {
-        $crate::cpu::instantiate!(@table [inline] $vector);
+    ($vector:ty, $bytes:ty) => {
+        $crate::cpu::instantiate!(@table [inline] $vector, $bytes);
     };
-    (@table [$($attribute:tt)*] $vector:ty) => {
+    (@table [$($attribute:tt)*] $vector:ty, $bytes:ty) => {
         mod compiled {
             //! The generic algorithms under this ISA's target features. Safety: as the generic function, and the CPU has
             //! the features.
             use $crate::cpu::generic::{attention, matmul, rows};
             use $crate::DType;
+            use $crate::cpu::vector::Vector;
+
+            pub(super) const FLOAT_ROWS: usize = <$vector>::FLOAT_ROWS;
+            pub(super) const BYTE_ROWS: usize = <$vector>::BYTE_ROWS;
 
             // SAFETY (all of these): the contract is passed on unchanged.
             #[$($attribute)*]
-            pub(super) unsafe fn matmul_f32(p: &matmul::Product<f32>) {
+            pub(super) unsafe fn strip(job: &matmul::Job<'_>, scratch: &mut matmul::Scratch) {
                 // SAFETY: passed on.
-                unsafe { matmul::product::<matmul::F32Dot<$vector>>(p) }
+                unsafe { matmul::strip::<$vector, matmul::NoPairs, $bytes>(job, scratch) }
             }
             #[$($attribute)*]
-            pub(super) unsafe fn to_bf16(src: &[f32], dst: &mut [u16]) {
-                for (s, d) in src.iter().zip(dst) {
-                    *d = $crate::quant::f32_to_bf16(*s);
-                }
+            pub(super) unsafe fn prepare(part: &mut $crate::cpu::operand::Part<'_>) {
+                part.fill();
             }
             #[$($attribute)*]
             pub(super) unsafe fn dequantize(dtype: DType, src: &[u8], dst: &mut [f32]) {
@@ -65,9 +67,11 @@ macro_rules! instantiate {
 
         /// This ISA's row of the dispatch table.
         pub(crate) const KERNELS: $crate::cpu::dispatch::Kernels = $crate::cpu::dispatch::Kernels {
-            matmul_f32: compiled::matmul_f32,
-            matmul_bf16: None,
-            to_bf16: compiled::to_bf16,
+            strip: compiled::strip,
+            prepare: compiled::prepare,
+            pairs: false,
+            float_rows: compiled::FLOAT_ROWS,
+            byte_rows: compiled::BYTE_ROWS,
             dequantize: compiled::dequantize,
             rms_norm: compiled::rms_norm,
             rope: compiled::rope,

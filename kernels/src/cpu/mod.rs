@@ -6,9 +6,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub(crate) mod dispatch;
-mod generic;
+pub(crate) mod generic;
 mod instantiate;
 mod matmul;
+pub(crate) mod operand;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -19,21 +20,18 @@ pub(crate) use instantiate::instantiate;
 use crate::dtype::Matrix;
 use crate::sync::pool::ThreadPool;
 use dispatch::{Isa, Kernels};
-use std::sync::Mutex;
 
 /// Floats below which an operation on rows is not worth waking another thread for (about 10 us of streaming).
 const SERIAL_FLOATS: usize = 1 << 16;
 
 /// Kernels and the threads that run them. Shapes are asserted: a mismatch is a bug of the caller.
 ///
-/// Any thread may call any method; matrix products take turns. Results depend on the [`Isa`] and on nothing else about the
+/// Any thread may call any method. Results depend on the [`Isa`] and on nothing else about the
 /// machine or the call (see the crate's text).
 pub struct Cpu {
     isa: Isa,
     kernels: &'static Kernels,
     pool: ThreadPool,
-    /// x rounded to bf16, reused from product to product.
-    rounded: Mutex<Vec<matmul::Line>>,
 }
 
 impl Cpu {
@@ -50,7 +48,7 @@ impl Cpu {
 
     fn build(isa: Isa, threads: usize, cores: Option<&[usize]>) -> Option<Cpu> {
         let kernels = Kernels::of(isa)?;
-        Some(Cpu { isa, kernels, pool: ThreadPool::new(threads, cores), rounded: Mutex::default() })
+        Some(Cpu { isa, kernels, pool: ThreadPool::new(threads, cores) })
     }
 
     /// The instruction set in use.
@@ -178,26 +176,42 @@ impl Cpu {
 }
 
 /// A buffer whose disjoint parts are written by different tasks.
-#[derive(Clone, Copy)]
-struct Shared(*mut f32);
+struct Shared<T>(*mut T);
 
-// SAFETY: the pointer is only used through `at`, by tasks that each stay in their own part; the buffer outlives the run.
-unsafe impl Sync for Shared {}
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
+
+// SAFETY: the pointer is only used by tasks that each stay in their own part; the buffer outlives the run.
+unsafe impl<T> Sync for Shared<T> {}
 // SAFETY: as above.
-unsafe impl Send for Shared {}
+unsafe impl<T> Send for Shared<T> {}
 
-impl Shared {
+impl<T> Shared<T> {
     /// The start of the buffer. A method, so that closures capture the whole `Shared` and not its pointer.
-    fn base(self) -> *mut f32 {
+    fn base(self) -> *mut T {
         self.0
     }
 
-    /// The pointer moved by `offset` floats.
+    /// The pointer moved by `offset` elements.
     ///
     /// # Safety
     /// The offset is inside the buffer.
-    unsafe fn at(self, offset: usize) -> *mut f32 {
+    unsafe fn at(self, offset: usize) -> *mut T {
         // SAFETY: by contract.
         unsafe { self.0.add(offset) }
+    }
+
+    /// `len` elements from `offset` on.
+    ///
+    /// # Safety
+    /// They are inside the buffer, and nobody else touches them during the lifetime that the caller chooses.
+    unsafe fn part<'a>(self, offset: usize, len: usize) -> &'a mut [T] {
+        // SAFETY: by contract.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(offset), len) }
     }
 }

@@ -1,7 +1,7 @@
 //! The portable ISA: four f32 lanes as an array, multiply and add rounded separately. Any compiler turns it into what the
 //! machine has; it is the fallback and the check on the others, not a fast path.
 
-use super::vector::Vector;
+use super::vector::{BytesDot, Vector};
 
 /// Four lanes.
 #[derive(Clone, Copy)]
@@ -16,7 +16,9 @@ impl Lanes {
 
 impl Vector for Lanes {
     const LANES: usize = 4;
-    const TILE_ROWS: usize = 2;
+    const FLOAT_ROWS: usize = 4;
+    const BYTE_ROWS: usize = 2;
+    const FOUR: bool = false;
     const TILE_QUERIES: usize = 2;
 
     #[inline(always)]
@@ -102,4 +104,59 @@ impl Vector for Lanes {
     }
 }
 
-super::instantiate!(super::Lanes);
+/// Integers as an array.
+pub(crate) struct Integers;
+
+impl BytesDot<Lanes> for Integers {
+    type Ints = [u32; 4];
+
+    #[inline(always)]
+    unsafe fn splat(v: i32) -> [u32; 4] {
+        [v as u32; 4]
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> [u32; 4] {
+        // SAFETY: four readable words, by contract.
+        unsafe { p.cast::<[u32; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn broadcast(p: *const u32) -> [u32; 4] {
+        // SAFETY: a readable word, by contract.
+        [unsafe { *p }; 4]
+    }
+    #[inline(always)]
+    fn dot(sum: [u32; 4], unsigned: [u32; 4], signed: [u32; 4]) -> [u32; 4] {
+        let mut out = sum;
+        for (out, (u, s)) in out.iter_mut().zip(unsigned.into_iter().zip(signed)) {
+            for (u, s) in u.to_ne_bytes().into_iter().zip(s.to_ne_bytes()) {
+                *out = out.wrapping_add((i32::from(u) * i32::from(s as i8)) as u32);
+            }
+        }
+        out
+    }
+    #[inline(always)]
+    fn floats(v: [u32; 4]) -> Lanes {
+        Lanes([v[0] as i32 as f32, v[1] as i32 as f32, v[2] as i32 as f32, v[3] as i32 as f32])
+    }
+    #[inline(always)]
+    fn bits(v: [u32; 4], from: u32, width: u32) -> [u32; 4] {
+        v.map(|v| (v >> from) & (0x0101_0101 * ((1 << width) - 1)))
+    }
+    #[inline(always)]
+    fn above(low: [u32; 4], high: [u32; 4], by: u32) -> [u32; 4] {
+        [low[0] | high[0] << by, low[1] | high[1] << by, low[2] | high[2] << by, low[3] | high[3] << by]
+    }
+    #[inline(always)]
+    unsafe fn levels(levels: &[u8; 16]) -> [u32; 4] {
+        // SAFETY: both are sixteen bytes.
+        unsafe { std::mem::transmute(*levels) }
+    }
+    #[inline(always)]
+    fn look_up(levels: [u32; 4], v: [u32; 4]) -> [u32; 4] {
+        // SAFETY: both are sixteen bytes.
+        let levels: [u8; 16] = unsafe { std::mem::transmute(levels) };
+        v.map(|v| u32::from_ne_bytes(v.to_ne_bytes().map(|b| levels[usize::from(b & 15)])))
+    }
+}
+
+super::instantiate!(super::Lanes, super::Integers);

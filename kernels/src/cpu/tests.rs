@@ -7,7 +7,9 @@
 use super::Cpu;
 use super::dispatch::Isa;
 use crate::testing::{Random, assert_close, assert_same};
-use crate::{AttentionItem, DType, KvDtype, KvFormat, Matrix, quantize_row, reference};
+use crate::{
+    AttentionItem, DType, Finish, Gate, KvDtype, KvFormat, Matrix, Operand, Packed, Rows, quantize_row, reference,
+};
 
 /// A `Cpu` per ISA that this machine has.
 fn each_isa(threads: usize) -> impl Iterator<Item = Cpu> {
@@ -22,10 +24,39 @@ fn weights(random: &mut Random, dtype: DType, rows: usize, cols: usize) -> Vec<u
     bytes
 }
 
+/// Packed weights, and the memory they live in.
+struct PackedWeights {
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    gated: bool,
+    bytes: Vec<u8>,
+}
+
+impl PackedWeights {
+    fn new(cpu: &Cpu, w: &Matrix<'_>, up: Option<&Matrix<'_>>) -> PackedWeights {
+        let (dtype, rows, cols, gated) = (w.dtype(), w.rows(), w.cols(), up.is_some());
+        let mut bytes = vec![0xff; Packed::bytes(dtype, rows, cols, gated).unwrap()];
+        cpu.pack(w, up, &mut bytes);
+        PackedWeights { dtype, rows, cols, gated, bytes }
+    }
+
+    fn get(&self) -> Packed<'_> {
+        Packed::new(self.dtype, self.rows, self.cols, self.gated, &self.bytes).unwrap()
+    }
+}
+
+fn product(cpu: &Cpu, x: &[f32], w: &PackedWeights, finish: Finish<'_>, y: &mut [f32]) {
+    cpu.matmul(&mut Rows::new(x, w.cols, &mut Operand::default()), &w.get(), finish, y);
+}
+
 /// What the kernel of this ISA and type sees of x.
 fn seen(isa: Isa, dtype: DType, x: &[f32]) -> Vec<f32> {
-    let rounds = isa == Isa::Avx512Bf16 && dtype == DType::BF16;
-    x.iter().map(|&v| if rounds { half::bf16::from_f32(v).to_f32() } else { v }).collect()
+    match dtype {
+        DType::BF16 if isa == Isa::Avx512Bf16 => x.iter().map(|&v| half::bf16::from_f32(v).to_f32()).collect(),
+        DType::F32 | DType::F16 | DType::BF16 => x.to_vec(),
+        _ => reference::round_to_bytes(x),
+    }
 }
 
 #[test]
@@ -33,23 +64,57 @@ fn matmul_agrees_with_the_reference() {
     let mut random = Random::new(1);
     for cpu in each_isa(2) {
         for dtype in DType::ALL {
-            for _ in 0..6 {
+            for round in 0..8 {
                 let cols = match dtype.block_len() {
-                    1 => random.within(1, 150),
-                    len => len * random.within(1, 3),
+                    1 => random.within(1, 700),
+                    len => len * random.within(1, 600 / len),
                 };
-                let (m, n) = (random.within(1, 20), random.within(1, 37));
+                // Every height of the register tile, and several tiles.
+                let (m, n) = (random.within(1, 30), random.within(1, 150));
                 let bytes = weights(&mut random, dtype, n, cols);
                 let w = Matrix::new(dtype, n, cols, &bytes).unwrap();
+                let packed = PackedWeights::new(&cpu, &w, None);
                 let x = random.vector(m * cols);
                 let bias = random.vector(n);
                 let bias = random.within(0, 1).eq(&1).then_some(bias.as_slice());
-                let (mut got, mut want) = (vec![f32::NAN; m * n], vec![0.0; m * n]);
-                cpu.matmul(&x, &w, bias, &mut got);
+                let mut want = vec![0.0; m * n];
                 reference::matmul(&seen(cpu.isa(), dtype, &x), &w, bias, &mut want);
-                let tolerance = 1e-5 * (cols as f32).sqrt() + 1e-5;
+                let mut got = vec![f32::NAN; m * n];
+                if round % 2 == 0 {
+                    product(&cpu, &x, &packed, Finish::Store(bias), &mut got);
+                } else {
+                    got = random.vector(m * n);
+                    want.iter_mut().zip(&got).for_each(|(want, got)| *want += got);
+                    product(&cpu, &x, &packed, Finish::Add(bias), &mut got);
+                }
+                // Offsets of quants are subtracted in integers, but minima are not: their rounding adds up.
+                let tolerance = 2e-5 * (cols as f32).sqrt() + 1e-5;
                 assert_close(&got, &want, tolerance, tolerance, &format!("{:?} {dtype:?} {m}x{n}x{cols}", cpu.isa()));
             }
+        }
+    }
+}
+
+#[test]
+fn gated_products_are_two_products_and_an_activation() {
+    let mut random = Random::new(8);
+    for cpu in each_isa(2) {
+        for (dtype, gate) in [(DType::BF16, Gate::Silu), (DType::Q4K, Gate::GeluTanh), (DType::F32, Gate::Silu)] {
+            let (m, n, cols) = (random.within(1, 20), random.within(1, 100), 512);
+            let (bytes, up_bytes) = (weights(&mut random, dtype, n, cols), weights(&mut random, dtype, n, cols));
+            let w = Matrix::new(dtype, n, cols, &bytes).unwrap();
+            let up = Matrix::new(dtype, n, cols, &up_bytes).unwrap();
+            let x = random.vector(m * cols);
+            let (mut want, mut up_out) = (vec![0.0; m * n], vec![0.0; m * n]);
+            product(&cpu, &x, &PackedWeights::new(&cpu, &w, None), Finish::Store(None), &mut want);
+            product(&cpu, &x, &PackedWeights::new(&cpu, &up, None), Finish::Store(None), &mut up_out);
+            match gate {
+                Gate::Silu => cpu.silu_mul(&mut want, &up_out),
+                Gate::GeluTanh => cpu.gelu_tanh_mul(&mut want, &up_out),
+            }
+            let mut got = vec![f32::NAN; m * n];
+            product(&cpu, &x, &PackedWeights::new(&cpu, &w, Some(&up)), Finish::Gate(gate), &mut got);
+            assert_same(&got, &want, &format!("{:?} {dtype:?} {m}x{n}", cpu.isa()));
         }
     }
 }
@@ -60,18 +125,19 @@ fn matmul_rows_do_not_depend_on_the_batch() {
     let mut random = Random::new(2);
     for (alone, together) in each_isa(1).zip(each_isa(3)) {
         for dtype in DType::ALL {
-            // Large enough that several blocks and tasks take part, with ragged edges.
-            let (m, n, cols) = (37, 259, if dtype.block_len() == 1 { 517 } else { 512 });
+            // Large enough that several chunks, tiles and tasks take part, with ragged edges.
+            let (m, n, cols) = (37, 259, if dtype.block_len() == 1 { 517 } else { 768 });
             let bytes = weights(&mut random, dtype, n, cols);
             let w = Matrix::new(dtype, n, cols, &bytes).unwrap();
+            let packed = PackedWeights::new(&together, &w, None);
             let x = random.vector(m * cols);
             let mut whole = vec![0.0; m * n];
-            together.matmul(&x, &w, None, &mut whole);
+            product(&together, &x, &packed, Finish::Store(None), &mut whole);
             let mut start = 0;
             while start < m {
-                let rows = random.within(1, 9).min(m - start);
+                let rows = random.within(1, 13).min(m - start);
                 let mut part = vec![0.0; rows * n];
-                alone.matmul(&x[start * cols..][..rows * cols], &w, None, &mut part);
+                product(&alone, &x[start * cols..][..rows * cols], &packed, Finish::Store(None), &mut part);
                 assert_same(
                     &part,
                     &whole[start * n..][..rows * n],
@@ -83,10 +149,52 @@ fn matmul_rows_do_not_depend_on_the_batch() {
             let (from, to) = (13, 14 + random.within(0, 30));
             let part = Matrix::new(dtype, to - from, cols, &bytes[from * w.row_bytes()..to * w.row_bytes()]).unwrap();
             let mut got = vec![0.0; m * (to - from)];
-            alone.matmul(&x, &part, None, &mut got);
+            product(&alone, &x, &PackedWeights::new(&alone, &part, None), Finish::Store(None), &mut got);
             for (got, whole) in got.chunks(to - from).zip(whole.chunks(n)) {
                 assert_same(got, &whole[from..to], "a slice of w");
             }
+        }
+    }
+}
+
+/// Many rows are cut into blocks, each of which passes over w.
+#[test]
+fn very_many_rows_agree_with_few() {
+    let mut random = Random::new(9);
+    let cpu = Cpu::new(2, None);
+    for dtype in [DType::BF16, DType::Q8_0] {
+        let (m, n, cols) = (1100, 70, 64);
+        let bytes = weights(&mut random, dtype, n, cols);
+        let packed = PackedWeights::new(&cpu, &Matrix::new(dtype, n, cols, &bytes).unwrap(), None);
+        let x = random.vector(m * cols);
+        let (mut whole, mut last) = (vec![0.0; m * n], vec![0.0; n]);
+        product(&cpu, &x, &packed, Finish::Store(None), &mut whole);
+        for row in [0, 511, 512, 1099] {
+            product(&cpu, &x[row * cols..][..cols], &packed, Finish::Store(None), &mut last);
+            assert_same(&whole[row * n..][..n], &last, &format!("{dtype:?} row {row}"));
+        }
+    }
+}
+
+#[test]
+fn odd_values_stay_where_they_are() {
+    // A row with an infinity or a NaN spoils itself, not its neighbours in the register tile.
+    let mut random = Random::new(10);
+    for cpu in each_isa(1) {
+        for dtype in [DType::F32, DType::BF16, DType::Q4_0, DType::Q6K] {
+            let (n, cols) = (64, 512);
+            let bytes = weights(&mut random, dtype, n, cols);
+            let packed = PackedWeights::new(&cpu, &Matrix::new(dtype, n, cols, &bytes).unwrap(), None);
+            let clean = random.vector(3 * cols);
+            let mut x = clean.clone();
+            x[cols + 5] = f32::NAN;
+            x[2 * cols..].fill(1e-38);
+            let (mut got, mut want) = (vec![0.0; 3 * n], vec![0.0; 3 * n]);
+            product(&cpu, &x, &packed, Finish::Store(None), &mut got);
+            product(&cpu, &clean, &packed, Finish::Store(None), &mut want);
+            assert_same(&got[..n], &want[..n], "the row beside it");
+            assert!(got[n..2 * n].iter().all(|v| v.is_nan()), "{:?} {dtype:?}", cpu.isa());
+            assert!(got[2 * n..].iter().all(|v| v.abs() < 1e-30));
         }
     }
 }

@@ -1,6 +1,8 @@
 //! The small vocabulary in which the vector algorithms of `generic` are written once. Each ISA implements it; a wider
 //! ISA gives another (equally valid) rounding, the same ISA always the same one.
 
+use crate::quant::f16_to_f32;
+
 /// A register of f32 lanes.
 ///
 /// A value proves that the CPU has the ISA's features, because only the unsafe constructors make one; so the operations on
@@ -10,8 +12,12 @@
 pub(crate) trait Vector: Copy {
     /// Lanes per register.
     const LANES: usize;
-    /// Rows of x in matmul's register tile (its columns are always 4).
-    const TILE_ROWS: usize;
+    /// Most rows of x in the register tile of a product of floats, at most 12; its columns are two registers.
+    const FLOAT_ROWS: usize;
+    /// The same for a product of bytes, at most 6.
+    const BYTE_ROWS: usize;
+    /// Whether tiles of half as many rows have four registers of columns instead of two.
+    const FOUR: bool;
     /// Queries in the register tile of attention scores (its keys are always four registers).
     const TILE_QUERIES: usize;
 
@@ -30,6 +36,45 @@ pub(crate) trait Vector: Copy {
     /// # Safety
     /// `p` is valid for reads of `n` floats; it need not be aligned.
     unsafe fn load_first(p: *const f32, n: usize) -> Self;
+    /// Reads `LANES` binary16 numbers.
+    ///
+    /// # Safety
+    /// `p` is valid for reads of `LANES` of them; it need not be aligned.
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u16) -> Self {
+        let mut lanes = [0.0; 16];
+        for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
+            // SAFETY: by contract.
+            *lane = f16_to_f32(unsafe { p.add(i).read_unaligned() });
+        }
+        // SAFETY: sixteen floats are at least `LANES`.
+        unsafe { Self::load(lanes.as_ptr()) }
+    }
+    /// Reads `LANES` pairs of bfloat16 and takes the first (`which` 0) or the second (1) of each.
+    ///
+    /// # Safety
+    /// `p` is valid for reads of `LANES` words; it need not be aligned.
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u32, which: usize) -> Self {
+        let mut lanes = [0; 16];
+        for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
+            // SAFETY: by contract.
+            let word = unsafe { p.add(i).read_unaligned() };
+            *lane = if which == 0 { word << 16 } else { word & 0xffff_0000 };
+        }
+        // SAFETY: sixteen floats are at least `LANES`.
+        unsafe { Self::load(lanes.as_ptr().cast()) }
+    }
+    /// Replaces each byte (below 16) by the level it stands for.
+    ///
+    /// # Safety
+    /// The CPU has this ISA's features.
+    #[inline(always)]
+    unsafe fn look_up(levels: &[u8; 16], bytes: &mut [u8; 2048]) {
+        for byte in bytes {
+            *byte = levels[usize::from(*byte & 15)];
+        }
+    }
     /// Writes all lanes.
     ///
     /// # Safety
@@ -79,6 +124,66 @@ pub(crate) trait Vector: Copy {
             }
         }
     }
+}
+
+/// How weights are loaded into lanes and multiplied with words of x: an f32 each, or a pair of bf16 each.
+pub(crate) trait WordsDot<V: Vector> {
+    /// A register of factors.
+    type Words: Copy;
+    /// Bytes of weights in a lane.
+    const BYTES: usize;
+    /// Words of x that a lane's weights are multiplied with, one after the other.
+    const STEPS: usize;
+
+    /// Reads the factors for step `step` of a register's lanes.
+    ///
+    /// # Safety
+    /// The CPU has the features; `p` is valid for reads of `LANES * BYTES` bytes; it need not be aligned.
+    unsafe fn load(p: *const u8, step: usize) -> Self::Words;
+    /// One word of x in every lane.
+    ///
+    /// # Safety
+    /// The CPU has the features; `p` is valid for reads of a word.
+    unsafe fn broadcast(p: *const u32) -> Self::Words;
+    /// Adds the products to the sums.
+    fn dot(sum: V, a: Self::Words, b: Self::Words) -> V;
+}
+
+/// How lanes of four bytes are multiplied and summed exactly.
+pub(crate) trait BytesDot<V: Vector> {
+    /// A register of 32-bit integers, or of four bytes each.
+    type Ints: Copy;
+
+    /// All lanes `v`.
+    ///
+    /// # Safety
+    /// The CPU has the features; the same holds for the other constructors.
+    unsafe fn splat(v: i32) -> Self::Ints;
+    /// Reads four bytes per lane.
+    ///
+    /// # Safety
+    /// `p` is valid for reads of a word per lane; it need not be aligned.
+    unsafe fn load(p: *const u32) -> Self::Ints;
+    /// The same four bytes in every lane.
+    ///
+    /// # Safety
+    /// `p` is valid for reads of a word.
+    unsafe fn broadcast(p: *const u32) -> Self::Ints;
+    /// Adds the four products of unsigned and signed bytes to each lane.
+    fn dot(sum: Self::Ints, unsigned: Self::Ints, signed: Self::Ints) -> Self::Ints;
+    /// Each lane as a float.
+    fn floats(v: Self::Ints) -> V;
+    /// `width` bits of each byte, from bit `from` on.
+    fn bits(v: Self::Ints, from: u32, width: u32) -> Self::Ints;
+    /// `low | high << by`, by bytes; nothing overlaps.
+    fn above(low: Self::Ints, high: Self::Ints, by: u32) -> Self::Ints;
+    /// A table for [`Self::look_up`].
+    ///
+    /// # Safety
+    /// The CPU has the features.
+    unsafe fn levels(levels: &[u8; 16]) -> Self::Ints;
+    /// Each byte (below 16) replaced by its level.
+    fn look_up(levels: Self::Ints, v: Self::Ints) -> Self::Ints;
 }
 
 /// All lanes `v`; `proof` shows that the CPU has the features.

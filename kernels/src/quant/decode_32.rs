@@ -3,9 +3,9 @@
 use super::f16_to_f32;
 
 /// The non-linear levels of IQ4_NL (`kvalues_iq4nl`).
-pub(super) const IQ4_NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub(crate) const IQ4_NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 /// The e2m1 values, doubled (`kvalues_mxfp4`).
-pub(super) const MXFP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+pub(crate) const MXFP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
 /// The f16 at byte `at` of a block.
 #[inline(always)]
@@ -92,7 +92,7 @@ pub(super) fn mxfp4(b: &[u8; 17], out: &mut [f32; 32]) {
 
 /// Half of 2^(e - 127), because the value table is doubled (`ggml_e8m0_to_fp32_half`).
 #[inline(always)]
-pub(super) fn e8m0_half(e: u8) -> f32 {
+pub(crate) fn e8m0_half(e: u8) -> f32 {
     let bits = if e < 2 { 0x0020_0000 << e } else { (u32::from(e) - 1) << 23 };
     f32::from_bits(bits)
 }

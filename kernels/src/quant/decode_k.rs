@@ -5,7 +5,7 @@ use super::decode_32::f16_at;
 
 /// Scales and minima of the 8 sub-blocks of Q4_K and Q5_K, six bits each, packed in 12 bytes.
 #[inline(always)]
-pub(super) fn scales_and_minima(s: &[u8]) -> ([u8; 8], [u8; 8]) {
+pub(crate) fn scales_and_minima(s: &[u8]) -> ([u8; 8], [u8; 8]) {
     let mut scale = [0; 8];
     let mut minimum = [0; 8];
     for i in 0..4 {
@@ -19,7 +19,7 @@ pub(super) fn scales_and_minima(s: &[u8]) -> ([u8; 8], [u8; 8]) {
 
 /// The 16 signed six-bit scales of Q3_K, packed in 12 bytes.
 #[inline(always)]
-pub(super) fn q3_scales(s: &[u8]) -> [i8; 16] {
+pub(crate) fn q3_scales(s: &[u8]) -> [i8; 16] {
     let mut out = [0; 16];
     for (i, o) in out.iter_mut().enumerate() {
         let low = (s[i % 8] >> (4 * (i / 8))) & 15;

@@ -20,6 +20,18 @@ pub fn matmul(x: &[f32], w: &Matrix<'_>, bias: Option<&[f32]>, y: &mut [f32]) {
     }
 }
 
+/// What a product with quantised weights sees of x: each 32 elements as multiples, to nearest even, of their largest magnitude
+/// over 127.
+pub fn round_to_bytes(x: &[f32]) -> Vec<f32> {
+    let mut out = Vec::with_capacity(x.len());
+    for block in x.chunks(32) {
+        let largest = block.iter().fold(0.0f32, |largest, v| largest.max(v.abs()));
+        let (scale, inverse) = if largest < 1e-30 { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) };
+        out.extend(block.iter().map(|v| (v * inverse).round_ties_even() * scale));
+    }
+    out
+}
+
 /// Each row of `weight.len()` elements divided by its root mean square, then scaled by `weight`.
 pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     for (x, out) in x.chunks_exact(weight.len()).zip(out.chunks_exact_mut(weight.len())) {

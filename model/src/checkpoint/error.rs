@@ -97,6 +97,14 @@ pub enum LoadError {
     /// The chat template does not compile.
     #[error("chat template: {0}")]
     Template(String),
+    /// The weights could not be packed for the kernels.
+    #[error("packing {bytes} bytes of weights: {reason}")]
+    Packing {
+        /// Their packed size.
+        bytes: usize,
+        /// The operating system's words.
+        reason: String,
+    },
     /// A download failed.
     #[error("downloading {what}: {message}")]
     Hub {

@@ -4,12 +4,14 @@ use super::LoadError;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 /// The bytes of a file, mapped read-only and shared by every tensor in it.
 #[derive(Clone, Debug)]
 pub struct FileMap {
     path: Arc<PathBuf>,
     map: Arc<memmap2::Mmap>,
+    modified: Option<SystemTime>,
 }
 
 impl FileMap {
@@ -22,7 +24,8 @@ impl FileMap {
         // memory safety of typed data. A concurrent truncation raises SIGBUS: operations.md tells operators to
         // replace checkpoint files by rename, never in place.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| LoadError::io(path, &e))?;
-        Ok(Self { path: Arc::new(path.to_owned()), map: Arc::new(map) })
+        let modified = file.metadata().and_then(|m| m.modified()).ok();
+        Ok(Self { path: Arc::new(path.to_owned()), map: Arc::new(map), modified })
     }
 
     /// Where it was mapped from.
@@ -33,6 +36,21 @@ impl FileMap {
     /// All bytes of the file.
     pub fn bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    /// Which version of which file this is: path, length and time of the last change.
+    pub fn identity(&self) -> String {
+        let path = self.path.canonicalize();
+        let since = self.modified.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+        let nanoseconds = since.map_or(0, |since| since.as_nanos());
+        format!("{} {} {nanoseconds}", path.as_ref().unwrap_or(&self.path).display(), self.map.len())
+    }
+
+    /// Lets the kernel take the pages that were read so far out of this process; they are read again when touched.
+    #[allow(unsafe_code, reason = "a private read-only file mapping loses nothing")]
+    pub fn release(&self) {
+        // SAFETY: the mapping is of a file and was never written, so dropped pages come back with the same contents.
+        let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
     }
 
     /// Asks the kernel to read the file ahead. A hint: failure is of no consequence.

@@ -120,6 +120,19 @@ impl TensorMap {
         self.tensors.is_empty()
     }
 
+    /// The mapped files that tensors lie in, each once.
+    pub fn files(&self) -> Vec<&FileMap> {
+        let mut files: Vec<&FileMap> = Vec::new();
+        for tensor in self.tensors.values() {
+            if let Storage::Mapped { file, .. } = &tensor.data
+                && !files.iter().any(|known| known.path() == file.path())
+            {
+                files.push(file);
+            }
+        }
+        files
+    }
+
     /// Stored bytes of all tensors.
     pub fn bytes(&self) -> usize {
         self.tensors.values().map(|t| t.bytes().len()).sum()

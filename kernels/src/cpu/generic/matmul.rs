@@ -1,206 +1,300 @@
-//! The matrix product's inner loops: `y[m, n] = x[m, k] · w[n, k]ᵀ`.
+//! The matrix product of one strip: `y[m, 64] = x[m, k] · w[64, k]ᵀ`, from packed weights and prepared rows.
 //!
-//! Each output has one register of partial sums, lane `l` of which sums the products of columns `l`, `l + STEP`, ... in that
-//! order; at the end the lanes are added in a fixed tree. A register tile computes TILE_ROWS by 4 outputs together to reuse what
-//! it loads, but never mixes them. So an output's bits depend on its row, its column and k, not on the tile it fell into.
+//! ```text
+//! for each chunk of k:
+//!     if many rows are to pass: unpack the strip's weights of the chunk to a tile of f32 or of bytes
+//!     for each pair (or four) of registers of columns:             the tile's columns stay in L1
+//!         for each tile of rows:                                    up to 12 rows of x, in L1
+//!             sums[rows][columns] += x · w, all sums in registers
+//! finish: bias, residual or gate, and store
+//! ```
+//!
+//! With few rows nothing is unpacked to memory: weights are widened in registers on their way from the strip.
+//!
+//! An output is one chain of additions in ascending k, from zero: which rows it was computed with, how k was cut into chunks
+//! and where the sums rested between chunks cannot change its bits. With bytes, a link of the chain is a whole group of 16 or
+//! 32 elements, whose integer dot product is exact in any order:
+//! `sum += scale_x * (scale_w * (q·x - offset * Σx) - minimum_w * Σx)`.
 
-use crate::cpu::vector::Vector;
-use std::marker::PhantomData;
+use super::rows::{GeluTanhMul, SiluMul};
+use super::unpack;
+use crate::cpu::operand::{Form, Operand};
+use crate::cpu::vector::{BytesDot, Vector, WordsDot};
+use crate::packed::{Layout, Packed, QUANT_BLOCK, Quants, STRIP};
+use std::ops::Range;
 
-/// Outputs of w in a register tile.
-pub(crate) const TILE_COLS: usize = 4;
+/// Rows of x up to which float weights are widened in registers, once per tile of rows, and not unpacked.
+const WIDEN_ROWS: usize = 24;
+/// Elements of k per chunk of float weights that are widened in registers: 16 KiB of 16-bit weights.
+const FLOATS_WIDENED: usize = 128;
+/// Elements of k per chunk of unpacked floats: half of the strip's columns (32 KiB) stay in L1.
+const FLOATS: usize = 256;
+/// Elements of k per chunk of bytes: whole blocks of every type; few rows, then many.
+const BYTES_ONCE: usize = 256;
+const BYTES: usize = 512;
+/// Rows of x up to which quants are unpacked in registers.
+const FUSED_ROWS: usize = 2;
+/// How far ahead of the weights being multiplied to ask for more, in bytes: the hardware's prefetcher stops at each page.
+const AHEAD: usize = 2048;
 
-/// One way to multiply and accumulate a register of elements.
-pub(crate) trait Dot {
-    /// Element of x and w in memory.
-    type Element: Copy;
-    /// A register of `STEP` elements.
-    type Lanes: Copy;
-    /// A register of partial sums.
-    type Sum: Copy;
-    /// Elements per register.
-    const STEP: usize;
-    /// Rows of x in a register tile, at most 6.
-    const TILE_ROWS: usize;
-
-    /// No products yet.
-    ///
-    /// # Safety
-    /// The CPU has the features of this implementation; the same holds for each function below.
-    unsafe fn zero() -> Self::Sum;
-    /// Reads `STEP` elements.
-    ///
-    /// # Safety
-    /// `p` is valid for reads of `STEP` elements; it need not be aligned.
-    unsafe fn load(p: *const Self::Element) -> Self::Lanes;
-    /// Reads `n < STEP` elements; the others are zero.
-    ///
-    /// # Safety
-    /// `p` is valid for reads of `n` elements; it need not be aligned.
-    unsafe fn load_first(p: *const Self::Element, n: usize) -> Self::Lanes;
-    /// Adds the products of `a` and `b`.
-    ///
-    /// # Safety
-    /// The features only.
-    unsafe fn dot(sum: Self::Sum, a: Self::Lanes, b: Self::Lanes) -> Self::Sum;
-    /// The four sums' lanes added up, each in the fixed tree.
-    fn sum4(v: [Self::Sum; 4]) -> [f32; 4];
+/// What becomes of a product.
+#[derive(Clone, Copy, Debug)]
+pub enum Finish<'a> {
+    /// `y = x·wᵀ (+ bias)`.
+    Store(Option<&'a [f32]>),
+    /// `y = y + (x·wᵀ (+ bias))`: a residual connection.
+    Add(Option<&'a [f32]>),
+    /// `y = act(x·gᵀ) * (x·uᵀ)`, for gated weights.
+    Gate(Gate),
 }
 
-/// f32 elements in `V`'s lanes.
-pub(crate) struct F32Dot<V>(PhantomData<V>);
-
-impl<V: Vector> Dot for F32Dot<V> {
-    type Element = f32;
-    type Lanes = V;
-    type Sum = V;
-    const STEP: usize = V::LANES;
-    const TILE_ROWS: usize = V::TILE_ROWS;
-
-    #[inline(always)]
-    unsafe fn zero() -> V {
-        // SAFETY: passed on.
-        unsafe { V::splat(0.0) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const f32) -> V {
-        // SAFETY: passed on.
-        unsafe { V::load(p) }
-    }
-    #[inline(always)]
-    unsafe fn load_first(p: *const f32, n: usize) -> V {
-        // SAFETY: passed on.
-        unsafe { V::load_first(p, n) }
-    }
-    #[inline(always)]
-    unsafe fn dot(sum: V, a: V, b: V) -> V {
-        a.fma(b, sum)
-    }
-    #[inline(always)]
-    fn sum4(v: [V; 4]) -> [f32; 4] {
-        V::sum4(v)
-    }
+/// The activation of a gated product.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Gate {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// Gelu by its tanh approximation.
+    GeluTanh,
 }
 
-/// A product of a block of x with a block of w, by pointers because neighbouring blocks of y are written by other threads.
-pub(crate) struct Product<E> {
-    /// `m` rows of `k` elements, `x_stride` apart.
-    pub(crate) x: *const E,
-    pub(crate) x_stride: usize,
-    pub(crate) m: usize,
-    /// `n` rows of `k` elements, `w_stride` apart; may be unaligned.
-    pub(crate) w: *const E,
-    pub(crate) w_stride: usize,
-    pub(crate) n: usize,
-    pub(crate) k: usize,
-    /// `m` rows of `n` outputs, `y_stride` apart.
+/// One strip's product, by pointers because neighbouring columns of y are written by other threads.
+pub(crate) struct Job<'a> {
+    pub(crate) x: &'a Operand,
+    /// Register tiles of x to compute.
+    pub(crate) tiles: Range<usize>,
+    pub(crate) w: &'a Packed<'a>,
+    pub(crate) strip: usize,
+    pub(crate) finish: Finish<'a>,
+    /// Row 0 of y, and the distance of rows.
     pub(crate) y: *mut f32,
     pub(crate) y_stride: usize,
 }
 
-/// Computes a [`Product`].
-///
-/// The x tile stays in L1 while the block's rows of w pass by from L2; the caller sizes the block for that.
-///
-/// # Safety
-/// The CPU has `D`'s features; x and w are readable and y writable as [`Product`] says, and nobody else touches those outputs.
-#[inline(always)]
-pub(crate) unsafe fn product<D: Dot>(p: &Product<D::Element>) {
-    let mut row = 0;
-    while row < p.m {
-        let rows = (p.m - row).min(D::TILE_ROWS);
-        // SAFETY: rows `row..row + rows` exist.
-        unsafe {
-            match rows {
-                1 => strip::<D, 1>(p, row),
-                2 => strip::<D, 2>(p, row),
-                3 => strip::<D, 3>(p, row),
-                4 => strip::<D, 4>(p, row),
-                5 => strip::<D, 5>(p, row),
-                _ => strip::<D, 6>(p, row),
-            }
-        }
-        row += rows;
-    }
+/// 16 floats, aligned to a cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(crate) struct Line([f32; 16]);
+
+/// Reused memory of one thread.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    /// `[rows][64]`: the sums between chunks.
+    sums: Vec<Line>,
+    /// The unpacked chunk: `[k][64]` floats, or `[k / 4][64][4]` bytes.
+    tile: Vec<Line>,
+    /// `[k / group][64]`.
+    scales: Vec<Line>,
+    minima: Vec<Line>,
 }
 
-/// `M` rows of x from `row` on, against every row of w.
-///
-/// # Safety
-/// As [`product`], and the rows exist.
-#[inline(always)]
-unsafe fn strip<D: Dot, const M: usize>(p: &Product<D::Element>, row: usize) {
-    let whole = p.n - p.n % TILE_COLS;
-    let mut col = 0;
-    while col < whole {
-        // SAFETY: columns `col..col + 4` exist.
-        unsafe { tile::<D, M, TILE_COLS>(p, row, col) };
-        col += TILE_COLS;
+/// The first `floats` floats of a buffer that grows if it must.
+fn fit(buffer: &mut Vec<Line>, floats: usize) -> *mut f32 {
+    let lines = floats.div_ceil(16);
+    if buffer.len() < lines {
+        buffer.resize(lines, Line([0.0; 16]));
     }
-    while col < p.n {
-        // SAFETY: column `col` exists.
-        unsafe { tile::<D, M, 1>(p, row, col) };
-        col += 1;
-    }
+    buffer.as_mut_ptr().cast()
 }
 
-/// `M` by `N` outputs (`N` is 4 or 1) at `[row, col]`.
+/// Computes a [`Job`].
 ///
 /// # Safety
-/// As [`product`], and the outputs exist.
+/// The CPU has the features of `V`, `B` and (if the operand is in pairs) `P`; y is writable at the job's rows and columns, and
+/// nobody else touches them. (x and w are checked by their types; that x is in a form that w can be multiplied with is asserted.)
 #[inline(always)]
-unsafe fn tile<D: Dot, const M: usize, const N: usize>(p: &Product<D::Element>, row: usize, col: usize) {
-    // SAFETY: every offset stays inside the rows of x, w and y that the caller vouches for; prefetching may point anywhere.
+pub(crate) unsafe fn strip<V: Vector, P: WordsDot<V>, B: BytesDot<V>>(job: &Job<'_>, scratch: &mut Scratch) {
+    let rows = job.x.rows_of(job.tiles.clone());
+    let sums = fit(&mut scratch.sums, rows.len() * STRIP);
+    let data = job.w.strip(job.strip);
+    let k = job.w.cols();
+    assert_eq!(k, job.x.cols());
+    let layout = Layout::of(job.w.dtype());
+    // SAFETY: the features are passed on. The strip's bytes are as long as its layout says (checked when it was made), scratch
+    // is as large as the chunk, and chunks stay inside k.
     unsafe {
-        let x = p.x.add(row * p.x_stride);
-        let w = p.w.add(col * p.w_stride);
-        let mut sums = [[D::zero(); N]; M];
-        let whole = p.k - p.k % D::STEP;
-        let mut at = 0;
-        while at < whole {
-            let mut a = [D::load(x.add(at)); M];
-            for i in 1..M {
-                a[i] = D::load(x.add(i * p.x_stride + at));
+        match (layout, job.x.form()) {
+            (Layout::F32, Form::Floats) => widened::<V, Floats>(job, &rows, 0..k, data.as_ptr(), sums),
+            (Layout::Bf16, Form::Pairs) => widened::<V, P>(job, &rows, 0..k.div_ceil(2), data.as_ptr(), sums),
+            (Layout::F16, Form::Floats) if rows.len() <= WIDEN_ROWS => {
+                widened::<V, Halves>(job, &rows, 0..k, data.as_ptr(), sums);
             }
-            for j in 0..N {
-                let from = w.add(j * p.w_stride + at);
-                if M <= 2 {
-                    // With so few rows the product waits for w: ask for the next tile's rows, which the hardware cannot guess.
-                    prefetch(from.wrapping_add(N * p.w_stride));
-                }
-                let b = D::load(from);
-                for i in 0..M {
-                    sums[i][j] = D::dot(sums[i][j], a[i], b);
-                }
+            (Layout::Bf16, Form::Floats) if rows.len() <= WIDEN_ROWS && k % 2 == 0 => {
+                widened::<V, Bf16s>(job, &rows, 0..k / 2, data.as_ptr(), sums);
             }
-            at += D::STEP;
-        }
-        if whole < p.k {
-            let rest = p.k - whole;
-            let mut a = [D::load_first(x.add(whole), rest); M];
-            for i in 1..M {
-                a[i] = D::load_first(x.add(i * p.x_stride + whole), rest);
-            }
-            for j in 0..N {
-                let b = D::load_first(w.add(j * p.w_stride + whole), rest);
-                for i in 0..M {
-                    sums[i][j] = D::dot(sums[i][j], a[i], b);
+            (Layout::Bf16 | Layout::F16, Form::Floats) => {
+                let tile = fit(&mut scratch.tile, FLOATS * STRIP);
+                let mut at = 0;
+                while at < k {
+                    // An odd last element of bf16 has a zero beside it in the tile, which is not multiplied.
+                    let end = k.min(at + FLOATS);
+                    let src = data.as_ptr().add(at * STRIP * 2);
+                    match layout {
+                        Layout::F16 => unpack::f16::<V>(src.cast(), end - at, tile),
+                        _ => unpack::bf16(src.cast(), (end - at).div_ceil(2), tile.cast()),
+                    }
+                    float_tiles::<V, Floats>(job, &rows, at..end, tile.cast(), sums);
+                    at = end;
                 }
             }
+            (Layout::Quants(layout), Form::Bytes) => quants::<V, B>(job, &rows, &layout, data, scratch, sums),
+            (_, form) => panic!("{} cannot be multiplied with {form:?}", job.w.dtype().name()),
         }
-        for (i, sums) in sums.iter().enumerate() {
-            let y = p.y.add((row + i) * p.y_stride + col);
-            // A single column is padded by itself, so that it goes through the same tree.
-            let four = D::sum4([sums[0], sums[1 % N], sums[2 % N], sums[3 % N]]);
-            for (j, v) in four.iter().enumerate().take(N) {
-                *y.add(j) = *v;
-            }
-        }
+        finish::<V>(job, &rows, sums);
     }
 }
 
+/// A strip of quantised weights, chunk by chunk.
+///
+/// # Safety
+/// As [`strip`], whose strip is `data`.
 #[inline(always)]
-fn prefetch<T>(p: *const T) {
+unsafe fn quants<V: Vector, B: BytesDot<V>>(
+    job: &Job<'_>,
+    rows: &Range<usize>,
+    layout: &Quants,
+    data: &[u8],
+    scratch: &mut Scratch,
+    sums: *mut f32,
+) {
+    let (k, dtype) = (job.w.cols(), job.w.dtype());
+    let chunk = if job.tiles.len() == 1 { BYTES_ONCE } else { BYTES };
+    let fused = V::FOUR && rows.len() <= FUSED_ROWS;
+    let tile: *mut u8 = fit(&mut scratch.tile, chunk * STRIP / 4).cast();
+    let scales = fit(&mut scratch.scales, chunk / layout.group * STRIP);
+    let minima = fit(&mut scratch.minima, chunk / layout.group * STRIP);
+    let mut at = 0;
+    while at < k {
+        let end = k.min(at + chunk);
+        let blocks = &data[at / layout.block * layout.block_bytes()..end / layout.block * layout.block_bytes()];
+        // SAFETY: the scratch has room for the chunk; the features are passed on.
+        unsafe {
+            unpack::scales::<V>(dtype, layout, blocks, scales, minima);
+            let mut w = Bytes { quants: blocks.as_ptr(), layout: *layout, scales, minima };
+            if !fused && layout.bits != 8 {
+                unpack::quants::<V>(layout, blocks, tile);
+                w.quants = tile;
+                w.layout = layout.unpacked();
+            }
+            let groups = at / layout.group..end / layout.group;
+            let packed = if fused { (layout.bits, layout.levels.is_some()) } else { (8, false) };
+            match (packed, layout.group, layout.minima) {
+                ((8, _), 16, false) => byte_tiles::<V, B, 8, false, 16, false>(job, rows, groups, &w, sums),
+                ((8, _), 16, true) => byte_tiles::<V, B, 8, false, 16, true>(job, rows, groups, &w, sums),
+                ((8, _), _, false) => byte_tiles::<V, B, 8, false, 32, false>(job, rows, groups, &w, sums),
+                ((8, _), _, true) => byte_tiles::<V, B, 8, false, 32, true>(job, rows, groups, &w, sums),
+                ((2, _), ..) => byte_tiles::<V, B, 2, false, 16, true>(job, rows, groups, &w, sums),
+                ((3, _), ..) => byte_tiles::<V, B, 3, false, 16, false>(job, rows, groups, &w, sums),
+                ((4, true), ..) => byte_tiles::<V, B, 4, true, 32, false>(job, rows, groups, &w, sums),
+                ((4, false), _, false) => byte_tiles::<V, B, 4, false, 32, false>(job, rows, groups, &w, sums),
+                ((4, false), _, true) => byte_tiles::<V, B, 4, false, 32, true>(job, rows, groups, &w, sums),
+                ((5, _), _, false) => byte_tiles::<V, B, 5, false, 32, false>(job, rows, groups, &w, sums),
+                ((5, _), _, true) => byte_tiles::<V, B, 5, false, 32, true>(job, rows, groups, &w, sums),
+                _ => byte_tiles::<V, B, 6, false, 16, false>(job, rows, groups, &w, sums),
+            }
+        }
+        at = end;
+    }
+}
+
+/// Stands where an ISA has no dot product of pairs: operands in pairs are then never made.
+pub(crate) struct NoPairs;
+
+impl<V: Vector> WordsDot<V> for NoPairs {
+    type Words = ();
+    const BYTES: usize = 4;
+    const STEPS: usize = 1;
+
+    unsafe fn load(_: *const u8, _: usize) {}
+    unsafe fn broadcast(_: *const u32) {}
+    fn dot(_: V, (): (), (): ()) -> V {
+        unreachable!("this instruction set multiplies no pairs")
+    }
+}
+
+/// f32 weights.
+struct Floats;
+
+/// f16 weights.
+struct Halves;
+
+/// Pairs of bf16 weights, two steps of k to a word.
+struct Bf16s;
+
+macro_rules! multiply_floats {
+    () => {
+        type Words = V;
+
+        #[inline(always)]
+        unsafe fn broadcast(p: *const u32) -> V {
+            // SAFETY: passed on.
+            unsafe { V::splat(*p.cast()) }
+        }
+        #[inline(always)]
+        fn dot(sum: V, a: V, b: V) -> V {
+            a.fma(b, sum)
+        }
+    };
+}
+
+impl<V: Vector> WordsDot<V> for Floats {
+    multiply_floats!();
+    const BYTES: usize = 4;
+    const STEPS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load(p: *const u8, _: usize) -> V {
+        // SAFETY: passed on.
+        unsafe { V::load(p.cast()) }
+    }
+}
+
+impl<V: Vector> WordsDot<V> for Halves {
+    multiply_floats!();
+    const BYTES: usize = 2;
+    const STEPS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn load(p: *const u8, _: usize) -> V {
+        // SAFETY: passed on.
+        unsafe { V::load_f16(p.cast()) }
+    }
+}
+
+impl<V: Vector> WordsDot<V> for Bf16s {
+    multiply_floats!();
+    const BYTES: usize = 4;
+    const STEPS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn load(p: *const u8, step: usize) -> V {
+        // SAFETY: passed on.
+        unsafe { V::load_bf16(p.cast(), step) }
+    }
+}
+
+/// Weights multiplied as they come from the strip, in chunks, so that the second pair of columns finds them in L1.
+///
+/// # Safety
+/// As [`float_tiles`], for all units of the strip.
+#[inline(always)]
+unsafe fn widened<V: Vector, D: WordsDot<V>>(
+    job: &Job<'_>,
+    rows: &Range<usize>,
+    units: Range<usize>,
+    w: *const u8,
+    sums: *mut f32,
+) {
+    let chunk = if rows.len() <= V::FLOAT_ROWS / 2 { units.len() } else { FLOATS_WIDENED / D::STEPS };
+    for start in units.clone().step_by(chunk.max(1)) {
+        let end = units.end.min(start + chunk);
+        // SAFETY: passed on.
+        unsafe { float_tiles::<V, D>(job, rows, start..end, w.add(start * STRIP * D::BYTES), sums) };
+    }
+}
+
+/// Asks for the cache line at `p`, which may be anywhere.
+#[inline(always)]
+fn prefetch(p: *const u8) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch has no architectural effect and may point anywhere; SSE is part of x86-64.
     unsafe {
@@ -209,4 +303,373 @@ fn prefetch<T>(p: *const T) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = p;
+}
+
+/// Runs `$f::<.., rows, registers>` for a tile of `$m` rows: four registers of columns if their sums fit, else two.
+macro_rules! by_rows {
+    ($m:expr, $f:ident, [$($type:tt)*], $four:expr, $arguments:tt) => {
+        match ($m, $four) {
+            (1, true) => $f::<$($type)*, 1, 4> $arguments,
+            (2, true) => $f::<$($type)*, 2, 4> $arguments,
+            (3, true) => $f::<$($type)*, 3, 4> $arguments,
+            (4, true) => $f::<$($type)*, 4, 4> $arguments,
+            (5, true) => $f::<$($type)*, 5, 4> $arguments,
+            (6, true) => $f::<$($type)*, 6, 4> $arguments,
+            (1, _) => $f::<$($type)*, 1, 2> $arguments,
+            (2, _) => $f::<$($type)*, 2, 2> $arguments,
+            (3, _) => $f::<$($type)*, 3, 2> $arguments,
+            (4, _) => $f::<$($type)*, 4, 2> $arguments,
+            (5, _) => $f::<$($type)*, 5, 2> $arguments,
+            (6, _) => $f::<$($type)*, 6, 2> $arguments,
+            (7, _) => $f::<$($type)*, 7, 2> $arguments,
+            (8, _) => $f::<$($type)*, 8, 2> $arguments,
+            (9, _) => $f::<$($type)*, 9, 2> $arguments,
+            (10, _) => $f::<$($type)*, 10, 2> $arguments,
+            (11, _) => $f::<$($type)*, 11, 2> $arguments,
+            _ => $f::<$($type)*, 12, 2> $arguments,
+        }
+    };
+}
+
+/// Whether an ISA uses tiles of this size, of at most `rows` rows; what it does not use is then not compiled.
+#[inline(always)]
+const fn fits<V: Vector>(rows: usize, m: usize, r: usize) -> bool {
+    if r == 4 { V::FOUR && m <= rows / 2 } else { m <= rows }
+}
+
+/// All tiles of rows against `units` units of k, whose weights `[units][64]` start at `w`.
+///
+/// # Safety
+/// The CPU has `V`'s and `D`'s features; `w` leads to the units, `sums` to `rows` by 64 floats; x has the units.
+#[inline(always)]
+unsafe fn float_tiles<V: Vector, D: WordsDot<V>>(
+    job: &Job<'_>,
+    rows: &Range<usize>,
+    units: Range<usize>,
+    w: *const u8,
+    sums: *mut f32,
+) {
+    let fresh = units.start == 0;
+    let four = V::FOUR && rows.len() <= V::FLOAT_ROWS / 2;
+    let columns = if four { 4 * V::LANES } else { 2 * V::LANES };
+    for column in (0..STRIP).step_by(columns) {
+        for tile in job.tiles.clone() {
+            let span = job.x.tile(tile);
+            // SAFETY: the tile's words of x start at its first row times the words of a row; everything else is as by contract.
+            unsafe {
+                let x = job.x.words(span.start).add(units.start * D::STEPS * span.len());
+                let w = w.add(column * D::BYTES);
+                let sums = sums.add((span.start - rows.start) * STRIP + column);
+                by_rows!(span.len(), float_tile, [V, D], four, (x, w, units.len(), sums, fresh));
+            }
+        }
+    }
+}
+
+/// `M` rows by `R` registers of columns.
+///
+/// # Safety
+/// The CPU has the features; `x` leads to `[units][steps][M]` words, `w` to `units` rows of 64 weights, `sums` to `M` rows of 64
+/// floats, of which the first `R` registers are used.
+#[inline(always)]
+unsafe fn float_tile<V: Vector, D: WordsDot<V>, const M: usize, const R: usize>(
+    x: *const u32,
+    w: *const u8,
+    units: usize,
+    sums: *mut f32,
+    fresh: bool,
+) {
+    if !fits::<V>(V::FLOAT_ROWS, M, R) {
+        unreachable!("the operand's tiles have at most as many rows");
+    }
+    // SAFETY: by contract.
+    unsafe {
+        let mut acc = [[V::splat(0.0); R]; M];
+        if !fresh {
+            for i in 0..M {
+                for r in 0..R {
+                    acc[i][r] = V::load(sums.add(i * STRIP + r * V::LANES));
+                }
+            }
+        }
+        let (mut x, mut w) = (x, w);
+        for _ in 0..units {
+            if R == 4 {
+                // One tile of rows: this is the only pass over w, and it waits for memory.
+                for line in (0..STRIP * D::BYTES).step_by(64) {
+                    prefetch(w.wrapping_add(AHEAD + line));
+                }
+            }
+            for step in 0..D::STEPS {
+                let mut b = [D::load(w, step); R];
+                for r in 1..R {
+                    b[r] = D::load(w.add(r * V::LANES * D::BYTES), step);
+                }
+                for i in 0..M {
+                    let a = D::broadcast(x.add(i));
+                    for r in 0..R {
+                        acc[i][r] = D::dot(acc[i][r], a, b[r]);
+                    }
+                }
+                x = x.add(M);
+            }
+            w = w.add(STRIP * D::BYTES);
+        }
+        for i in 0..M {
+            for r in 0..R {
+                acc[i][r].store(sums.add(i * STRIP + r * V::LANES));
+            }
+        }
+    }
+}
+
+/// A chunk of quantised weights with unpacked scales.
+struct Bytes {
+    /// Blocks as the layout says: packed, or bytes alone.
+    quants: *const u8,
+    layout: Quants,
+    /// `[k / group][64]`.
+    scales: *const f32,
+    /// As the scales; unused without minima.
+    minima: *const f32,
+}
+
+/// All tiles of rows against the groups of a chunk; `groups` are their numbers in the row.
+///
+/// # Safety
+/// The CPU has `V`'s and `B`'s features; `w` holds the groups, stored with `BITS` bits (and as levels), `sums` `rows` by 64
+/// floats; x has the groups.
+#[inline(always)]
+unsafe fn byte_tiles<
+    V: Vector,
+    B: BytesDot<V>,
+    const BITS: usize,
+    const LEVELS: bool,
+    const G: usize,
+    const MINIMA: bool,
+>(
+    job: &Job<'_>,
+    rows: &Range<usize>,
+    groups: Range<usize>,
+    w: &Bytes,
+    sums: *mut f32,
+) {
+    if BITS != 8 && !V::FOUR {
+        unreachable!("this instruction set unpacks to memory");
+    }
+    let four = V::FOUR && rows.len() <= V::BYTE_ROWS / 2;
+    let columns = if four { 4 * V::LANES } else { 2 * V::LANES };
+    for column in (0..STRIP).step_by(columns) {
+        for tile in job.tiles.clone() {
+            let span = job.x.tile(tile);
+            // SAFETY: the tile's words, scales and sums of x start at its first row times those of a row.
+            unsafe {
+                let first = groups.start * span.len();
+                let t = ByteTile {
+                    words: job.x.words(span.start).add(first * G / 4),
+                    x_scales: job.x.scales(span.start).add(first * G / QUANT_BLOCK),
+                    x_sums: if G == 16 { job.x.sums_16(span.start) } else { job.x.sums_32(span.start) }.add(first),
+                    w,
+                    column,
+                    groups: groups.len(),
+                    sums: sums.add((span.start - rows.start) * STRIP + column),
+                    fresh: groups.start == 0,
+                };
+                by_rows!(span.len(), byte_tile, [V, B, BITS, LEVELS, G, MINIMA], four, (&t));
+            }
+        }
+    }
+}
+
+/// Arguments of [`byte_tile`], of `M` rows.
+struct ByteTile<'a> {
+    /// `[k / 4][M]`
+    words: *const u32,
+    /// `[k / 32][M]`
+    x_scales: *const f32,
+    /// `[k / group][M]`
+    x_sums: *const i32,
+    w: &'a Bytes,
+    /// First column.
+    column: usize,
+    groups: usize,
+    /// At the first column.
+    sums: *mut f32,
+    fresh: bool,
+}
+
+/// `M` rows by `R` registers of columns, groups of `G` elements.
+///
+/// # Safety
+/// The CPU has the features; the pointers of the arguments lead to what their types say for all groups.
+#[inline(always)]
+unsafe fn byte_tile<
+    V: Vector,
+    B: BytesDot<V>,
+    const BITS: usize,
+    const LEVELS: bool,
+    const G: usize,
+    const MINIMA: bool,
+    const M: usize,
+    const R: usize,
+>(
+    t: &ByteTile<'_>,
+) {
+    if !fits::<V>(V::BYTE_ROWS, M, R) || BITS != 8 && M > FUSED_ROWS {
+        unreachable!("the operand's tiles have at most as many rows");
+    }
+    // SAFETY: by contract.
+    unsafe {
+        let mut acc = [[V::splat(0.0); R]; M];
+        if !t.fresh {
+            for i in 0..M {
+                for r in 0..R {
+                    acc[i][r] = V::load(t.sums.add(i * STRIP + r * V::LANES));
+                }
+            }
+        }
+        let Bytes { layout, scales, minima, .. } = t.w;
+        let levels = B::levels(&layout.levels.unwrap_or_default());
+        let subs = layout.block / QUANT_BLOCK;
+        let mut quants = t.w.quants;
+        let mut x = t.words;
+        let mut group = 0;
+        let mut sub_of_block = 0;
+        while group < t.groups {
+            if sub_of_block == 0 {
+                quants = quants.add(layout.head);
+            }
+            if R == 4 && M <= FUSED_ROWS {
+                for line in (0..STRIP * QUANT_BLOCK * BITS / 8).step_by(64) {
+                    prefetch(quants.wrapping_add(AHEAD + line));
+                }
+            }
+            let w = quants.add(layout.sub_head + t.column * 4);
+            for half in 0..QUANT_BLOCK / G {
+                let x_sums = t.x_sums.add(group * M);
+                let mut dots = [[B::splat(0); R]; M];
+                if !MINIMA {
+                    for i in 0..M {
+                        dots[i] = [B::splat(-layout.offset * *x_sums.add(i)); R];
+                    }
+                }
+                for u in half * G / 4..(half + 1) * G / 4 {
+                    let mut b = [unpack_word::<V, B, BITS>(w, u); R];
+                    for r in 1..R {
+                        b[r] = unpack_word::<V, B, BITS>(w.add(r * V::LANES * 4), u);
+                    }
+                    if LEVELS {
+                        for b in &mut b {
+                            *b = B::look_up(levels, *b);
+                        }
+                    }
+                    for i in 0..M {
+                        let a = B::broadcast(x.add(i));
+                        for r in 0..R {
+                            dots[i][r] = B::dot(dots[i][r], b[r], a);
+                        }
+                    }
+                    x = x.add(M);
+                }
+                let x_scales = t.x_scales.add(group * G / QUANT_BLOCK * M);
+                for r in 0..R {
+                    let at = group * STRIP + t.column + r * V::LANES;
+                    let scale = V::load(scales.add(at));
+                    for i in 0..M {
+                        let mut value = B::floats(dots[i][r]).mul(scale);
+                        if MINIMA {
+                            let sum = V::splat(-(*x_sums.add(i) as f32));
+                            value = V::load(minima.add(at)).fma(sum, value);
+                        }
+                        acc[i][r] = value.fma(V::splat(*x_scales.add(i)), acc[i][r]);
+                    }
+                }
+                group += 1;
+            }
+            quants = quants.add(layout.sub_bytes());
+            sub_of_block = if sub_of_block + 1 == subs { 0 } else { sub_of_block + 1 };
+        }
+        for i in 0..M {
+            for r in 0..R {
+                acc[i][r].store(t.sums.add(i * STRIP + r * V::LANES));
+            }
+        }
+    }
+}
+
+/// Words `u` of the bit planes at `w` (see [`crate::packed`]), one to a lane, as bytes.
+///
+/// # Safety
+/// The CPU has the features; `w` leads to the planes of 32 elements, at the first of the lanes' columns.
+#[inline(always)]
+unsafe fn unpack_word<V: Vector, B: BytesDot<V>, const BITS: usize>(w: *const u8, u: usize) -> B::Ints {
+    const WORD: usize = 4 * STRIP;
+    // SAFETY: by contract: a plane of n bits has n rows of a word per column.
+    unsafe {
+        let plane = |first: usize, width: usize| {
+            let rows = width;
+            let word = B::load(w.add((first + u % rows) * WORD).cast());
+            B::bits(word, (u / rows * width) as u32, width as u32)
+        };
+        match BITS {
+            8 => B::load(w.add(u * WORD).cast()),
+            2 => plane(0, 2),
+            3 => B::above(plane(0, 2), plane(2, 1), 2),
+            4 => plane(0, 4),
+            5 => B::above(plane(0, 4), plane(4, 1), 4),
+            _ => B::above(plane(0, 4), plane(4, 2), 4),
+        }
+    }
+}
+
+/// Writes the sums where they belong.
+///
+/// # Safety
+/// As [`strip`]; `sums` leads to `rows` by 64 floats.
+#[inline(always)]
+unsafe fn finish<V: Vector>(job: &Job<'_>, rows: &Range<usize>, sums: *mut f32) {
+    let per_strip = if job.w.is_gated() { STRIP / 2 } else { STRIP };
+    let first = job.strip * per_strip;
+    let columns = per_strip.min(job.w.rows() - first);
+    for row in rows.clone() {
+        // SAFETY: the row of sums exists; the row's columns of y are the job's alone.
+        let (sums, y) = unsafe {
+            (
+                std::slice::from_raw_parts_mut(sums.add((row - rows.start) * STRIP), STRIP),
+                std::slice::from_raw_parts_mut(job.y.add(row * job.y_stride + first), columns),
+            )
+        };
+        match job.finish {
+            Finish::Store(bias) => {
+                add_bias(sums, bias, first);
+                y.copy_from_slice(&sums[..columns]);
+            }
+            Finish::Add(bias) => {
+                add_bias(sums, bias, first);
+                for (y, sum) in y.iter_mut().zip(&*sums) {
+                    *y += sum;
+                }
+            }
+            Finish::Gate(gate) => {
+                let (g, u) = sums.split_at_mut(STRIP / 2);
+                // SAFETY: the features are passed on.
+                unsafe {
+                    match gate {
+                        Gate::Silu => super::rows::combine::<V, SiluMul>(g, u),
+                        Gate::GeluTanh => super::rows::combine::<V, GeluTanhMul>(g, u),
+                    }
+                }
+                y.copy_from_slice(&g[..columns]);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn add_bias(sums: &mut [f32], bias: Option<&[f32]>, first: usize) {
+    if let Some(bias) = bias {
+        for (sum, bias) in sums.iter_mut().zip(&bias[first..]) {
+            *sum += bias;
+        }
+    }
 }

@@ -1,0 +1,215 @@
+//! From packed weights to what the register tiles read. Loops over bytes are plain, so that each ISA's compiler vectorises them.
+
+use crate::DType;
+use crate::cpu::vector::Vector;
+use crate::packed::{QUANT_BLOCK, Quants, STRIP};
+use crate::quant::e8m0_half;
+
+/// Pairs of bf16 `[pairs][64][2]` to the bits of f32 `[2 pairs][64]`.
+///
+/// # Safety
+/// `src` leads to `pairs * 64` words, `tile` to twice as many writable ones, elsewhere.
+#[inline(always)]
+pub(crate) unsafe fn bf16(src: *const u32, pairs: usize, tile: *mut u32) {
+    for pair in 0..pairs {
+        // SAFETY: by contract.
+        let (src, even, odd) = unsafe {
+            let even = tile.add(2 * pair * STRIP);
+            (
+                src.add(pair * STRIP).cast::<[u32; STRIP]>().read_unaligned(),
+                &mut *even.cast::<[u32; STRIP]>(),
+                &mut *even.add(STRIP).cast::<[u32; STRIP]>(),
+            )
+        };
+        for i in 0..STRIP {
+            even[i] = src[i] << 16;
+            odd[i] = src[i] & 0xffff_0000;
+        }
+    }
+}
+
+/// f16 `[steps][64]` to f32.
+///
+/// # Safety
+/// The CPU has `V`'s features; `src` leads to `steps * 64` halves, `tile` to as many writable floats.
+#[inline(always)]
+pub(crate) unsafe fn f16<V: Vector>(src: *const u16, steps: usize, tile: *mut f32) {
+    for i in (0..steps * STRIP).step_by(V::LANES) {
+        // SAFETY: by contract; 64 is a multiple of the lanes.
+        unsafe { V::load_f16(src.add(i)).store(tile.add(i)) }
+    }
+}
+
+/// The scales (and minima) of whole blocks: `[elements / group][64]`.
+///
+/// # Safety
+/// The CPU has `V`'s features; both are writable for the blocks' groups (`minima` only if there are any).
+#[inline(always)]
+pub(crate) unsafe fn scales<V: Vector>(
+    dtype: DType,
+    layout: &Quants,
+    blocks: &[u8],
+    scales: *mut f32,
+    minima: *mut f32,
+) {
+    let subs = layout.block / QUANT_BLOCK;
+    let floats = QUANT_BLOCK / layout.group * STRIP;
+    for (index, block) in blocks.chunks_exact(layout.block_bytes()).enumerate() {
+        // SAFETY: the features are passed on; the places are large enough by contract.
+        unsafe {
+            let supers = Supers::of::<V>(dtype, layout, block);
+            for (sub, bytes) in block[layout.head..].chunks_exact(layout.sub_bytes()).enumerate() {
+                let at = (index * subs + sub) * floats;
+                let scales = std::slice::from_raw_parts_mut(scales.add(at), floats);
+                let minima = std::slice::from_raw_parts_mut(minima.add(at), floats);
+                sub_scales(dtype, &supers, bytes, scales, minima);
+            }
+        }
+    }
+}
+
+/// The quants of whole blocks as bytes: `[elements / 4][64][4]`.
+///
+/// # Safety
+/// The CPU has `V`'s features; `tile` is writable for the blocks' elements.
+#[inline(always)]
+pub(crate) unsafe fn quants<V: Vector>(layout: &Quants, blocks: &[u8], tile: *mut u8) {
+    let subs = layout.block / QUANT_BLOCK;
+    for (index, block) in blocks.chunks_exact(layout.block_bytes()).enumerate() {
+        for (sub, bytes) in block[layout.head..].chunks_exact(layout.sub_bytes()).enumerate() {
+            // SAFETY: the features are passed on; the tile is large enough by contract.
+            unsafe {
+                let to = tile.add((index * subs + sub) * QUANT_BLOCK * STRIP).cast::<[u8; QUANT_BLOCK * STRIP]>();
+                planes(layout.bits, &bytes[layout.sub_head..], &mut *to);
+                if let Some(levels) = &layout.levels {
+                    V::look_up(levels, &mut *to);
+                }
+            }
+        }
+    }
+}
+
+/// The f16 scales that open a block, as f32.
+struct Supers {
+    scale: [f32; STRIP],
+    minimum: [f32; STRIP],
+}
+
+impl Supers {
+    /// # Safety
+    /// The CPU has `V`'s features.
+    #[inline(always)]
+    unsafe fn of<V: Vector>(dtype: DType, layout: &Quants, block: &[u8]) -> Supers {
+        let mut supers = Supers { scale: [0.0; STRIP], minimum: [0.0; STRIP] };
+        if dtype != DType::MXFP4 {
+            // SAFETY: the features are passed on.
+            unsafe { halves::<V>(&block[..2 * STRIP], &mut supers.scale) };
+        }
+        if layout.minima {
+            // SAFETY: as above.
+            unsafe { halves::<V>(&block[2 * STRIP..4 * STRIP], &mut supers.minimum) };
+        }
+        supers
+    }
+}
+
+/// # Safety
+/// The CPU has `V`'s features.
+#[inline(always)]
+unsafe fn halves<V: Vector>(bytes: &[u8], out: &mut [f32; STRIP]) {
+    assert_eq!(bytes.len(), 2 * STRIP);
+    for i in (0..STRIP).step_by(V::LANES) {
+        // SAFETY: both have 64 elements, a multiple of the lanes.
+        unsafe { V::load_f16(bytes.as_ptr().cast::<u16>().add(i)).store(out.as_mut_ptr().add(i)) }
+    }
+}
+
+/// Scales (and minima) of 32 elements: `[groups][64]`.
+#[inline(always)]
+fn sub_scales(dtype: DType, supers: &Supers, bytes: &[u8], scales: &mut [f32], minima: &mut [f32]) {
+    let Supers { scale, minimum } = supers;
+    match dtype {
+        DType::MXFP4 => {
+            for i in 0..STRIP {
+                scales[i] = e8m0_half(bytes[i]);
+            }
+        }
+        DType::Q4_1 | DType::Q5_1 => {
+            scales.copy_from_slice(scale);
+            // These add their minimum, the product subtracts it.
+            for i in 0..STRIP {
+                minima[i] = -minimum[i];
+            }
+        }
+        DType::Q4K | DType::Q5K => {
+            for i in 0..STRIP {
+                scales[i] = scale[i] * f32::from(bytes[i]);
+                minima[i] = minimum[i] * f32::from(bytes[STRIP + i]);
+            }
+        }
+        DType::Q2K => {
+            for half in 0..2 {
+                for i in 0..STRIP {
+                    let packed = bytes[half * STRIP + i];
+                    scales[half * STRIP + i] = scale[i] * f32::from(packed & 15);
+                    minima[half * STRIP + i] = minimum[i] * f32::from(packed >> 4);
+                }
+            }
+        }
+        DType::Q3K | DType::Q6K => {
+            for half in 0..2 {
+                for i in 0..STRIP {
+                    scales[half * STRIP + i] = scale[i] * f32::from(bytes[half * STRIP + i] as i8);
+                }
+            }
+        }
+        _ => scales.copy_from_slice(scale),
+    }
+}
+
+/// Bit planes (see [`crate::packed`]) to bytes.
+#[inline(always)]
+fn planes(bits: usize, src: &[u8], out: &mut [u8; QUANT_BLOCK * STRIP]) {
+    const NIBBLES: usize = QUANT_BLOCK * STRIP / 2;
+    const PAIRS: usize = QUANT_BLOCK * STRIP / 4;
+    const SINGLES: usize = QUANT_BLOCK * STRIP / 8;
+    match bits {
+        8 => out.copy_from_slice(src),
+        2 | 3 => {
+            let low = src.first_chunk::<PAIRS>().expect("a plane of two bits");
+            for (j, out) in out.as_chunks_mut::<PAIRS>().0.iter_mut().enumerate() {
+                for i in 0..PAIRS {
+                    out[i] = (low[i] >> (2 * j)) & 3;
+                }
+            }
+            if bits == 3 {
+                top::<SINGLES>(&src[PAIRS..], 1, 2, out);
+            }
+        }
+        _ => {
+            let low = src.first_chunk::<NIBBLES>().expect("a plane of four bits");
+            let (first, second) = out.split_at_mut(NIBBLES);
+            for i in 0..NIBBLES {
+                first[i] = low[i] & 15;
+                second[i] = low[i] >> 4;
+            }
+            match bits {
+                5 => top::<SINGLES>(&src[NIBBLES..], 1, 4, out),
+                6 => top::<PAIRS>(&src[NIBBLES..], 2, 4, out),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Adds a plane of `width` bits at bit `at` of the quants; the plane has `N` bytes.
+#[inline(always)]
+fn top<const N: usize>(plane: &[u8], width: usize, at: usize, out: &mut [u8; QUANT_BLOCK * STRIP]) {
+    let plane = plane.first_chunk::<N>().expect("a plane");
+    let mask = (1u8 << width) - 1;
+    for (j, out) in out.as_chunks_mut::<N>().0.iter_mut().enumerate() {
+        for i in 0..N {
+            out[i] |= ((plane[i] >> (width * j)) & mask) << at;
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! Packed weights: where they are kept, and how they get there.
+//!
+//! Kernels read weights in an order of their own ([`ridge_kernels::Packed`]). Packing 100 GB takes a minute, and every process
+//! that serves a model needs the same bytes, so large models are packed once into a file in the cache folder, which all
+//! processes of the machine map. What cannot be cached (no folder, no space, a small model) is packed into private memory.
+//!
+//! The file's name has a digest of everything that its contents follow from: packing version, shapes, the checkpoint's digest and
+//! the identity of its files. Its header has a digest of the contents, which the first process after a reboot checks: what was
+//! written before a crash may not have reached the disk. Files appear by rename, so that a reader sees all or nothing.
+
+use crate::checkpoint::{Checkpoint, FileMap, Tensor};
+use ridge_kernels::{Cpu, DType, Matrix, Packed};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use twox_hash::XxHash3_128;
+
+/// Changes whenever packing or the file's layout does.
+const VERSION: &str = "ridge packed weights 1";
+/// The header has a page of its own, so that weights start on a page.
+const HEADER: usize = 4096;
+/// Weights below this are packed into private memory: it takes milliseconds.
+const WORTH_A_FILE: usize = 64 << 20;
+/// Bytes packed at a time on their way into a file.
+const PIECE: usize = 16 << 20;
+/// How long to wait for another process that is packing the same model.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// A packed matrix's shape and place in its [`Store`].
+#[derive(Clone, Copy, Debug)]
+pub struct Slot {
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    gated: bool,
+    start: usize,
+    bytes: usize,
+}
+
+/// All packed weights of a model.
+pub struct Store {
+    memory: Memory,
+}
+
+enum Memory {
+    Private(memmap2::MmapMut),
+    File(FileMap),
+}
+
+impl Store {
+    /// A matrix as the kernels take it. The slot must come from this store's builder.
+    pub fn get(&self, slot: &Slot) -> Packed<'_> {
+        let bytes = match &self.memory {
+            Memory::Private(map) => &map[..],
+            Memory::File(file) => &file.bytes()[HEADER..],
+        };
+        let bytes = &bytes[slot.start..slot.start + slot.bytes];
+        Packed::new(slot.dtype, slot.rows, slot.cols, slot.gated, bytes).expect("the slot was measured for its shape")
+    }
+
+    /// The file that holds them, if one does.
+    pub fn file(&self) -> Option<&Path> {
+        match &self.memory {
+            Memory::Private(_) => None,
+            Memory::File(file) => Some(file.path()),
+        }
+    }
+}
+
+struct Entry {
+    slot: Slot,
+    matrix: Tensor,
+    up: Option<Tensor>,
+}
+
+/// Collects what is to be packed.
+#[derive(Default)]
+pub struct Builder {
+    entries: Vec<Entry>,
+    bytes: usize,
+}
+
+impl Builder {
+    /// A place for a matrix.
+    pub fn matrix(&mut self, matrix: Tensor) -> Slot {
+        self.add(matrix, None)
+    }
+
+    /// A place for two matrices as one gated one, if they are alike.
+    pub fn gated(&mut self, gate: &Tensor, up: &Tensor) -> Option<Slot> {
+        let alike = (gate.dtype, gate.rows, gate.cols) == (up.dtype, up.rows, up.cols);
+        alike.then(|| self.add(gate.clone(), Some(up.clone())))
+    }
+
+    fn add(&mut self, matrix: Tensor, up: Option<Tensor>) -> Slot {
+        let (dtype, rows, cols, gated) = (matrix.dtype, matrix.rows, matrix.cols, up.is_some());
+        let bytes = Packed::bytes(dtype, rows, cols, gated).expect("a tensor's shape can be stored");
+        let slot = Slot { dtype, rows, cols, gated, start: self.bytes, bytes };
+        // Strips are whole cache lines, so every matrix starts on one.
+        self.bytes += bytes;
+        self.entries.push(Entry { slot, matrix, up });
+        slot
+    }
+
+    /// Bytes of everything added so far.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Packs, or finds packed, what was added. `cache` is a folder for files; it is created if need be.
+    pub fn build(self, checkpoint: &Checkpoint, cpu: &Cpu, cache: Option<&Path>) -> io::Result<Store> {
+        let begin = Instant::now();
+        if let Some(cache) = cache.filter(|_| self.bytes >= WORTH_A_FILE) {
+            match self.in_file(checkpoint, cpu, cache) {
+                Ok(file) => {
+                    let path = file.path().display();
+                    tracing::info!(bytes = self.bytes, ms = begin.elapsed().as_millis(), %path, "packed weights mapped");
+                    return Ok(Store { memory: Memory::File(file) });
+                }
+                Err(error) => tracing::warn!(
+                    folder = %cache.display(), %error, "packed weights cannot be cached: every process has its own copy"
+                ),
+            }
+        }
+        let mut map = memmap2::MmapMut::map_anon(self.bytes.max(1))?;
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        for entry in &self.entries {
+            entry.pack(cpu, 0..entry.slot.rows, &mut map[entry.slot.start..][..entry.slot.bytes]);
+        }
+        tracing::info!(bytes = self.bytes, ms = begin.elapsed().as_millis(), "weights packed");
+        Ok(Store { memory: Memory::Private(map) })
+    }
+
+    fn in_file(&self, checkpoint: &Checkpoint, cpu: &Cpu, cache: &Path) -> io::Result<FileMap> {
+        std::fs::create_dir_all(cache)?;
+        let (family, key) = self.key(checkpoint);
+        let name = format!("{family}-{key}");
+        let path = cache.join(format!("{name}.packed"));
+        if let Some(file) = self.open(&path, &key) {
+            return Ok(file);
+        }
+        let _lock = lock(&cache.join(format!("{name}.lock")))?;
+        // Another process may have packed it meanwhile.
+        if let Some(file) = self.open(&path, &key) {
+            return Ok(file);
+        }
+        let free = rustix::fs::statvfs(cache)?;
+        let (free, needed) = (free.f_bavail * free.f_frsize, (self.bytes + HEADER) as u64);
+        if free < needed + needed / 4 {
+            return Err(io::Error::other(format!("{needed} bytes are needed and {free} free")));
+        }
+        let unfinished = cache.join(format!("{name}.unfinished"));
+        self.write(cpu, &unfinished, &key).and_then(|()| std::fs::rename(&unfinished, &path)).inspect_err(|_| {
+            // Best effort: the next attempt truncates it.
+            let _ = std::fs::remove_file(&unfinished);
+        })?;
+        forget_others(cache, &family, &name);
+        self.open(&path, &key)
+            .ok_or_else(|| io::Error::other(format!("{} changed while it was written", path.display())))
+    }
+
+    /// Names of the checkpoint's place and of this version of it.
+    fn key(&self, checkpoint: &Checkpoint) -> (String, String) {
+        let mut hasher = blake3::Hasher::new();
+        let mut family = blake3::Hasher::new();
+        hasher.update(VERSION.as_bytes()).update(&checkpoint.weights_digest);
+        for file in checkpoint.tensors.files() {
+            hasher.update(file.identity().as_bytes());
+            family.update(file.path().canonicalize().unwrap_or_default().as_os_str().as_encoded_bytes());
+        }
+        for Entry { slot, .. } in &self.entries {
+            hasher.update(format!("{slot:?}").as_bytes());
+        }
+        (family.finalize().to_hex()[..8].into(), hasher.finalize().to_hex()[..32].into())
+    }
+
+    /// The file, if it is there and whole.
+    fn open(&self, path: &Path, key: &str) -> Option<FileMap> {
+        let file = FileMap::open(path).ok()?;
+        let (header, contents) = file.bytes().split_at_checked(HEADER)?;
+        let header = Header::read(header)?;
+        if header.key != key || contents.len() != self.bytes {
+            return None;
+        }
+        if header.boot != boot_id() {
+            if header.digest != XxHash3_128::oneshot(contents) {
+                tracing::warn!(path = %path.display(), "packed weights are damaged and will be packed again");
+                return None;
+            }
+            let checked = Header { boot: boot_id(), ..header };
+            // If it cannot be noted, the next process checks again.
+            let _ = File::options().write(true).open(path).and_then(|file| file.write_all_at(&checked.bytes(), 0));
+        }
+        Some(file)
+    }
+
+    fn write(&self, cpu: &Cpu, path: &Path, key: &str) -> io::Result<()> {
+        let file = File::create(path)?;
+        let mut hasher = XxHash3_128::new();
+        let mut at = 0;
+        let mut buffer = Vec::new();
+        for entry in &self.entries {
+            let row_bytes = entry.slot.bytes / entry.slot.rows.max(1);
+            // Whole strips, whether of 64 rows or of 32 pairs.
+            let rows = (PIECE / row_bytes.max(1)).next_multiple_of(64);
+            for start in (0..entry.slot.rows).step_by(rows) {
+                let end = entry.slot.rows.min(start + rows);
+                let Slot { dtype, cols, gated, .. } = entry.slot;
+                let bytes = Packed::bytes(dtype, end - start, cols, gated).expect("a part of what was measured");
+                buffer.resize(bytes, 0);
+                entry.pack(cpu, start..end, &mut buffer);
+                hasher.write(&buffer);
+                file.write_all_at(&buffer, (HEADER + at) as u64)?;
+                at += bytes;
+            }
+        }
+        debug_assert_eq!(at, self.bytes);
+        let header = Header { key: key.to_owned(), boot: boot_id(), digest: hasher.finish_128() };
+        file.write_all_at(&header.bytes(), 0)
+    }
+}
+
+impl Entry {
+    /// Packs some rows, of both matrices if there are two.
+    fn pack(&self, cpu: &Cpu, rows: std::ops::Range<usize>, out: &mut [u8]) {
+        fn part(tensor: &Tensor, rows: std::ops::Range<usize>) -> Matrix<'_> {
+            let whole = tensor.matrix();
+            let bytes = &whole.data()[rows.start * whole.row_bytes()..rows.end * whole.row_bytes()];
+            Matrix::new(tensor.dtype, rows.len(), tensor.cols, bytes).expect("rows of a matrix are one")
+        }
+        let up = self.up.as_ref().map(|up| part(up, rows.clone()));
+        cpu.pack(&part(&self.matrix, rows), up.as_ref(), out);
+    }
+}
+
+/// What the first page of a file says.
+struct Header {
+    key: String,
+    boot: String,
+    digest: u128,
+}
+
+impl Header {
+    /// Lines of text, padded to the page.
+    fn bytes(&self) -> Vec<u8> {
+        let mut bytes = format!("{VERSION}\n{}\n{}\n{:032x}\n", self.key, self.boot, self.digest).into_bytes();
+        bytes.resize(HEADER, 0);
+        bytes
+    }
+
+    fn read(bytes: &[u8]) -> Option<Header> {
+        let end = bytes.iter().position(|byte| *byte == 0)?;
+        let mut lines = std::str::from_utf8(&bytes[..end]).ok()?.lines();
+        if lines.next()? != VERSION {
+            return None;
+        }
+        let (key, boot) = (lines.next()?.to_owned(), lines.next()?.to_owned());
+        Some(Header { key, boot, digest: u128::from_str_radix(lines.next()?, 16).ok()? })
+    }
+}
+
+/// Changes with every start of the machine. Where that cannot be known, files are always checked.
+fn boot_id() -> String {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    id.map(|id| id.trim().to_owned()).unwrap_or_else(|_| format!("process {}", std::process::id()))
+}
+
+/// The right to write; it ends with the file's handle, also when the process dies.
+fn lock(path: &Path) -> io::Result<File> {
+    let file = File::options().create(true).truncate(false).write(true).open(path)?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(std::fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Removes files of earlier versions of the same checkpoint. Processes that have them mapped keep them.
+fn forget_others(cache: &Path, family: &str, name: &str) {
+    let Ok(entries) = std::fs::read_dir(cache) else { return };
+    let stale = |path: &PathBuf| {
+        let file = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        file.starts_with(&format!("{family}-")) && !file.starts_with(name)
+    };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())).filter(stale) {
+        tracing::info!(path = %path.display(), "removing packed weights of an earlier version");
+        let _ = std::fs::remove_file(path);
+    }
+}
