@@ -35,6 +35,9 @@ fn main() {
         for (m, n, k) in
             [(1, 256, 2048), (8, 256, 2048), (16, 256, 2048), (1, 32768, 2048), (8, 32768, 2048), (512, 8192, 2048)]
         {
+            if std::env::args().nth(3).is_some_and(|only| only != m.to_string()) {
+                continue;
+            }
             let (seconds, bytes) = matmul(&cpu, dtype, m, n, k);
             let rate = 2.0 * (m * n * k) as f64 / seconds / 1e9;
             let stream = bytes as f64 / seconds / 1e9;

@@ -53,15 +53,15 @@ pub(crate) unsafe fn scales<V: Vector>(
     minima: *mut f32,
 ) {
     let subs = layout.block / QUANT_BLOCK;
-    let floats = QUANT_BLOCK / layout.group * STRIP;
+    let groups = QUANT_BLOCK / layout.group;
     for (index, block) in blocks.chunks_exact(layout.block_bytes()).enumerate() {
         // SAFETY: the features are passed on; the places are large enough by contract.
         unsafe {
             let supers = Supers::of::<V>(dtype, layout, block);
             for (sub, bytes) in block[layout.head..].chunks_exact(layout.sub_bytes()).enumerate() {
-                let at = (index * subs + sub) * floats;
-                let scales = std::slice::from_raw_parts_mut(scales.add(at), floats);
-                let minima = std::slice::from_raw_parts_mut(minima.add(at), floats);
+                let at = (index * subs + sub) * groups;
+                let scales = std::slice::from_raw_parts_mut(scales.cast::<Lanes>().add(at), groups);
+                let minima = std::slice::from_raw_parts_mut(minima.cast::<Lanes>().add(at), groups);
                 sub_scales(dtype, &supers, bytes, scales, minima);
             }
         }
@@ -91,9 +91,12 @@ pub(crate) unsafe fn quants<V: Vector>(layout: &Quants, blocks: &[u8], tile: *mu
 
 /// The f16 scales that open a block, as f32.
 struct Supers {
-    scale: [f32; STRIP],
-    minimum: [f32; STRIP],
+    scale: Lanes,
+    minimum: Lanes,
 }
+
+/// A float for each row of a strip. Sizes are constants here, or the compiler makes loops with slow ends.
+type Lanes = [f32; STRIP];
 
 impl Supers {
     /// # Safety
@@ -124,47 +127,49 @@ unsafe fn halves<V: Vector>(bytes: &[u8], out: &mut [f32; STRIP]) {
     }
 }
 
-/// Scales (and minima) of 32 elements: `[groups][64]`.
+/// Scales (and minima) of 32 elements, one [`Lanes`] per group.
 #[inline(always)]
-fn sub_scales(dtype: DType, supers: &Supers, bytes: &[u8], scales: &mut [f32], minima: &mut [f32]) {
+fn sub_scales(dtype: DType, supers: &Supers, bytes: &[u8], scales: &mut [Lanes], minima: &mut [Lanes]) {
     let Supers { scale, minimum } = supers;
+    let bytes = bytes.as_chunks::<STRIP>().0;
     match dtype {
         DType::MXFP4 => {
             for i in 0..STRIP {
-                scales[i] = e8m0_half(bytes[i]);
+                scales[0][i] = e8m0_half(bytes[0][i]);
             }
         }
         DType::Q4_1 | DType::Q5_1 => {
-            scales.copy_from_slice(scale);
+            scales[0] = *scale;
             // These add their minimum, the product subtracts it.
-            for i in 0..STRIP {
-                minima[i] = -minimum[i];
-            }
+            minima[0] = minimum.map(|minimum| -minimum);
         }
         DType::Q4K | DType::Q5K => {
-            for i in 0..STRIP {
-                scales[i] = scale[i] * f32::from(bytes[i]);
-                minima[i] = minimum[i] * f32::from(bytes[STRIP + i]);
-            }
+            scales[0] = multiples(scale, &bytes[0], |byte| i32::from(byte));
+            minima[0] = multiples(minimum, &bytes[1], |byte| i32::from(byte));
         }
         DType::Q2K => {
             for half in 0..2 {
-                for i in 0..STRIP {
-                    let packed = bytes[half * STRIP + i];
-                    scales[half * STRIP + i] = scale[i] * f32::from(packed & 15);
-                    minima[half * STRIP + i] = minimum[i] * f32::from(packed >> 4);
-                }
+                scales[half] = multiples(scale, &bytes[half], |byte| i32::from(byte & 15));
+                minima[half] = multiples(minimum, &bytes[half], |byte| i32::from(byte >> 4));
             }
         }
         DType::Q3K | DType::Q6K => {
             for half in 0..2 {
-                for i in 0..STRIP {
-                    scales[half * STRIP + i] = scale[i] * f32::from(bytes[half * STRIP + i] as i8);
-                }
+                scales[half] = multiples(scale, &bytes[half], |byte| i32::from(byte as i8));
             }
         }
-        _ => scales.copy_from_slice(scale),
+        _ => scales[0] = *scale,
     }
+}
+
+/// Each scale times the integer that its byte stands for.
+#[inline(always)]
+fn multiples(scale: &Lanes, bytes: &[u8; STRIP], of: impl Fn(u8) -> i32) -> Lanes {
+    let mut out = [0.0; STRIP];
+    for i in 0..STRIP {
+        out[i] = scale[i] * of(bytes[i]) as f32;
+    }
+    out
 }
 
 /// Bit planes (see [`crate::packed`]) to bytes.
