@@ -19,6 +19,8 @@
 mod cpu;
 mod dtype;
 mod kv;
+#[cfg(not(loom))]
+pub mod machine;
 pub mod quant;
 pub mod reference;
 pub mod sync;
