@@ -2,6 +2,7 @@
 //!
 //! Read [`Cli`], then [`UpArgs`]. Every flag of a role can also come from the environment as `RIDGE_<FLAG>`.
 
+use crate::bench::{BenchArgs, RooflineArgs};
 use crate::logging::LogFormat;
 use crate::size::{parse_bytes, parse_count};
 use crate::synth::{Preset, SynthDType};
@@ -36,6 +37,10 @@ pub enum Command {
     Generate(Box<GenerateArgs>),
     /// Write a model of a real shape with seeded random weights.
     Synth(Box<SynthArgs>),
+    /// Measure how fast a part of Ridge is, beside what this machine can do.
+    Bench(BenchArgs),
+    /// Draw where prefill and decode stand under this machine's roofline.
+    Roofline(Box<RooflineArgs>),
     /// Create the cluster's certificate authority or issue a node's certificate, for clusters of several machines.
     Ca(CaArgs),
 }

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod ca;
 mod cli;
 mod demo;
@@ -21,7 +22,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let quiet = matches!(cli.command, Command::Up(_) | Command::Generate(_) | Command::Synth(_) | Command::Ca(_));
+    let quiet = !matches!(cli.command, Command::Router(_) | Command::Prefill(_) | Command::Decode(_));
     logging::init(cli.log_format, if quiet { "warn" } else { "info" });
     let done = match cli.command {
         Command::Up(args) => up::run(*args),
@@ -30,6 +31,8 @@ fn main() -> ExitCode {
         Command::Decode(args) => roles::decode(*args),
         Command::Generate(args) => generate::run(&args),
         Command::Synth(args) => synth::write(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Roofline(args) => bench::run_roofline(&args),
         Command::Ca(args) => ca::run(args),
     };
     match done {

@@ -5,6 +5,7 @@
 //! The limits (memory read bandwidth, register-only multiply-adds) are measured in the same run, because absolute figures
 //! drift from hour to hour.
 
+use ridge_kernels::machine::{Gauge, Limits};
 use ridge_kernels::{
     AttentionItem, Cpu, DType, Finish, Isa, KvDtype, KvFormat, Matrix, Operand, Packed, Rows, quantize_row, reference,
 };
@@ -19,9 +20,9 @@ fn main() {
     ridge_kernels::sync::pool::pin_to(0);
     println!("{} on {} threads", cpu.isa().name(), cpu.threads());
 
-    let read = read_bandwidth(&cpu);
-    let fma = flops(&cpu, peak::f32_loop);
-    let bf16 = if cpu.isa() == Isa::Avx512Bf16 { flops(&cpu, peak::bf16_loop) } else { fma };
+    let limits = limits(&cpu);
+    let (read, fma) = (limits.read_bytes_per_s / 1e9, limits.f32_flops_per_s / 1e9);
+    let bf16 = if cpu.isa() == Isa::Avx512Bf16 { limits.bf16_flops_per_s / 1e9 } else { fma };
     println!("limits: read {read:.1} GB/s, f32 {fma:.0} GFLOP/s, bf16 {bf16:.0} GFLOP/s\n");
 
     println!(
@@ -73,6 +74,18 @@ fn best(threads: usize, mut f: impl FnMut()) -> f64 {
         calls += 1;
     }
     best
+}
+
+/// The best of several slices, as the kernels' times are the best of several calls.
+fn limits(cpu: &Cpu) -> Limits {
+    let gauge = Gauge::new(cpu, Gauge::BYTES_PER_THREAD);
+    let slices = (0..5).map(|_| gauge.measure(cpu, Duration::from_millis(120)));
+    slices.fold(Limits::default(), |best, slice| Limits {
+        read_bytes_per_s: best.read_bytes_per_s.max(slice.read_bytes_per_s),
+        f32_flops_per_s: best.f32_flops_per_s.max(slice.f32_flops_per_s),
+        bf16_flops_per_s: best.bf16_flops_per_s.max(slice.bf16_flops_per_s),
+        int8_ops_per_s: best.int8_ops_per_s.max(slice.int8_ops_per_s),
+    })
 }
 
 fn random(seed: &mut u32) -> f32 {
@@ -146,113 +159,4 @@ fn attention(cpu: &Cpu, rows: usize, start: usize, fma: f64, read: f64) {
         100.0 * rate / fma,
         100.0 * stream / read
     );
-}
-
-/// GB/s of reading a buffer far larger than any cache, in all threads.
-fn read_bandwidth(cpu: &Cpu) -> f64 {
-    let data = vec![1u64; 1 << 26];
-    let chunk = data.len() / cpu.threads();
-    let seconds = best(cpu.threads(), || {
-        cpu.pool().run(cpu.threads(), &|i| {
-            black_box(data[i * chunk..][..chunk].iter().fold(0u64, |sum, v| sum.wrapping_add(*v)));
-        });
-    });
-    (chunk * cpu.threads() * 8) as f64 / seconds / 1e9
-}
-
-/// GFLOP/s of a register-only loop in all threads; the loop returns the operations it did.
-fn flops(cpu: &Cpu, work: fn(Isa) -> usize) -> f64 {
-    let isa = cpu.isa();
-    let done = std::sync::atomic::AtomicUsize::new(0);
-    let seconds = best(cpu.threads(), || {
-        cpu.pool().run(cpu.threads(), &|_| done.store(work(isa), std::sync::atomic::Ordering::Relaxed));
-    });
-    (done.into_inner() * cpu.threads()) as f64 / seconds / 1e9
-}
-
-#[cfg(target_arch = "x86_64")]
-mod peak {
-    //! Loops that do nothing but multiply and add, twelve independent chains of them.
-    use super::{Isa, black_box};
-    use std::arch::x86_64::*;
-
-    const ROUNDS: usize = 1 << 20;
-
-    pub(crate) fn f32_loop(isa: Isa) -> usize {
-        if isa >= Isa::Avx512 {
-            // SAFETY: the ISA was detected.
-            unsafe { f32_zmm() };
-            return ROUNDS * 12 * 32;
-        }
-        if isa == Isa::Avx2 {
-            // SAFETY: the ISA was detected.
-            unsafe { f32_ymm() };
-            return ROUNDS * 12 * 16;
-        }
-        let mut sums = [1.0f32; 32];
-        for _ in 0..ROUNDS {
-            sums = black_box(sums).map(|s| s * 0.5 + 1.0);
-        }
-        black_box(sums);
-        ROUNDS * 64
-    }
-
-    pub(crate) fn bf16_loop(_: Isa) -> usize {
-        // SAFETY: only called when AVX512-BF16 was detected.
-        unsafe { bf16_zmm() };
-        ROUNDS * 12 * 64
-    }
-
-    #[target_feature(enable = "avx512f")]
-    fn f32_zmm() {
-        let mut sums = [_mm512_set1_ps(1.0); 12];
-        let a = black_box(_mm512_set1_ps(0.5));
-        for _ in 0..ROUNDS {
-            for s in &mut sums {
-                *s = _mm512_fmadd_ps(*s, a, a);
-            }
-        }
-        black_box(sums);
-    }
-
-    #[target_feature(enable = "avx2,fma")]
-    fn f32_ymm() {
-        let mut sums = [_mm256_set1_ps(1.0); 12];
-        let a = black_box(_mm256_set1_ps(0.5));
-        for _ in 0..ROUNDS {
-            for s in &mut sums {
-                *s = _mm256_fmadd_ps(*s, a, a);
-            }
-        }
-        black_box(sums);
-    }
-
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn bf16_zmm() {
-        let mut sums = [_mm512_set1_ps(1.0); 12];
-        let a = black_box(_mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5), _mm512_set1_ps(0.25)));
-        for _ in 0..ROUNDS {
-            for s in &mut sums {
-                *s = _mm512_dpbf16_ps(*s, a, a);
-            }
-        }
-        black_box(sums);
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-mod peak {
-    //! No ISA but the portable one has kernels here.
-    use super::{Isa, black_box};
-
-    pub(crate) fn f32_loop(_: Isa) -> usize {
-        let mut sums = [1.0f32; 32];
-        for _ in 0..1 << 20 {
-            sums = black_box(sums).map(|s| s * 0.5 + 1.0);
-        }
-        black_box(sums);
-        (1 << 20) * 64
-    }
-
-    pub(crate) use f32_loop as bf16_loop;
 }

@@ -20,6 +20,8 @@ mod cpu;
 mod dtype;
 mod kv;
 #[cfg(not(loom))]
+pub mod machine;
+#[cfg(not(loom))]
 mod packed;
 pub mod quant;
 pub mod reference;

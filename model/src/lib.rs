@@ -7,6 +7,7 @@
 
 pub mod checkpoint;
 pub mod config;
+pub mod cost;
 pub mod detokenize;
 pub mod engine;
 pub mod forward;

@@ -112,7 +112,7 @@ pub fn load_engine(
 }
 
 /// KV follows the weights: 16 bits for what is stored in 16 bits or fewer.
-fn default_kv_dtype(checkpoint: &Checkpoint) -> KvDtype {
+pub fn default_kv_dtype(checkpoint: &Checkpoint) -> KvDtype {
     match checkpoint.tensors.get("layers.0.wq").map(|t| t.dtype) {
         Ok(DType::F32) => KvDtype::F32,
         Ok(DType::BF16) => KvDtype::BF16,
@@ -160,7 +160,7 @@ fn plan_kv(
 }
 
 /// Memory the system could give without swapping, in bytes.
-fn available_memory() -> u64 {
+pub fn available_memory() -> u64 {
     const FALLBACK: u64 = 4 << 30;
     let Ok(info) = std::fs::read_to_string("/proc/meminfo") else { return FALLBACK };
     let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));

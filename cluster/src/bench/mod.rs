@@ -1,0 +1,44 @@
+//! `cluster bench engine` and `cluster roofline`: how close the engine comes to what the machine can do.
+//!
+//! Both drive the engine with batch plans, as a node's shell does, and measure the machine's limits between the
+//! repetitions: the rates of a shared machine drift by a factor of two within minutes, so a time means something only
+//! beside a limit of the same second. Read [`session`] (what runs) and [`measure`] (what is made of the times), then
+//! [`roofline`] (the picture).
+
+mod args;
+mod host;
+mod measure;
+mod report;
+mod roofline;
+mod session;
+
+pub use args::{BenchArgs, BenchCommand, EngineBenchArgs, RooflineArgs};
+pub use roofline::run as run_roofline;
+
+use measure::measure;
+use session::{Phase, Session};
+
+/// Runs `cluster bench`.
+pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
+    match &args.command {
+        BenchCommand::Engine(args) => engine(args),
+    }
+}
+
+fn engine(args: &EngineBenchArgs) -> anyhow::Result<()> {
+    let prefill = Phase::Prefill { tokens: args.prompt_tokens, chunk: args.setup.chunk };
+    let decode =
+        args.batch.iter().map(|&batch| Phase::Decode { batch, context: args.setup.context, steps: args.gen_tokens });
+    let phases: Vec<Phase> = std::iter::once(prefill).chain(decode).collect();
+    let mut session = Session::new(&args.setup, |_| phases)?;
+    let run = measure(&mut session, usize::from(args.repeat));
+    if args.setup.json {
+        let mut out = report::json("engine", &session, &run);
+        // There is one prompt length, so its figures stand without a list.
+        out["prefill"] = out["prefill"][0].take();
+        println!("{out:#}");
+    } else {
+        print!("{}", report::table(&session, &run));
+    }
+    Ok(())
+}
