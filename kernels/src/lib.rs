@@ -28,5 +28,5 @@ mod testing;
 #[cfg(not(loom))]
 pub use cpu::{Cpu, dispatch::Isa};
 pub use dtype::{DType, Matrix, ShapeError};
-pub use kv::{AttentionItem, KvDtype, KvFormat};
+pub use kv::{AttentionItem, KvDtype, KvFormat, KvWrite};
 pub use quant::{QuantizeError, dequantize_row, quantize_row};

@@ -7,9 +7,10 @@
 //! | `Avx512` | AVX-512 F, BW, DQ, VL | 16 | widened to f32 |
 //! | `Avx512Bf16` | the same and AVX512-BF16 | 16 | multiplied as they are, x rounded to bf16 |
 
-use super::generic::attention::{Run, Scratch};
+use super::generic::attention::{Piece, Run, Scratch};
 use super::generic::matmul::Product;
 use crate::dtype::DType;
+use crate::kv::KvFormat;
 use std::sync::OnceLock;
 
 /// An instruction set with kernels of its own, in rising order.
@@ -101,7 +102,9 @@ pub(crate) struct Kernels {
     pub(crate) silu_mul: unsafe fn(&mut [f32], &[f32]),
     pub(crate) gelu_tanh_mul: unsafe fn(&mut [f32], &[f32]),
     pub(crate) add: unsafe fn(&mut [f32], &[f32]),
-    pub(crate) attention: unsafe fn(&Run<'_>, &mut Scratch),
+    pub(crate) attention: unsafe fn(&Piece<'_>, &mut Scratch),
+    pub(crate) join_splits: unsafe fn(&Run<'_>, *mut f32, &mut Scratch),
+    pub(crate) write_kv: unsafe fn(&KvFormat, &mut [u8], usize, &[f32], &[f32]),
 }
 
 impl Kernels {

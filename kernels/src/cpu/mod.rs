@@ -34,6 +34,8 @@ pub struct Cpu {
     pool: ThreadPool,
     /// x rounded to bf16, reused from product to product.
     rounded: Mutex<Vec<matmul::Line>>,
+    /// States of attention's splits, reused from call to call.
+    states: Mutex<generic::attention::Floats>,
 }
 
 impl Cpu {
@@ -50,7 +52,13 @@ impl Cpu {
 
     fn build(isa: Isa, threads: usize, cores: Option<&[usize]>) -> Option<Cpu> {
         let kernels = Kernels::of(isa)?;
-        Some(Cpu { isa, kernels, pool: ThreadPool::new(threads, cores), rounded: Mutex::default() })
+        Some(Cpu {
+            isa,
+            kernels,
+            pool: ThreadPool::new(threads, cores),
+            rounded: Mutex::default(),
+            states: Mutex::default(),
+        })
     }
 
     /// The instruction set in use.
@@ -179,7 +187,7 @@ impl Cpu {
 
 /// A buffer whose disjoint parts are written by different tasks.
 #[derive(Clone, Copy)]
-struct Shared(*mut f32);
+pub(crate) struct Shared(*mut f32);
 
 // SAFETY: the pointer is only used through `at`, by tasks that each stay in their own part; the buffer outlives the run.
 unsafe impl Sync for Shared {}

@@ -12,7 +12,7 @@ pub(crate) trait Vector: Copy {
     const LANES: usize;
     /// Rows of x in matmul's register tile (its columns are always 4).
     const TILE_ROWS: usize;
-    /// Queries in the register tile of attention scores (its keys are always four registers).
+    /// Queries in the register tiles of attention (against four registers of keys, or of a value): at most 6.
     const TILE_QUERIES: usize;
 
     /// All lanes `v`.
@@ -66,19 +66,29 @@ pub(crate) trait Vector: Copy {
     /// `[a.sum(), b.sum(), c.sum(), d.sum()]`, in the same tree and therefore with the same bits.
     fn sum4(v: [Self; 4]) -> [f32; 4];
 
-    /// Writes a block of `LANES` by `LANES` floats transposed: `dst[c * dst_stride + r] = src[r * src_stride + c]`.
+    /// Reads `LANES` binary16 elements; this and the three after it are exact.
     ///
     /// # Safety
-    /// `src` is valid for reads of `LANES` rows of `LANES` floats `src_stride` apart, `dst` likewise for writes.
+    /// `p` is valid for reads of the elements; it need not be aligned.
+    unsafe fn load_f16(p: *const u8) -> Self;
+    /// Reads `LANES` bfloat16 elements.
+    ///
+    /// # Safety
+    /// As [`Self::load_f16`].
+    unsafe fn load_bf16(p: *const u8) -> Self;
+    /// Reads `LANES` E4M3 elements, each times 2^-8: what a shift makes of them as binary16. NaN stays NaN.
+    ///
+    /// # Safety
+    /// As [`Self::load_f16`].
+    unsafe fn load_e4m3(p: *const u8) -> Self;
+    /// Reads `LANES` 8-bit integers.
+    ///
+    /// # Safety
+    /// As [`Self::load_f16`].
+    unsafe fn load_i8(p: *const u8) -> Self;
+    /// Asks for the cache line at `p`, which may be any address.
     #[inline(always)]
-    unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
-        for c in 0..Self::LANES {
-            for r in 0..Self::LANES {
-                // SAFETY: both indices are inside the blocks the caller vouches for.
-                unsafe { *dst.add(c * dst_stride + r) = *src.add(r * src_stride + c) };
-            }
-        }
-    }
+    fn prefetch(_p: *const u8) {}
 }
 
 /// All lanes `v`; `proof` shows that the CPU has the features.

@@ -11,7 +11,7 @@ mod encode_32;
 mod encode_k;
 mod float;
 
-pub(crate) use float::{f16_to_f32, f32_to_bf16, f32_to_f16};
+pub(crate) use float::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 
 use crate::dtype::DType;
 
