@@ -149,6 +149,8 @@ pub fn kv_dtype(dtype: KvCacheDtype) -> Option<KvDtype> {
         KvCacheDtype::F32 => Some(KvDtype::F32),
         KvCacheDtype::F16 => Some(KvDtype::F16),
         KvCacheDtype::Bf16 => Some(KvDtype::BF16),
+        KvCacheDtype::Fp8 => Some(KvDtype::Fp8),
+        KvCacheDtype::Int8 => Some(KvDtype::Int8),
     }
 }
 

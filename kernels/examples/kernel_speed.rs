@@ -1,13 +1,14 @@
 //! Checks each kernel against the reference, then times it beside what this machine can do at most.
 //!
-//! `cargo run --release -p ridge-kernels --example kernel_speed [threads]`
+//! `cargo run --release -p ridge-kernels --example kernel_speed [threads] [matmul | attention]`
 //!
 //! The limits (memory read bandwidth, register-only multiply-adds) are measured in the same run, because absolute figures
 //! drift from hour to hour.
 
 use ridge_kernels::machine::{Gauge, Limits};
 use ridge_kernels::{
-    AttentionItem, Cpu, DType, Finish, Isa, KvDtype, KvFormat, Matrix, Operand, Packed, Rows, quantize_row, reference,
+    AttentionItem, Cpu, DType, Finish, Isa, KvDtype, KvFormat, KvWrite, Matrix, Operand, Packed, Rows, quantize_row,
+    reference,
 };
 use rustix::time::{ClockId, clock_gettime};
 use std::hint::black_box;
@@ -25,6 +26,17 @@ fn main() {
     let bf16 = if cpu.isa() == Isa::Avx512Bf16 { limits.bf16_flops_per_s / 1e9 } else { fma };
     println!("limits: read {read:.1} GB/s, f32 {fma:.0} GFLOP/s, bf16 {bf16:.0} GFLOP/s\n");
 
+    let part = std::env::args().nth(2);
+    if part.as_deref() != Some("attention") {
+        matmuls(&cpu, fma, bf16, read);
+    }
+    if part.as_deref() != Some("matmul") {
+        attentions(&cpu, fma, read);
+    }
+}
+
+/// Products of every type and of several shapes.
+fn matmuls(cpu: &Cpu, fma: f64, bf16: f64, read: f64) {
     println!(
         "{:8} {:>5} {:>6} {:>6} {:>10} {:>7} {:>8} {:>7}",
         "weights", "m", "n", "k", "GFLOP/s", "of max", "GB/s", "of max"
@@ -39,7 +51,7 @@ fn main() {
             if std::env::args().nth(3).is_some_and(|only| only != m.to_string()) {
                 continue;
             }
-            let (seconds, bytes) = matmul(&cpu, dtype, m, n, k);
+            let (seconds, bytes) = matmul(cpu, dtype, m, n, k);
             let rate = 2.0 * (m * n * k) as f64 / seconds / 1e9;
             let stream = bytes as f64 / seconds / 1e9;
             println!(
@@ -51,8 +63,22 @@ fn main() {
         }
     }
     println!();
-    for (rows, start) in [(1, 4095), (512, 0), (512, 3584)] {
-        attention(&cpu, rows, start, fma, read);
+}
+
+/// Llama-3.2-1B's heads (32 queries, 8 keys of 64) and Llama-3.1-8B's (of 128): decode steps, and chunks of prompts.
+fn attentions(cpu: &Cpu, fma: f64, read: f64) {
+    println!(
+        "{:8} {:>4} {:>5} {:>6} {:>10} {:>8} {:>7} {:>6} {:>7}",
+        "cache", "dim", "rows", "from", "us", "GFLOP/s", "of max", "GB/s", "of max"
+    );
+    let steps = [(64, 1, 4095), (64, 1, 8191), (128, 1, 8191)];
+    let chunks = [(64, 512, 0), (64, 512, 3584), (128, 512, 0), (128, 512, 3584)];
+    for dtype in KvDtype::ALL {
+        for (head_dim, rows, start) in steps.into_iter().chain(chunks) {
+            if rows == 1 || dtype == KvDtype::BF16 {
+                attention(cpu, dtype, head_dim, rows, start, fma, read);
+            }
+        }
     }
 }
 
@@ -127,34 +153,55 @@ fn matmul(cpu: &Cpu, dtype: DType, m: usize, n: usize, k: usize) -> (f64, usize)
     (best(cpu.threads(), || product(black_box(&mut y))), data.len())
 }
 
-/// Llama-3.2-1B's heads: 32 queries, 8 keys of 64, bf16, blocks of 32.
-fn attention(cpu: &Cpu, rows: usize, start: usize, fma: f64, read: f64) {
-    let fmt = KvFormat { dtype: KvDtype::BF16, kv_heads: 8, head_dim: 64, block_size: 32 };
-    let (heads, scale, mut seed) = (32, 0.125, 1);
+/// One call over 32 query heads, 8 of keys and blocks of 16, after a check of its last row.
+fn attention(cpu: &Cpu, dtype: KvDtype, head_dim: usize, rows: usize, start: usize, fma: f64, read: f64) {
+    let fmt = KvFormat { dtype, kv_heads: 8, head_dim, block_size: 16 };
+    let (heads, scale, mut seed) = (32, 1.0 / (head_dim as f32).sqrt(), 1);
     let width = fmt.kv_heads * fmt.head_dim;
     let keys = start + rows;
-    let mut pages = vec![vec![0; fmt.page_bytes()]; keys.div_ceil(fmt.block_size)];
-    for pos in 0..keys {
-        let kv: Vec<f32> = (0..2 * width).map(|_| random(&mut seed)).collect();
-        fmt.write(&mut pages[pos / fmt.block_size], pos % fmt.block_size, &kv[..width], &kv[width..]);
+    let kv: Vec<f32> = (0..2 * keys * width).map(|_| random(&mut seed)).collect();
+    let (k, v) = kv.split_at(keys * width);
+    // Steps take turns on sequences that no cache holds together, as the layers of a pass do.
+    let blocks = keys.div_ceil(fmt.block_size);
+    let sequences = if rows == 1 { (512 << 20) / (blocks * fmt.page_bytes()) } else { 1 };
+    // Pages start at cache lines, as those of KV memory do.
+    let mut memory = vec![0u8; sequences * blocks * fmt.page_bytes() + 64];
+    let aligned = memory.as_ptr().align_offset(64);
+    let mut pages: Vec<&mut [u8]> = memory[aligned..].chunks_exact_mut(fmt.page_bytes()).collect();
+    let mut writes: Vec<KvWrite<'_>> = pages
+        .iter_mut()
+        .enumerate()
+        .map(|(i, page)| {
+            let row = i % blocks * fmt.block_size;
+            KvWrite { page, slot: 0, row, rows: fmt.block_size.min(keys - row), clear_rest: true }
+        })
+        .collect();
+    cpu.write_kv(&fmt, &mut writes, k, v);
+    if rows > 1 {
+        let seconds = best(cpu.threads(), || cpu.write_kv(&fmt, &mut writes, k, v));
+        println!("{:8} {head_dim:4} {keys:5} written {:9.0} us", dtype.name(), seconds * 1e6);
     }
-    let pages: Vec<&[u8]> = pages.iter().map(Vec::as_slice).collect();
+    let pages: Vec<&[u8]> = pages.iter().map(|page| &**page).collect();
     let q: Vec<f32> = (0..rows * heads * fmt.head_dim).map(|_| random(&mut seed)).collect();
     let mut out = vec![0.0; q.len()];
-    let items = [AttentionItem { pages: &pages, first_row: 0, rows, start }];
-    cpu.attention(&fmt, &items, heads, scale, None, &q, &mut out);
+    let mut sequence = pages.chunks_exact(blocks).cycle();
+    let mut step = || {
+        let pages = sequence.next().expect("a cycle has no end");
+        let items = [AttentionItem { pages, first_row: 0, rows, start }];
+        cpu.attention(&fmt, &items, heads, scale, None, black_box(&q), black_box(&mut out));
+    };
+    let seconds = best(cpu.threads(), &mut step);
     let (last, mut want) = ((rows - 1) * heads * fmt.head_dim, vec![0.0; heads * fmt.head_dim]);
-    let item = [AttentionItem { pages: &pages, first_row: 0, rows: 1, start: start + rows - 1 }];
+    let item = [AttentionItem { pages: &pages[..blocks], first_row: 0, rows: 1, start: start + rows - 1 }];
     reference::attention(&fmt, &item, heads, scale, None, &q[last..], &mut want);
     assert!(out[last..].iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-4));
 
-    let seconds =
-        best(cpu.threads(), || cpu.attention(&fmt, &items, heads, scale, None, black_box(&q), black_box(&mut out)));
     let pairs: usize = (start + 1..=keys).sum();
     let rate = 4.0 * (pairs * heads * fmt.head_dim) as f64 / seconds / 1e9;
-    let stream = (keys * 4 * width) as f64 / seconds / 1e9;
+    let stream = (blocks * fmt.page_bytes()) as f64 / seconds / 1e9;
     println!(
-        "attention {rows:4} rows from {start:5}: {:8.0} us, {rate:6.1} GFLOP/s ({:.0}% of f32), {stream:5.1} GB/s ({:.0}%)",
+        "{:8} {head_dim:4} {rows:5} {start:6} {:10.0} {rate:8.1} {:6.0}% {stream:6.1} {:6.0}%",
+        dtype.name(),
         seconds * 1e6,
         100.0 * rate / fma,
         100.0 * stream / read

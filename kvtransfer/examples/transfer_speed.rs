@@ -30,6 +30,7 @@ fn identity() -> ModelIdentity {
         head_dim: 128,
         block_size: 16,
         kv_dtype: "bf16".into(),
+        kv_layout: String::new(),
         rope: String::new(),
     }
 }

@@ -8,8 +8,8 @@ use crate::forward::{Forward, Weights};
 use crate::kv::KvMemory;
 use crate::sampling::sample;
 use crate::spec::ModelSpec;
-use ridge_kernels::{Cpu, KvDtype, KvFormat};
-use ridge_protocol::{BatchPlan, ModelIdentity, RequestId, TokenOut};
+use ridge_kernels::{Cpu, KvFormat};
+use ridge_protocol::{BatchPlan, KV_LAYOUT, ModelIdentity, RequestId, TokenOut};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -117,11 +117,6 @@ impl Engine for CpuEngine {
 /// What another node must agree with before KV of this checkpoint in this layout may pass.
 pub fn identity(checkpoint: &Checkpoint, format: &KvFormat) -> ModelIdentity {
     let narrow = |value: usize| u32::try_from(value).expect("`ModelSpec::defect` bounds every size");
-    let kv_dtype = match format.dtype {
-        KvDtype::F32 => "f32",
-        KvDtype::F16 => "f16",
-        KvDtype::BF16 => "bf16",
-    };
     let identity = ModelIdentity {
         weights: checkpoint.weights_digest,
         config: checkpoint.config_digest,
@@ -130,7 +125,8 @@ pub fn identity(checkpoint: &Checkpoint, format: &KvFormat) -> ModelIdentity {
         kv_heads: narrow(format.kv_heads),
         head_dim: narrow(format.head_dim),
         block_size: narrow(format.block_size),
-        kv_dtype: kv_dtype.into(),
+        kv_dtype: format.dtype.name().into(),
+        kv_layout: KV_LAYOUT.into(),
         rope: checkpoint.spec.rope.canonical(),
     };
     // The identity's readers compute sizes from it: both must mean the same page.

@@ -18,9 +18,9 @@ mod weights;
 
 pub use weights::Weights;
 
-use crate::kv::KvMemory;
+use crate::kv::{KvMemory, PageWrite};
 use crate::spec::{Activation, FfnKind, ModelSpec};
-use ridge_kernels::{AttentionItem, Cpu, Finish, Gate, Operand, Rows};
+use ridge_kernels::{AttentionItem, Cpu, Finish, Gate, KvWrite, Operand, Rows};
 use ridge_protocol::{BatchPlan, BlockId, PlanItem, TokenId};
 use weights::{GateUp, LayerWeights};
 
@@ -156,10 +156,9 @@ impl Forward {
             cpu.rope(q, spec.heads, spec.head_dim, &s.cos[..rows * pairs], &s.sin[..rows * pairs]);
         }
         cpu.rope(k, spec.kv_heads, spec.head_dim, &s.cos[..rows * pairs], &s.sin[..rows * pairs]);
-        for run in runs {
-            let rows = run.first_row * width..(run.first_row + run.rows) * width;
-            write_pages(kv, index, run, &k[rows.clone()], &v[rows]);
-        }
+        let mut pages: Vec<_> = runs.iter().flat_map(|run| written_pages(kv, index, run)).collect();
+        let mut writes: Vec<KvWrite<'_>> = pages.iter_mut().map(WrittenPage::as_write).collect();
+        cpu.write_kv(kv.format(), &mut writes, k, v);
     }
 
     /// Computes queries from `h`.
@@ -269,24 +268,35 @@ impl Forward {
     }
 }
 
-/// Writes the keys and values of one run, `[rows, kv_width]` each, into one layer's pages.
-fn write_pages(kv: &KvMemory, layer: usize, run: &Run<'_>, k: &[f32], v: &[f32]) {
-    let format = kv.format();
-    let width = format.kv_heads * format.head_dim;
-    let (mut row, block_size) = (0, format.block_size);
-    while row < run.rows {
-        let position = run.start + row;
-        let (first, slots) = (position % block_size, (block_size - position % block_size).min(run.rows - row));
-        let mut page = kv.write(layer, run.table[position / block_size]);
-        for slot in first..first + slots {
-            format.write(&mut page, slot, &k[row * width..][..width], &v[row * width..][..width]);
-            row += 1;
-        }
-        if first == 0 {
-            // The block is new to this sequence: what an earlier owner left behind must never be shipped.
-            format.zero_tail(&mut page, slots);
-        }
+/// A page that a pass writes to, and the rows of the batch that go there.
+struct WrittenPage<'a> {
+    page: PageWrite<'a>,
+    slot: usize,
+    row: usize,
+    rows: usize,
+}
+
+impl WrittenPage<'_> {
+    fn as_write(&mut self) -> KvWrite<'_> {
+        let (slot, row, rows) = (self.slot, self.row, self.rows);
+        // A block written from its first slot on is new to this sequence: what an earlier owner left behind must never be
+        // shipped.
+        KvWrite { page: &mut self.page, slot, row, rows, clear_rest: slot == 0 }
     }
+}
+
+/// The pages of one layer that one run's keys and values go to, locked.
+fn written_pages<'a>(kv: &'a KvMemory, layer: usize, run: &Run<'_>) -> impl Iterator<Item = WrittenPage<'a>> {
+    let (block_size, end) = (kv.format().block_size, run.start + run.rows);
+    (run.start / block_size..end.div_ceil(block_size)).map(move |index| {
+        let first = run.start.max(index * block_size);
+        WrittenPage {
+            page: kv.write(layer, run.table[index]),
+            slot: first % block_size,
+            row: run.first_row + first - run.start,
+            rows: end.min((index + 1) * block_size) - first,
+        }
+    })
 }
 
 /// A plan that breaks these is a scheduler's bug: running it would read or write another sequence's cache.

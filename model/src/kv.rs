@@ -1,8 +1,8 @@
 //! The memory that KV pages live in, shared by the engine that fills it and the shell that ships it.
 //!
-//! [`KvMemory`] is one anonymous mapping of `layers x blocks` pages. A page is K then V of one block in one layer,
-//! each `[kv_heads][block_size][head_dim]` of the KV dtype; it is the unit of locking and of transfer. The memory
-//! knows neither sequences nor owners: block numbers are handed out by `ridge-blocks`.
+//! [`KvMemory`] is one anonymous mapping of `layers x blocks` pages. A page is K and V of one block in one layer, as
+//! [`KvFormat`] lays them out; it is the unit of locking and of transfer. The memory knows neither sequences nor
+//! owners: block numbers are handed out by `ridge-blocks`.
 //!
 //! Who may touch a page is decided elsewhere and checked here: [`KvMemory::read`] and [`KvMemory::write`] take the
 //! page's lock without waiting and panic if it is taken the wrong way, because that means that a hand-off invariant

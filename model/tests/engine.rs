@@ -9,7 +9,7 @@ use ridge_model::generate::{GenerateError, generate};
 use ridge_model::kv::KvMemory;
 use ridge_model::sampling::uniform;
 use ridge_model::spec::{Activation, AttentionSpec, FfnKind, FfnSpec, LayerSpec, ModelSpec, RopeScaling, RopeSpec};
-use ridge_protocol::{BatchPlan, BlockId, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId};
+use ridge_protocol::{BatchPlan, BlockId, ModelIdentity, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -189,6 +189,16 @@ fn logits_do_not_depend_on_the_batch_bf16() {
 }
 
 #[test]
+fn logits_do_not_depend_on_the_batch_fp8_cache() {
+    check_invariance(DType::BF16, KvDtype::Fp8);
+}
+
+#[test]
+fn logits_do_not_depend_on_the_batch_int8_cache() {
+    check_invariance(DType::BF16, KvDtype::Int8);
+}
+
+#[test]
 fn logits_do_not_depend_on_the_batch_q8_0() {
     check_invariance(DType::Q8_0, KvDtype::F16);
 }
@@ -206,15 +216,17 @@ fn slots_after_the_end_of_a_sequence_are_zero() {
     for (start, end) in [(0, 3), (3, 4), (4, 17), (17, 20)] {
         engine.run(&BatchPlan { step: 0, items: vec![item(0, &tokens[start..end], start, &table)] }, &mut |_| {});
         let kv = engine.kv();
-        let row = 16 * 2;
         for layer in 0..2 {
             for block in 0..end.div_ceil(8) {
-                let page = kv.read(layer, BlockId(block as u32));
-                for (head, slots) in page.chunks_exact(8 * row).enumerate() {
-                    let used = (end - block * 8).min(8);
-                    let tail = &slots[used * row..];
-                    assert!(tail.iter().all(|byte| *byte == 0), "layer {layer}, block {block}, half-head {head}");
-                    assert!(slots[..used * row].iter().any(|byte| *byte != 0));
+                let (page, used) = (kv.read(layer, BlockId(block as u32)), (end - block * 8).min(8));
+                let (keys, values) = page.split_at(page.len() / 2);
+                // A key's slots are neighbours element by element, a value's vector by vector.
+                for (half, slot_bytes) in [(keys, 2), (values, 16 * 2)] {
+                    for slots in half.chunks_exact(8 * slot_bytes) {
+                        let (filled, tail) = slots.split_at(used * slot_bytes);
+                        assert!(tail.iter().all(|byte| *byte == 0), "layer {layer}, block {block}");
+                        assert!(filled.iter().any(|byte| *byte != 0));
+                    }
                 }
             }
         }
@@ -326,4 +338,10 @@ fn identity_names_what_differs() {
     assert_eq!(ours.mismatch(&ours), None);
     let theirs = identity(&checkpoint, &format(KvDtype::F32));
     assert_eq!(ours.mismatch(&theirs).as_deref(), Some("kv_dtype differs: bf16 here, f32 there"));
+    let older = ModelIdentity { kv_layout: "head-major".into(), ..ours.clone() };
+    assert_eq!(ours.mismatch(&older).as_deref(), Some("kv_layout differs: k-transposed here, head-major there"));
+    for dtype in KvDtype::ALL {
+        // Asserts that both sides compute the same size of a page.
+        assert_eq!(identity(&checkpoint, &format(dtype)).kv_dtype, dtype.name());
+    }
 }

@@ -22,7 +22,7 @@ pub mod wire;
 
 pub use ids::{BlockHash, BlockId, NodeId, NodeName, RequestId, Role, TokenId};
 pub use machine::Machine;
-pub use model::ModelIdentity;
+pub use model::{KV_LAYOUT, ModelIdentity};
 pub use plan::{BatchPlan, PlanItem, SampleSpec, TokenOut};
 pub use sampling::SamplingParams;
 pub use time::{Duration, Instant};

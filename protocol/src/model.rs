@@ -2,6 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+/// How keys and values lie in a page (docs/protocol.md, K). A node of another layout would read a page as noise, so the name
+/// changes whenever the layout does.
+pub const KV_LAYOUT: &str = "k-transposed";
+
 /// The identity of a model as far as its KV cache is concerned.
 ///
 /// Two nodes exchange it before the first byte of KV; [`ModelIdentity::mismatch`] names the first field that
@@ -22,8 +26,10 @@ pub struct ModelIdentity {
     pub head_dim: u32,
     /// Tokens per block.
     pub block_size: u32,
-    /// `f32`, `f16` or `bf16`.
+    /// `f32`, `f16`, `bf16`, `fp8` or `int8`.
     pub kv_dtype: String,
+    /// [`KV_LAYOUT`] of the node's version.
+    pub kv_layout: String,
     /// RoPE parameters in canonical text: base, scaling and rotary dimension.
     pub rope: String,
 }
@@ -31,11 +37,18 @@ pub struct ModelIdentity {
 impl ModelIdentity {
     /// Bytes of one page: K and V of one block in one layer.
     pub fn page_bytes(&self) -> usize {
-        let element = if self.kv_dtype == "f32" { 4 } else { 2 };
+        // int8 has an f32 scale per token and head besides.
+        let (element, scale) = match self.kv_dtype.as_str() {
+            "f32" => (4, 0),
+            "fp8" => (1, 0),
+            "int8" => (1, 4),
+            _ => (2, 0),
+        };
         // Saturating: a peer may claim any size, and whoever reads it compares with a limit.
-        [self.kv_heads, self.block_size, self.head_dim]
+        let vector = (self.head_dim as usize).saturating_mul(element).saturating_add(scale);
+        [2, self.kv_heads, self.block_size]
             .into_iter()
-            .fold(2 * element, |bytes: usize, factor| bytes.saturating_mul(factor as usize))
+            .fold(vector, |bytes: usize, factor| bytes.saturating_mul(factor as usize))
     }
 
     /// Bytes of one block over all layers.
@@ -57,6 +70,7 @@ impl ModelIdentity {
             ("head_dim", self.head_dim.to_string(), other.head_dim.to_string()),
             ("block_size", self.block_size.to_string(), other.block_size.to_string()),
             ("kv_dtype", self.kv_dtype.clone(), other.kv_dtype.clone()),
+            ("kv_layout", self.kv_layout.clone(), other.kv_layout.clone()),
             ("rope", self.rope.clone(), other.rope.clone()),
         ];
         fields

@@ -3,7 +3,6 @@
 use super::host;
 use super::measure::{Measured, Roof, Run, Spread, WARM_UPS};
 use super::session::{Phase, Session};
-use ridge_kernels::KvDtype;
 use serde_json::{Value, json};
 use std::fmt::Write;
 
@@ -28,7 +27,7 @@ pub fn json(benchmark: &str, session: &Session, run: &Run) -> Value {
             "dtype": model.dtype,
             "parameters": model.parameters,
             "weight_bytes": model.weight_bytes,
-            "kv_cache_dtype": kv_dtype_name(session),
+            "kv_cache_dtype": session.kv_format().dtype.name(),
             "block_size": session.kv_format().block_size,
         },
         "warm_ups": WARM_UPS,
@@ -106,15 +105,6 @@ fn rounded(value: f64) -> Value {
     format!("{value:.4e}").parse::<f64>().map_or(Value::Null, Value::from)
 }
 
-/// The storage type of keys and values.
-pub fn kv_dtype_name(session: &Session) -> &'static str {
-    match session.kv_format().dtype {
-        KvDtype::F32 => "f32",
-        KvDtype::F16 => "f16",
-        KvDtype::BF16 => "bf16",
-    }
-}
-
 /// The run as lines of text.
 pub fn table(session: &Session, run: &Run) -> String {
     let mut out = String::new();
@@ -127,7 +117,7 @@ pub fn table(session: &Session, run: &Run) -> String {
         model.parameters as f64 / GIGA,
         model.weight_bytes as f64 / GIGA,
         model.dtype,
-        kv_dtype_name(session),
+        session.kv_format().dtype.name(),
         session.kv_format().block_size
     );
     let _ = writeln!(

@@ -86,11 +86,6 @@ impl Vector for Ymm {
         Ymm(unsafe { _mm256_maskload_ps(p, first(n)) })
     }
     #[inline(always)]
-    unsafe fn load_f16(p: *const u16) -> Self {
-        // SAFETY: F16C and eight readable halves, by contract.
-        Ymm(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) })
-    }
-    #[inline(always)]
     unsafe fn look_up(levels: &[u8; 16], bytes: &mut [u8; 2048]) {
         // SAFETY: AVX2, by contract; 2048 bytes are 64 registers.
         unsafe {
@@ -172,6 +167,41 @@ impl Vector for Ymm {
     fn sum4(v: [Self; 4]) -> [f32; 4] {
         // SAFETY: the values prove AVX.
         unsafe { sum4_xmm([fold_ymm(v[0].0), fold_ymm(v[1].0), fold_ymm(v[2].0), fold_ymm(v[3].0)]) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> Self {
+        // SAFETY: F16C and eight readable elements, by contract.
+        Ymm(unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u8) -> Self {
+        // SAFETY: AVX2 and eight readable elements, by contract.
+        Ymm(unsafe {
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self {
+        // SAFETY: AVX2, F16C and eight readable elements, by contract.
+        Ymm(unsafe {
+            // The sign is extended, so that one shift brings it to its place; bit 14 must then be cleared, or set for NaN.
+            let w = _mm_slli_epi16::<7>(_mm_cvtepi8_epi16(_mm_loadl_epi64(p.cast())));
+            let magnitude = _mm_and_si128(w, _mm_set1_epi16(0x3f80));
+            let nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x3f80));
+            let finite = _mm_and_si128(w, _mm_set1_epi16(0xbfff_u16 as i16));
+            _mm256_cvtph_ps(_mm_or_si128(finite, _mm_and_si128(nan, _mm_set1_epi16(0x4000))))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        // SAFETY: AVX2 and eight readable elements, by contract.
+        Ymm(unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) })
+    }
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 }
 

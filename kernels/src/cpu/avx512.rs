@@ -48,12 +48,7 @@ impl Vector for Zmm {
         Zmm(unsafe { _mm512_maskz_loadu_ps(first(n), p) })
     }
     #[inline(always)]
-    unsafe fn load_f16(p: *const u16) -> Self {
-        // SAFETY: AVX-512 and sixteen readable halves, by contract.
-        Zmm(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(p: *const u32, which: usize) -> Self {
+    unsafe fn load_half_of_pairs(p: *const u32, which: usize) -> Self {
         // SAFETY: AVX-512 and sixteen readable words, by contract.
         Zmm(unsafe {
             let words = _mm512_loadu_si512(p.cast());
@@ -150,6 +145,41 @@ impl Vector for Zmm {
             let halves = [fold_zmm(a.0), fold_zmm(b.0), fold_zmm(c.0), fold_zmm(d.0)];
             sum4_xmm([fold_ymm(halves[0]), fold_ymm(halves[1]), fold_ymm(halves[2]), fold_ymm(halves[3])])
         }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> Self {
+        // SAFETY: AVX-512 and sixteen readable elements, by contract.
+        Zmm(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u8) -> Self {
+        // SAFETY: AVX-512 and sixteen readable elements, by contract.
+        Zmm(unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self {
+        // SAFETY: AVX-512 BW and VL and sixteen readable elements, by contract.
+        Zmm(unsafe {
+            // The sign is extended, so that one shift brings it to its place; bit 14 must then be cleared, or set for NaN.
+            let w = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(p.cast())));
+            let next = _mm256_add_epi16(w, _mm256_set1_epi16(0x80));
+            let nan = _mm256_testn_epi16_mask(next, _mm256_set1_epi16(0x3f80));
+            let finite = _mm256_and_si256(w, _mm256_set1_epi16(0xbfff_u16 as i16));
+            _mm512_cvtph_ps(_mm256_mask_mov_epi16(finite, nan, _mm256_set1_epi16(0x7f80)))
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        // SAFETY: AVX-512 and sixteen readable elements, by contract.
+        Zmm(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) })
+    }
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        // SAFETY: a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }
 }
 

@@ -12,10 +12,11 @@
 //! model 207, 518 against 258 on an AMD EPYC of Zen 5. So the default takes it on AMD only. The choice is made by vendor and
 //! not by a timing at start, because every process of a machine must choose alike to compute the same tokens.
 
-use super::generic::attention::{Run, Scratch};
+use super::generic::attention::{Piece, Run, Scratch};
 use super::generic::matmul::{Job, Scratch as MatmulScratch};
 use super::operand::Part;
 use crate::dtype::DType;
+use crate::kv::KvFormat;
 use std::sync::OnceLock;
 
 /// An instruction set with kernels of its own, in rising order.
@@ -134,7 +135,9 @@ pub(crate) struct Kernels {
     pub(crate) silu_mul: unsafe fn(&mut [f32], &[f32]),
     pub(crate) gelu_tanh_mul: unsafe fn(&mut [f32], &[f32]),
     pub(crate) add: unsafe fn(&mut [f32], &[f32]),
-    pub(crate) attention: unsafe fn(&Run<'_>, &mut Scratch),
+    pub(crate) attention: unsafe fn(&Piece<'_>, &mut Scratch),
+    pub(crate) join_splits: unsafe fn(&Run<'_>, *mut f32, &mut Scratch),
+    pub(crate) write_kv: unsafe fn(&KvFormat, &mut [u8], usize, &[f32], &[f32]),
 }
 
 impl Kernels {

@@ -12,8 +12,10 @@ macro_rules! instantiate {
         mod compiled {
             //! The generic algorithms under this ISA's target features. Safety: as the generic function, and the CPU has
             //! the features.
+            use $crate::cpu::generic::attention::products;
+            use $crate::cpu::generic::attention::tile::{Element, Keys};
             use $crate::cpu::generic::{attention, matmul, rows};
-            use $crate::DType;
+            use $crate::{DType, KvFormat};
             use $crate::cpu::vector::Vector;
 
             pub(super) const FLOAT_ROWS: usize = <$vector>::FLOAT_ROWS;
@@ -59,9 +61,46 @@ macro_rules! instantiate {
                 unsafe { rows::combine::<$vector, rows::Add>(x, y) }
             }
             #[$($attribute)*]
-            pub(super) unsafe fn attention(run: &attention::Run<'_>, scratch: &mut attention::Scratch) {
+            pub(super) unsafe fn attention(piece: &attention::Piece<'_>, scratch: &mut attention::Scratch) {
                 // SAFETY: passed on.
-                unsafe { attention::attention::<$vector>(run, scratch) }
+                unsafe { attention::attention::<$vector>(piece, scratch) }
+            }
+            #[$($attribute)*]
+            pub(super) unsafe fn join_splits(
+                run: &attention::Run<'_>,
+                states: *mut f32,
+                scratch: &mut attention::Scratch,
+            ) {
+                // SAFETY: passed on.
+                unsafe { attention::join::<$vector>(run, states, scratch) }
+            }
+            #[$($attribute)*]
+            pub(super) unsafe fn write_kv(fmt: &KvFormat, page: &mut [u8], slot: usize, k: &[f32], v: &[f32]) {
+                fmt.fill(page, slot, k, v);
+            }
+
+            impl products::Strips for $vector {
+                #[$($attribute)*]
+                unsafe fn score_strip<E: Element, const N: usize>(
+                    q: &[*const f32; 6],
+                    dim: usize,
+                    keys: &Keys,
+                    count: usize,
+                    out: *mut f32,
+                ) {
+                    // SAFETY: passed on.
+                    unsafe { products::score_strip::<$vector, E, N>(q, dim, keys, count, out) }
+                }
+                #[$($attribute)*]
+                unsafe fn weigh_strip<E: Element, const N: usize>(
+                    strip: &products::Strip<'_>,
+                    weights: *const f32,
+                    keys: std::ops::Range<usize>,
+                    out: *mut f32,
+                ) {
+                    // SAFETY: passed on.
+                    unsafe { products::weigh_strip::<$vector, E, N>(strip, weights, keys, out) }
+                }
             }
         }
 
@@ -79,6 +118,8 @@ macro_rules! instantiate {
             gelu_tanh_mul: compiled::gelu_tanh_mul,
             add: compiled::add,
             attention: compiled::attention,
+            join_splits: compiled::join_splits,
+            write_kv: compiled::write_kv,
         };
     };
 }

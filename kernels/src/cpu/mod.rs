@@ -20,6 +20,7 @@ pub(crate) use instantiate::instantiate;
 use crate::dtype::Matrix;
 use crate::sync::pool::ThreadPool;
 use dispatch::{Isa, Kernels};
+use std::sync::Mutex;
 
 /// Floats below which an operation on rows is not worth waking another thread for (about 10 us of streaming).
 const SERIAL_FLOATS: usize = 1 << 16;
@@ -32,6 +33,8 @@ pub struct Cpu {
     isa: Isa,
     kernels: &'static Kernels,
     pool: ThreadPool,
+    /// States of attention's splits, reused from call to call.
+    states: Mutex<generic::attention::Floats>,
 }
 
 impl Cpu {
@@ -48,7 +51,7 @@ impl Cpu {
 
     fn build(isa: Isa, threads: usize, cores: Option<&[usize]>) -> Option<Cpu> {
         let kernels = Kernels::of(isa)?;
-        Some(Cpu { isa, kernels, pool: ThreadPool::new(threads, cores) })
+        Some(Cpu { isa, kernels, pool: ThreadPool::new(threads, cores), states: Mutex::default() })
     }
 
     /// The instruction set in use.
@@ -176,7 +179,7 @@ impl Cpu {
 }
 
 /// A buffer whose disjoint parts are written by different tasks.
-struct Shared<T>(*mut T);
+pub(crate) struct Shared<T>(*mut T);
 
 impl<T> Clone for Shared<T> {
     fn clone(&self) -> Self {

@@ -2,6 +2,8 @@
 //! machine has; it is the fallback and the check on the others, not a fast path.
 
 use super::vector::{BytesDot, Vector};
+use crate::kv::e4m3_to_f32;
+use crate::quant::{bf16_to_f32, f16_to_f32};
 
 /// Four lanes.
 #[derive(Clone, Copy)]
@@ -101,6 +103,31 @@ impl Vector for Lanes {
     #[inline(always)]
     fn sum4(v: [Self; 4]) -> [f32; 4] {
         [v[0].sum(), v[1].sum(), v[2].sum(), v[3].sum()]
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> Self {
+        // SAFETY: four readable elements, by contract.
+        let h = unsafe { p.cast::<[u16; 4]>().read_unaligned() };
+        Lanes([f16_to_f32(h[0]), f16_to_f32(h[1]), f16_to_f32(h[2]), f16_to_f32(h[3])])
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u8) -> Self {
+        // SAFETY: four readable elements, by contract.
+        let h = unsafe { p.cast::<[u16; 4]>().read_unaligned() };
+        Lanes([bf16_to_f32(h[0]), bf16_to_f32(h[1]), bf16_to_f32(h[2]), bf16_to_f32(h[3])])
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(p: *const u8) -> Self {
+        // SAFETY: four readable elements, by contract.
+        let b = unsafe { p.cast::<[u8; 4]>().read_unaligned() };
+        Lanes([e4m3_to_f32(b[0]), e4m3_to_f32(b[1]), e4m3_to_f32(b[2]), e4m3_to_f32(b[3])])
+            .zip(Lanes([256.0; 4]), |v, unit| v / unit)
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        // SAFETY: four readable elements, by contract.
+        let b = unsafe { p.cast::<[i8; 4]>().read_unaligned() };
+        Lanes([f32::from(b[0]), f32::from(b[1]), f32::from(b[2]), f32::from(b[3])])
     }
 }
 

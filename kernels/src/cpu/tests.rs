@@ -8,7 +8,8 @@ use super::Cpu;
 use super::dispatch::Isa;
 use crate::testing::{Random, assert_close, assert_same};
 use crate::{
-    AttentionItem, DType, Finish, Gate, KvDtype, KvFormat, Matrix, Operand, Packed, Rows, quantize_row, reference,
+    AttentionItem, DType, Finish, Gate, KvDtype, KvFormat, KvWrite, Matrix, Operand, Packed, Rows, quantize_row,
+    reference,
 };
 
 /// A `Cpu` per ISA that this machine has.
@@ -344,10 +345,10 @@ type Attend<'a> = &'a dyn Fn(&KvFormat, &[AttentionItem<'_>], usize, f32, Option
 #[test]
 fn attention_agrees_with_the_reference_however_it_is_cut() {
     let mut random = Random::new(6);
-    for round in 0..12 {
-        let dtype = [KvDtype::F32, KvDtype::F16, KvDtype::BF16][round % 3];
+    for round in 0..20 {
+        let dtype = KvDtype::ALL[round % 5];
         let (kv_heads, group) = (random.within(1, 3), random.within(1, 7));
-        let head_dim = [8, 20, 64, 80, 128][round % 5];
+        let head_dim = [8, 20, 64, 80, 128][(round + round / 5) % 5];
         let heads = kv_heads * group;
         let window = (round % 4 == 3).then(|| random.within(1, 150));
         let shape = Shape { heads, scale: 1.0 / (head_dim as f32).sqrt(), window };
@@ -369,6 +370,95 @@ fn attention_agrees_with_the_reference_however_it_is_cut() {
                 let again = other.run(&attend(&threaded), chunk, &starts, &lens, &q, &shape);
                 assert_same(&again, &got, &format!("{what}, blocks of {block_size}, chunks of {chunk}"));
             }
+        }
+    }
+}
+
+/// Contexts of several splits, which are computed apart or one after another depending on threads and company.
+#[test]
+fn long_contexts_do_not_depend_on_how_splits_are_shared_out() {
+    let mut random = Random::new(8);
+    for (round, dtype) in KvDtype::ALL.into_iter().enumerate() {
+        let (kv_heads, group, head_dim) = (2, [1, 4, 8, 3, 4][round], [64, 32, 16, 64, 48][round]);
+        let heads = kv_heads * group;
+        let lens = [1025 + 300 * round, 512, 513, 40];
+        let starts = [lens[0] - 70, 511, 500, 0];
+        let kv: Vec<Vec<f32>> = lens.iter().map(|len| random.vector(len * 2 * kv_heads * head_dim)).collect();
+        let rows: usize = lens.iter().zip(&starts).map(|(len, start)| len - start).sum();
+        let q: Vec<f32> = random.vector(rows * heads * head_dim).iter().map(|v| v * 3.0).collect();
+        let format = |block_size| KvFormat { dtype, kv_heads, head_dim, block_size };
+        for window in [None, Some(530), Some(1)] {
+            let shape = Shape { heads, scale: 1.0 / (head_dim as f32).sqrt(), window };
+            let sequences = Sequences::new(format(16), &kv);
+            let want = sequences.run(&reference::attention, usize::MAX, &starts, &lens, &q, &shape);
+            for (cpu, threaded) in each_isa(1).zip(each_isa(3)) {
+                let what = format!("{:?} {dtype:?} heads {heads}/{kv_heads} window {window:?}", cpu.isa());
+                let got = sequences.run(&attend(&cpu), usize::MAX, &starts, &lens, &q, &shape);
+                assert_close(&got, &want, 1e-4, 3e-5, &what);
+                for (block_size, chunk) in [(16, 1), (16, usize::MAX), (24, 1), (64, 9)] {
+                    let other = Sequences::new(format(block_size), &kv);
+                    let again = other.run(&attend(&threaded), chunk, &starts, &lens, &q, &shape);
+                    assert_same(&again, &got, &format!("{what}, blocks of {block_size}, chunks of {chunk}"));
+                }
+            }
+            // A lone query is cut into splits for three threads; its bits are those it has in company.
+            let (start, width) = (lens[0] - 1, heads * head_dim);
+            let row = (start - starts[0]) * width..(start - starts[0] + 1) * width;
+            for (cpu, threaded) in each_isa(1).zip(each_isa(3)) {
+                let whole = sequences.run(&attend(&cpu), usize::MAX, &starts, &lens, &q, &shape);
+                let lone = Sequences { fmt: sequences.fmt, pages: vec![sequences.pages[0].clone()] };
+                let alone = lone.run(&attend(&threaded), 1, &[start], &lens[..1], &q[row.clone()], &shape);
+                assert_same(&alone, &whole[row.clone()], "a lone query");
+            }
+        }
+    }
+}
+
+/// Every fp8 code reads the same in every path: as a value that has all the weight, it is the output.
+#[test]
+fn every_fp8_code_is_decoded_exactly() {
+    let fmt = KvFormat { dtype: KvDtype::Fp8, kv_heads: 1, head_dim: 256, block_size: 16 };
+    let codes: Vec<u8> = (0..=255).collect();
+    let mut page = vec![0; fmt.page_bytes()];
+    page[fmt.value(0, 0)..][..256].copy_from_slice(&codes);
+    let want: Vec<f32> = codes.iter().map(|code| crate::kv::e4m3_to_f32(*code)).collect();
+    for cpu in each_isa(1) {
+        for heads in [1, 40] {
+            let (q, mut out) = (vec![1.0; heads * 256], vec![0.0; heads * 256]);
+            let items = [AttentionItem { pages: &[&page], first_row: 0, rows: 1, start: 0 }];
+            cpu.attention(&fmt, &items, heads, 1.0, None, &q, &mut out);
+            for (i, (got, want)) in out.iter().zip(want.iter().cycle()).enumerate() {
+                assert!(got == want || got.is_nan() && want.is_nan(), "{:?}: code {i} is {got}", cpu.isa());
+            }
+        }
+    }
+}
+
+/// Pages filled with the machine's vectors and threads hold the bytes of the plain loop.
+#[test]
+fn write_kv_agrees_with_the_format() {
+    let mut random = Random::new(10);
+    for cpu in each_isa(3) {
+        for dtype in KvDtype::ALL {
+            let fmt = KvFormat { dtype, kv_heads: 8, head_dim: 72, block_size: 16 };
+            let width = fmt.kv_heads * fmt.head_dim;
+            let (k, v) = (random.vector(300 * width), random.vector(300 * width));
+            let mut pages = vec![vec![0xff; fmt.page_bytes()]; 300usize.div_ceil(16)];
+            let mut want = pages.clone();
+            for (row, page) in (0..300).step_by(16).zip(&mut want) {
+                let rows = row * width..(row + 16).min(300) * width;
+                fmt.write(page, 0, &k[rows.clone()], &v[rows]);
+                fmt.zero_tail(page, (300 - row).min(16));
+            }
+            let writes = pages.iter_mut().enumerate().map(|(i, page)| KvWrite {
+                page,
+                slot: 0,
+                row: 16 * i,
+                rows: (300 - 16 * i).min(16),
+                clear_rest: true,
+            });
+            cpu.write_kv(&fmt, &mut writes.collect::<Vec<_>>(), &k, &v);
+            assert!(pages == want, "{:?} {dtype:?}", cpu.isa());
         }
     }
 }

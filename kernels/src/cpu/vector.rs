@@ -1,8 +1,6 @@
 //! The small vocabulary in which the vector algorithms of `generic` are written once. Each ISA implements it; a wider
 //! ISA gives another (equally valid) rounding, the same ISA always the same one.
 
-use crate::quant::f16_to_f32;
-
 /// A register of f32 lanes.
 ///
 /// A value proves that the CPU has the ISA's features, because only the unsafe constructors make one; so the operations on
@@ -18,7 +16,7 @@ pub(crate) trait Vector: Copy {
     const BYTE_ROWS: usize;
     /// Whether tiles of half as many rows have four registers of columns instead of two.
     const FOUR: bool;
-    /// Queries in the register tile of attention scores (its keys are always four registers).
+    /// Queries in the register tiles of attention (against four registers of keys, or of a value): at most 6.
     const TILE_QUERIES: usize;
 
     /// All lanes `v`.
@@ -36,26 +34,12 @@ pub(crate) trait Vector: Copy {
     /// # Safety
     /// `p` is valid for reads of `n` floats; it need not be aligned.
     unsafe fn load_first(p: *const f32, n: usize) -> Self;
-    /// Reads `LANES` binary16 numbers.
-    ///
-    /// # Safety
-    /// `p` is valid for reads of `LANES` of them; it need not be aligned.
-    #[inline(always)]
-    unsafe fn load_f16(p: *const u16) -> Self {
-        let mut lanes = [0.0; 16];
-        for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
-            // SAFETY: by contract.
-            *lane = f16_to_f32(unsafe { p.add(i).read_unaligned() });
-        }
-        // SAFETY: sixteen floats are at least `LANES`.
-        unsafe { Self::load(lanes.as_ptr()) }
-    }
     /// Reads `LANES` pairs of bfloat16 and takes the first (`which` 0) or the second (1) of each.
     ///
     /// # Safety
     /// `p` is valid for reads of `LANES` words; it need not be aligned.
     #[inline(always)]
-    unsafe fn load_bf16(p: *const u32, which: usize) -> Self {
+    unsafe fn load_half_of_pairs(p: *const u32, which: usize) -> Self {
         let mut lanes = [0; 16];
         for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
             // SAFETY: by contract.
@@ -111,19 +95,29 @@ pub(crate) trait Vector: Copy {
     /// `[a.sum(), b.sum(), c.sum(), d.sum()]`, in the same tree and therefore with the same bits.
     fn sum4(v: [Self; 4]) -> [f32; 4];
 
-    /// Writes a block of `LANES` by `LANES` floats transposed: `dst[c * dst_stride + r] = src[r * src_stride + c]`.
+    /// Reads `LANES` binary16 elements; this and the three after it are exact.
     ///
     /// # Safety
-    /// `src` is valid for reads of `LANES` rows of `LANES` floats `src_stride` apart, `dst` likewise for writes.
+    /// `p` is valid for reads of the elements; it need not be aligned.
+    unsafe fn load_f16(p: *const u8) -> Self;
+    /// Reads `LANES` bfloat16 elements.
+    ///
+    /// # Safety
+    /// As [`Self::load_f16`].
+    unsafe fn load_bf16(p: *const u8) -> Self;
+    /// Reads `LANES` E4M3 elements, each times 2^-8: what a shift makes of them as binary16. NaN stays NaN.
+    ///
+    /// # Safety
+    /// As [`Self::load_f16`].
+    unsafe fn load_e4m3(p: *const u8) -> Self;
+    /// Reads `LANES` 8-bit integers.
+    ///
+    /// # Safety
+    /// As [`Self::load_f16`].
+    unsafe fn load_i8(p: *const u8) -> Self;
+    /// Asks for the cache line at `p`, which may be any address.
     #[inline(always)]
-    unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
-        for c in 0..Self::LANES {
-            for r in 0..Self::LANES {
-                // SAFETY: both indices are inside the blocks the caller vouches for.
-                unsafe { *dst.add(c * dst_stride + r) = *src.add(r * src_stride + c) };
-            }
-        }
-    }
+    fn prefetch(_p: *const u8) {}
 }
 
 /// How weights are loaded into lanes and multiplied with words of x: an f32 each, or a pair of bf16 each.

@@ -19,10 +19,19 @@ pub(crate) fn bf16_to_f32(h: u16) -> f32 {
     f32::from_bits(u32::from(h) << 16)
 }
 
-/// f32 to binary16, to nearest even.
-#[inline]
+/// f32 to binary16, to nearest even, without branches so that it vectorises (Maratyszcza's FP16, `fp16_ieee_from_fp32_value`):
+/// adding a power of two makes the f32 unit do the rounding. Too large becomes infinity.
+#[inline(always)]
 pub(crate) fn f32_to_f16(v: f32) -> u16 {
-    half::f16::from_f32_const(v).to_bits()
+    let w = v.to_bits();
+    let two_w = w.wrapping_add(w);
+    // 2^112 sends what is too large for f16 to infinity, 2^-110 brings the rest back to 4 |v|.
+    let base = (v.abs() * f32::from_bits((127 + 112) << 23)) * f32::from_bits((127 - 110) << 23);
+    let bias = (two_w & 0xFF00_0000).max(0x7100_0000);
+    let bits = (f32::from_bits((bias >> 1) + 0x0780_0000) + base).to_bits();
+    let finite = ((bits >> 13) & 0x7C00) + (bits & 0x0FFF);
+    let magnitude = if two_w > 0xFF00_0000 { 0x7E00 } else { finite };
+    ((w & 0x8000_0000) >> 16 | magnitude) as u16
 }
 
 /// f32 to bfloat16, to nearest even; NaN stays NaN (ggml's `ggml_compute_fp32_to_bf16`).
@@ -71,6 +80,13 @@ mod tests {
             for low in [0u32, 0x7fff, 0x8000, 0x8001, 0xffff] {
                 let v = f32::from_bits(u32::from(bits) << 16 | low);
                 assert_eq!(f32_to_bf16(v), half::bf16::from_f32(v).to_bits());
+                let narrow = half::f16::from_f32_const(v);
+                assert!(f32_to_f16(v) == narrow.to_bits() || narrow.is_nan() && f32_to_f16(v) & 0x7fff > 0x7c00);
+            }
+            // Around a binary16 value and around the middle to the next one.
+            for low in [0u32, 1, 0xfff, 0x1000, 0x1001, 0x1fff] {
+                let v = f32::from_bits(expected.to_bits() | low);
+                assert!(v.is_nan() || f32_to_f16(v) == half::f16::from_f32_const(v).to_bits(), "{v:e}");
             }
         }
     }

@@ -13,7 +13,7 @@ mod float;
 
 pub(crate) use decode_32::{IQ4_NL, MXFP4, e8m0_half};
 pub(crate) use decode_k::{q3_scales, scales_and_minima};
-pub(crate) use float::{f16_to_f32, f32_to_bf16, f32_to_f16};
+pub(crate) use float::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 
 use crate::dtype::DType;
 

@@ -1,8 +1,7 @@
 //! Causal attention over pages by its definition: all scores of a query, a softmax, a weighted sum.
 
-use crate::dtype::DType;
-use crate::kv::{AttentionItem, KvDtype, KvFormat};
-use crate::quant::dequantize_row;
+use crate::kv::{AttentionItem, KvDtype, KvFormat, e4m3_to_f32};
+use crate::quant::{bf16_to_f32, f16_to_f32};
 
 /// Attention of every query of every item; `q` and `out` are `[rows, heads, head_dim]`. Query head `h` reads key/value head
 /// `h / (heads / kv_heads)`.
@@ -48,16 +47,32 @@ pub fn attention(
 
 /// The key and value of one head at one position.
 fn read(fmt: &KvFormat, item: &AttentionItem<'_>, kv_head: usize, pos: usize) -> (Vec<f32>, Vec<f32>) {
-    let (keys, values) = item.pages[pos / fmt.block_size].split_at(fmt.half_bytes());
-    let bytes = fmt.row(kv_head, pos % fmt.block_size);
-    let dtype = match fmt.dtype {
-        KvDtype::F32 => DType::F32,
-        KvDtype::F16 => DType::F16,
-        KvDtype::BF16 => DType::BF16,
-    };
-    let mut k = vec![0.0; fmt.head_dim];
-    let mut v = vec![0.0; fmt.head_dim];
-    dequantize_row(dtype, &keys[bytes.clone()], &mut k);
-    dequantize_row(dtype, &values[bytes], &mut v);
-    (k, v)
+    let (page, slot) = (item.pages[pos / fmt.block_size], pos % fmt.block_size);
+    let key_scale = scale(fmt, page, fmt.key_scale(kv_head, slot));
+    let value_scale = scale(fmt, page, fmt.value_scale(kv_head, slot));
+    let value = fmt.value(kv_head, slot);
+    (0..fmt.head_dim)
+        .map(|d| {
+            let key = element(fmt.dtype, &page[fmt.key(kv_head, d, slot)..]) * key_scale;
+            (key, element(fmt.dtype, &page[value + d * fmt.dtype.bytes()..]) * value_scale)
+        })
+        .unzip()
+}
+
+/// The element that some bytes begin with, without its scale.
+fn element(dtype: KvDtype, bytes: &[u8]) -> f32 {
+    match dtype {
+        KvDtype::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+        KvDtype::F16 => f16_to_f32(u16::from_le_bytes([bytes[0], bytes[1]])),
+        KvDtype::BF16 => bf16_to_f32(u16::from_le_bytes([bytes[0], bytes[1]])),
+        KvDtype::Fp8 => e4m3_to_f32(bytes[0]),
+        KvDtype::Int8 => f32::from(bytes[0] as i8),
+    }
+}
+
+fn scale(fmt: &KvFormat, page: &[u8], at: usize) -> f32 {
+    match fmt.dtype.scale_bytes() {
+        0 => 1.0,
+        _ => element(KvDtype::F32, &page[at..]),
+    }
 }

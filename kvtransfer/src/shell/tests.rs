@@ -111,6 +111,7 @@ fn identity() -> ModelIdentity {
         head_dim: 64,
         block_size: 16,
         kv_dtype: "bf16".into(),
+        kv_layout: String::new(),
         rope: "500000".into(),
     }
 }

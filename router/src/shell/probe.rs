@@ -103,6 +103,7 @@ mod tests {
             head_dim: 1,
             block_size: 2,
             kv_dtype: "f32".into(),
+            kv_layout: String::new(),
             rope: String::new(),
         };
         let (name, max_model_len) = (NodeName("some".into()), 64);

@@ -288,6 +288,7 @@ fn cluster() -> ClusterView {
         head_dim: 1,
         block_size: 16,
         kv_dtype: "f32".into(),
+        kv_layout: String::new(),
         rope: String::new(),
     };
     let node = |number: u32, name: &str, role: Role| NodeView {

@@ -103,6 +103,7 @@ impl SimNode {
                 head_dim: 1,
                 block_size: scenario.block_size,
                 kv_dtype: "f32".into(),
+                kv_layout: String::new(),
                 rope: "none".into(),
             },
             max_model_len: scenario.max_model_len,

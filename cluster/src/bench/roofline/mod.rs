@@ -83,7 +83,7 @@ fn chart(session: &Session, run: &Run, args: &RooflineArgs) -> Chart {
         note: format!(
             "cluster roofline: {} parameters, KV cache {}, decode at {} cached tokens, {}",
             billions(model.parameters),
-            report::kv_dtype_name(session),
+            session.kv_format().dtype.name(),
             args.setup.context,
             host::date()
         ),

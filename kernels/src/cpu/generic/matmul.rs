@@ -256,7 +256,7 @@ impl<V: Vector> WordsDot<V> for Halves {
     #[inline(always)]
     unsafe fn load(p: *const u8, _: usize) -> V {
         // SAFETY: passed on.
-        unsafe { V::load_f16(p.cast()) }
+        unsafe { V::load_f16(p) }
     }
 }
 
@@ -268,7 +268,7 @@ impl<V: Vector> WordsDot<V> for Bf16s {
     #[inline(always)]
     unsafe fn load(p: *const u8, step: usize) -> V {
         // SAFETY: passed on.
-        unsafe { V::load_bf16(p.cast(), step) }
+        unsafe { V::load_half_of_pairs(p.cast(), step) }
     }
 }
 

@@ -36,7 +36,7 @@ pub(crate) unsafe fn bf16(src: *const u32, pairs: usize, tile: *mut u32) {
 pub(crate) unsafe fn f16<V: Vector>(src: *const u16, steps: usize, tile: *mut f32) {
     for i in (0..steps * STRIP).step_by(V::LANES) {
         // SAFETY: by contract; 64 is a multiple of the lanes.
-        unsafe { V::load_f16(src.add(i)).store(tile.add(i)) }
+        unsafe { V::load_f16(src.add(i).cast()).store(tile.add(i)) }
     }
 }
 
@@ -123,7 +123,7 @@ unsafe fn halves<V: Vector>(bytes: &[u8], out: &mut [f32; STRIP]) {
     assert_eq!(bytes.len(), 2 * STRIP);
     for i in (0..STRIP).step_by(V::LANES) {
         // SAFETY: both have 64 elements, a multiple of the lanes.
-        unsafe { V::load_f16(bytes.as_ptr().cast::<u16>().add(i)).store(out.as_mut_ptr().add(i)) }
+        unsafe { V::load_f16(bytes.as_ptr().add(2 * i)).store(out.as_mut_ptr().add(i)) }
     }
 }
 

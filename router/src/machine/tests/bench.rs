@@ -29,6 +29,7 @@ pub(super) fn identity() -> ModelIdentity {
         head_dim: 8,
         block_size: 4,
         kv_dtype: "f32".into(),
+        kv_layout: String::new(),
         rope: "10000".into(),
     }
 }
