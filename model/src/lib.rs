@@ -12,6 +12,8 @@ pub mod engine;
 pub mod forward;
 pub mod generate;
 pub mod kv;
+pub mod mapping;
+pub mod memory;
 pub mod rope;
 pub mod sampling;
 pub mod spec;

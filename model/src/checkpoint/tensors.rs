@@ -125,6 +125,13 @@ impl TensorMap {
         self.tensors.values().map(|t| t.bytes().len()).sum()
     }
 
+    /// Stored bytes of the tensors that are views of files, and of those with memory of their own.
+    pub fn mapped_and_owned_bytes(&self) -> (usize, usize) {
+        let owned = |tensor: &&Tensor| matches!(tensor.data, Storage::Owned(_));
+        let owned = self.tensors.values().filter(owned).map(|tensor| tensor.bytes().len()).sum();
+        (self.bytes() - owned, owned)
+    }
+
     /// BLAKE3 over names, types, shapes and sampled contents.
     ///
     /// Sampled, because a digest of all of a 140 GB checkpoint would cost minutes at every start: 16 windows of
