@@ -63,7 +63,13 @@ pub struct UpArgs {
     /// Decode nodes.
     #[arg(long, value_name = "D", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub decode: u16,
-    /// Compute threads of each node. Without it, the machine's cores are shared out, decode nodes first.
+    /// Who computes on which cores.
+    #[arg(long, value_enum, default_value_t)]
+    pub cores_policy: CoresPolicy,
+    /// Memory for all nodes together, such as 12GiB. Default: what the machine, or the container, has available.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub memory: Option<u64>,
+    /// Compute threads of each node. Without it, what --cores-policy gives.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
     /// What the engines are to be like.
@@ -117,13 +123,17 @@ pub struct EngineArgs {
     /// half the memory and transfer of 16 bits, and round more.
     #[arg(long, env = "RIDGE_KV_CACHE_DTYPE", value_enum, default_value_t)]
     pub kv_cache_dtype: KvCacheDtype,
-    /// Memory for KV blocks of each node, such as 2GiB. Default: chosen by the engine.
+    /// Memory for KV blocks of each node, such as 2GiB. Default: room for 16 sequences of --max-model-len, in at most
+    /// half of what is left when weights, buffers and headroom have their part.
     #[arg(long, env = "RIDGE_KV_MEMORY", value_name = "SIZE", value_parser = parse_bytes)]
     pub kv_memory: Option<u64>,
     /// Folder where weights are kept in the order in which the kernels read them, shared by all processes; as large as the
     /// model. `auto` is XDG_CACHE_HOME/ridge/packed; with `off`, every process packs its own copy in memory.
     #[arg(long, env = "RIDGE_WEIGHTS_CACHE", value_name = "DIR", default_value = "auto")]
     pub weights_cache: WeightsCache,
+    /// Whether to ask for transparent huge pages for the KV cache.
+    #[arg(long, env = "RIDGE_HUGE_PAGES", value_enum, default_value_t)]
+    pub huge_pages: HugePagesArg,
 }
 
 /// Where packed weights are kept.
@@ -157,6 +167,26 @@ impl std::fmt::Display for WeightsCache {
             WeightsCache::Folder(folder) => folder.display().fmt(f),
         }
     }
+}
+
+/// Who computes on which cores when `up --local` puts several nodes on one machine.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum CoresPolicy {
+    /// Each node has cores of its own; what cannot be divided goes to decode nodes. Decode never waits for prefill.
+    #[default]
+    Split,
+    /// Every node may use every core; prefill nodes run at a low priority, so that they get what decode nodes leave.
+    Share,
+}
+
+/// Whether to ask for huge pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum HugePagesArg {
+    /// For pools of 64 MiB or more, if the system has them.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
 }
 
 /// Element types of the KV cache.
@@ -231,6 +261,18 @@ pub struct NodeArgs {
     /// Cores to pin the compute threads to, such as 0,2-5.
     #[arg(long, env = "RIDGE_CORES", value_name = "LIST")]
     pub cores: Option<CoreList>,
+    /// Niceness of the compute threads: above 0 they leave the cores to other processes first.
+    #[arg(long, env = "RIDGE_NICE", value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=19))]
+    pub nice: u8,
+    /// Other processes compute on the same cores: idle threads sleep sooner.
+    #[arg(long, env = "RIDGE_SHARED_CORES")]
+    pub shared_cores: bool,
+    /// Memory that Ridge's nodes on this machine may use together. Default: what is available when the node starts.
+    #[arg(long, env = "RIDGE_MEMORY", value_name = "SIZE", value_parser = parse_bytes)]
+    pub memory: Option<u64>,
+    /// Nodes that share --memory, this one included. Weights mapped from the same files count once.
+    #[arg(long, env = "RIDGE_MEMORY_NODES", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub memory_nodes: u16,
     /// What the engine is to be like.
     #[command(flatten)]
     pub engine: EngineArgs,

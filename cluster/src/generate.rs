@@ -3,10 +3,12 @@
 use crate::cli::GenerateArgs;
 use crate::{demo, dirs, roles};
 use anyhow::Context;
+use ridge_kernels::sync::pool::Placement;
 use ridge_model::detokenize::StreamDecoder;
 use ridge_model::generate::generate;
+use ridge_model::memory::PassLimits;
 use ridge_model::template::RenderOptions;
-use ridge_model::worker::{EngineOptions, LoadedEngine, load_engine};
+use ridge_model::worker::{LoadedEngine, load_engine};
 use ridge_protocol::SamplingParams;
 use serde_json::json;
 use std::io::Write;
@@ -18,19 +20,12 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         Some(model) => model.clone(),
         None => demo::unpack(&dirs::cache()?)?.display().to_string(),
     };
-    let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, usize::from), usize::from);
-    let options = EngineOptions {
-        model,
-        threads,
-        cores: None,
-        block_size: args.engine.block_size,
-        kv_dtype: roles::kv_dtype(args.engine.kv_cache_dtype),
-        max_model_len: args.engine.max_model_len,
-        kv_blocks: None,
-        kv_memory_bytes: args.engine.kv_memory,
-        weights_cache: roles::weights_cache(&args.engine.weights_cache),
-    };
-    let mut loaded = load_engine(&options, &mut |_| {})?;
+    let threads = args.threads.map_or_else(roles::default_threads, usize::from);
+    let options = roles::engine(model, Placement::threads(threads), &args.engine);
+    // As `generate` rounds it.
+    let block_size = args.engine.block_size;
+    let pass = PassLimits { tokens: (args.chunk / block_size).max(1) * block_size, sequences: 1 };
+    let mut loaded = load_engine(&options, pass, &mut |_| {})?;
     let prompt = prompt(args, &loaded)?;
     let checkpoint = loaded.checkpoint.clone();
     let params = SamplingParams {

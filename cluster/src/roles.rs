@@ -2,13 +2,16 @@
 //!
 //! The roles themselves live in their crates. Read [`router`], [`prefill`], [`decode`] and [`Shutdown`].
 
-use crate::cli::{EngineArgs, KvCacheDtype, NodeArgs, RouterArgs, SupervisionArgs, WeightsCache};
+use crate::cli::{EngineArgs, HugePagesArg, KvCacheDtype, NodeArgs, RouterArgs, SupervisionArgs, WeightsCache};
 use crate::dirs;
 use anyhow::Context;
 use ridge_decode_node::machine::DecodeConfig;
 use ridge_decode_node::shell::DecodeOptions;
 use ridge_kernels::KvDtype;
+use ridge_kernels::sync::pool::Placement;
 use ridge_kvtransfer::shell::{LinkOptions, TransportOptions};
+use ridge_model::mapping::HugePages;
+use ridge_model::memory::KvDemand;
 use ridge_model::worker::EngineOptions;
 use ridge_prefill_node::machine::PrefillConfig;
 use ridge_prefill_node::shell::PrefillOptions;
@@ -67,7 +70,7 @@ pub fn prefill(args: NodeArgs) -> anyhow::Result<()> {
     }
     let options = PrefillOptions {
         link: link(&args, "prefill-0"),
-        engine: engine(args.model, args.threads, args.cores, args.kv_blocks, &args.engine),
+        engine: node_engine(&args),
         machine,
         sender: ridge_kvtransfer::SenderConfig::default(),
     };
@@ -89,7 +92,7 @@ pub fn decode(args: NodeArgs) -> anyhow::Result<()> {
     }
     let options = DecodeOptions {
         link: link(&args, "decode-0"),
-        engine: engine(args.model, args.threads, args.cores, args.kv_blocks, &args.engine),
+        engine: node_engine(&args),
         machine,
         receiver: ridge_kvtransfer::ReceiverConfig::default(),
     };
@@ -108,28 +111,20 @@ fn link(args: &NodeArgs, default_name: &str) -> LinkOptions {
     }
 }
 
-fn engine(
-    model: String,
-    threads: Option<u16>,
-    cores: Option<crate::cli::CoreList>,
-    kv_blocks: Option<usize>,
-    args: &EngineArgs,
-) -> EngineOptions {
-    let cores = cores.map(|list| list.0);
-    let default_threads = || match &cores {
-        Some(cores) => cores.len(),
-        None => std::thread::available_parallelism().map_or(1, usize::from),
+fn node_engine(args: &NodeArgs) -> EngineOptions {
+    let cores = args.cores.as_ref().map(|list| list.0.clone());
+    let threads = match (args.threads, &cores) {
+        (Some(threads), _) => threads.into(),
+        (None, Some(cores)) => cores.len(),
+        (None, None) => default_threads(),
     };
+    let placement = Placement { threads, cores, nice: args.nice, shared: args.shared_cores };
+    let options = engine(args.model.clone(), placement, &args.engine);
     EngineOptions {
-        model,
-        threads: threads.map_or_else(default_threads, usize::from),
-        cores,
-        block_size: args.block_size,
-        kv_dtype: kv_dtype(args.kv_cache_dtype),
-        max_model_len: args.max_model_len,
-        kv_blocks,
-        kv_memory_bytes: args.kv_memory,
-        weights_cache: weights_cache(&args.weights_cache),
+        kv: args.kv_blocks.map_or(options.kv, KvDemand::Blocks),
+        memory_bytes: args.memory,
+        memory_nodes: args.memory_nodes.into(),
+        ..options
     }
 }
 
@@ -140,6 +135,30 @@ pub fn weights_cache(choice: &WeightsCache) -> Option<PathBuf> {
         WeightsCache::Off => None,
         WeightsCache::Folder(folder) => Some(folder.clone()),
     }
+}
+
+/// An engine that has the machine's memory to itself.
+pub fn engine(model: String, placement: Placement, args: &EngineArgs) -> EngineOptions {
+    EngineOptions {
+        model,
+        placement,
+        block_size: args.block_size,
+        kv_dtype: kv_dtype(args.kv_cache_dtype),
+        max_model_len: args.max_model_len,
+        kv: args.kv_memory.map_or(KvDemand::Auto, KvDemand::Bytes),
+        memory_bytes: None,
+        memory_nodes: 1,
+        huge_pages: match args.huge_pages {
+            HugePagesArg::Auto => HugePages::Auto,
+            HugePagesArg::Off => HugePages::Off,
+        },
+        weights_cache: weights_cache(&args.weights_cache),
+    }
+}
+
+/// A thread per core.
+pub fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// The engine's spelling; `None` follows the checkpoint.

@@ -6,7 +6,7 @@
 use crate::checkpoint::{Checkpoint, LoadError};
 use crate::forward::{Forward, Weights};
 use crate::kv::KvMemory;
-use crate::sampling::sample;
+use crate::sampling::sample_rows;
 use crate::spec::ModelSpec;
 use ridge_kernels::{Cpu, KvFormat};
 use ridge_protocol::{BatchPlan, KV_LAYOUT, ModelIdentity, RequestId, TokenOut};
@@ -97,12 +97,10 @@ impl Engine for CpuEngine {
     fn run(&mut self, plan: &BatchPlan, on_layer: &mut dyn FnMut(u32)) -> Vec<Output> {
         let vocab = self.weights.spec().vocab;
         let logits = self.forward.run(&self.weights, &self.kv, &self.cpu, plan, on_layer);
-        plan.items
-            .iter()
-            .filter_map(|item| Some((item.request, item.sample.as_ref()?)))
-            .zip(logits.chunks_exact_mut(vocab))
-            .map(|((request, spec), logits)| Output { request, token: sample(logits, spec) })
-            .collect()
+        let wanted: Vec<_> = plan.items.iter().filter_map(|item| Some((item.request, item.sample.as_ref()?))).collect();
+        let specs: Vec<_> = wanted.iter().map(|(_, spec)| *spec).collect();
+        let tokens = sample_rows(self.cpu.pool(), logits, vocab, &specs);
+        wanted.iter().zip(tokens).map(|((request, _), token)| Output { request: *request, token }).collect()
     }
 
     fn kv(&self) -> &Arc<KvMemory> {

@@ -70,6 +70,13 @@ pub struct Forward {
 }
 
 impl Forward {
+    /// Bytes that the buffers have grown to; `memory::activation_bytes` says beforehand how far they can.
+    pub fn scratch_bytes(&self) -> usize {
+        let s = &self.scratch;
+        let floats = [&s.x, &s.h, &s.q, &s.attended, &s.k, &s.v, &s.gate, &s.up, &s.cos, &s.sin, &s.logits];
+        size_of_val(&*s.tokens) + floats.into_iter().map(|buffer| size_of_val(&**buffer)).sum::<usize>()
+    }
+
     /// Runs `plan` and returns the logits, `[items that sample, vocab]` in the order of the items.
     ///
     /// `on_layer(l)` is called once layer `l`'s keys and values of all items are in their pages, while later layers

@@ -1,8 +1,12 @@
 //! The memory that KV pages live in, shared by the engine that fills it and the shell that ships it.
 //!
-//! [`KvMemory`] is one anonymous mapping of `layers x blocks` pages. A page is K and V of one block in one layer, as
+//! [`KvMemory`] is one anonymous mapping of `blocks x layers` pages. A page is K and V of one block in one layer, as
 //! [`KvFormat`] lays them out; it is the unit of locking and of transfer. The memory knows neither sequences nor
 //! owners: block numbers are handed out by `ridge-blocks`.
+//!
+//! A block's pages are neighbours, because memory becomes resident as it is written, in huge pages by the 2 MiB. Block
+//! numbers are handed out from 0 up, so that what is in use is dense and ends in one huge page that is not full; were
+//! a layer's pages neighbours, there would be one such end per layer.
 //!
 //! Who may touch a page is decided elsewhere and checked here: [`KvMemory::read`] and [`KvMemory::write`] take the
 //! page's lock without waiting and panic if it is taken the wrong way, because that means that a hand-off invariant
@@ -10,6 +14,7 @@
 
 #![allow(unsafe_code, reason = "pages are handed out as slices of one mapping that engine and network share")]
 
+use crate::mapping::{self, HugePages, HugePagesGot};
 use ridge_kernels::KvFormat;
 use ridge_kernels::sync::page_lock::PageLocks;
 use ridge_protocol::BlockId;
@@ -58,13 +63,19 @@ pub struct KvMemory {
     stride: usize,
     /// Zeroed by the system; a page costs memory from its first write on.
     map: memmap2::MmapRaw,
+    huge_pages: HugePagesGot,
     /// One per page, in the order of the pages.
     locks: PageLocks,
 }
 
 impl KvMemory {
-    /// Maps memory for `layers x blocks` pages, all zero.
+    /// Maps memory for `blocks x layers` pages, all zero, without huge pages.
     pub fn new(format: KvFormat, layers: usize, blocks: usize) -> Result<Self, KvError> {
+        Self::with_huge_pages(format, layers, blocks, HugePages::Off)
+    }
+
+    /// Maps memory for `blocks x layers` pages, all zero.
+    pub fn with_huge_pages(format: KvFormat, layers: usize, blocks: usize, huge: HugePages) -> Result<Self, KvError> {
         if layers == 0 || blocks == 0 {
             return Err(KvError::Empty { layers, blocks });
         }
@@ -75,10 +86,15 @@ impl KvMemory {
             .and_then(|pages| pages.checked_mul(stride))
             .filter(|bytes| *bytes <= isize::MAX as usize && blocks <= u32::MAX as usize)
             .ok_or(KvError::TooLarge { layers, blocks, page_bytes })?;
-        let map = memmap2::MmapMut::map_anon(bytes)
-            .map_err(|error| KvError::Map { bytes, reason: error.to_string() })?
-            .into();
-        Ok(Self { format, layers, blocks, stride, map, locks: PageLocks::new(layers * blocks) })
+        let (map, huge_pages) =
+            mapping::map(bytes, huge).map_err(|error| KvError::Map { bytes, reason: error.to_string() })?;
+        let locks = PageLocks::new(layers * blocks);
+        Ok(Self { format, layers, blocks, stride, map: map.into(), huge_pages, locks })
+    }
+
+    /// Whether the memory will be in huge pages.
+    pub fn huge_pages(&self) -> &HugePagesGot {
+        &self.huge_pages
     }
 
     /// The layout of a page.
@@ -127,7 +143,7 @@ impl KvMemory {
     fn page(&self, layer: usize, block: BlockId) -> usize {
         assert!(layer < self.layers, "layer {layer} of {}", self.layers);
         assert!((block.0 as usize) < self.blocks, "block {} of {}", block.0, self.blocks);
-        layer * self.blocks + block.0 as usize
+        block.0 as usize * self.layers + layer
     }
 
     /// Where a page begins; within the mapping, for every page that [`KvMemory::page`] returns.
@@ -148,7 +164,7 @@ impl Deref for PageRead<'_> {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the page lies within the mapping (`page < layers * blocks`, whose product with the stride was
+        // SAFETY: the page lies within the mapping (`page < blocks * layers`, whose product with the stride was
         // mapped), is initialised (by the system, to zero), and the mapping outlives `self.memory`. Its read lock
         // is held until `self` is dropped, so that no `PageWrite` of this page exists meanwhile.
         unsafe { std::slice::from_raw_parts(self.memory.address(self.page), self.memory.page_bytes()) }

@@ -13,6 +13,8 @@ pub mod engine;
 pub mod forward;
 pub mod generate;
 pub mod kv;
+pub mod mapping;
+pub mod memory;
 pub mod packed;
 pub mod rope;
 pub mod sampling;

@@ -9,6 +9,7 @@
 //! written before a crash may not have reached the disk. Files appear by rename, so that a reader sees all or nothing.
 
 use crate::checkpoint::{Checkpoint, FileMap, Tensor};
+use crate::mapping::{self, HugePages};
 use ridge_kernels::{Cpu, DType, Matrix, Packed};
 use std::fs::File;
 use std::io;
@@ -22,7 +23,7 @@ const VERSION: &str = "ridge packed weights 1";
 /// The header has a page of its own, so that weights start on a page.
 const HEADER: usize = 4096;
 /// Weights below this are packed into private memory: it takes milliseconds.
-const WORTH_A_FILE: usize = 64 << 20;
+pub const WORTH_A_FILE: usize = 64 << 20;
 /// Bytes packed at a time on their way into a file.
 const PIECE: usize = 16 << 20;
 /// How long to wait for another process that is packing the same model.
@@ -124,13 +125,11 @@ impl Builder {
                 ),
             }
         }
-        let mut map = memmap2::MmapMut::map_anon(self.bytes.max(1))?;
-        #[cfg(target_os = "linux")]
-        let _ = map.advise(memmap2::Advice::HugePage);
+        let (mut map, huge_pages) = mapping::map(self.bytes.max(1), HugePages::Auto)?;
         for entry in &self.entries {
             entry.pack(cpu, 0..entry.slot.rows, &mut map[entry.slot.start..][..entry.slot.bytes]);
         }
-        tracing::info!(bytes = self.bytes, ms = begin.elapsed().as_millis(), "weights packed");
+        tracing::info!(bytes = self.bytes, ms = begin.elapsed().as_millis(), %huge_pages, "weights packed");
         Ok(Store { memory: Memory::Private(map) })
     }
 

@@ -13,41 +13,66 @@
 //! 4. otherwise temperature, top-k, top-p, min-p (vLLM's order), and a draw from what is left.
 //!
 //! A logit that is not finite counts as minus infinity. If that is true of all of them the answer is token 0.
+//! What step 4 leaves is drawn from in the order of token ids. No step sorts the vocabulary: see `scan`.
 
+mod scan;
+
+use ridge_kernels::sync::pool::ThreadPool;
 use ridge_protocol::{SampleSpec, SamplingParams, TokenId, TokenOut};
-use std::cmp::Ordering;
+use scan::{Cut, Weigher};
+use std::sync::Mutex;
 
 /// What a log-probability of minus infinity is reported as: JSON has no infinity, and OpenAI's API uses this number.
 pub const LOWEST_LOGPROB: f32 = -9999.0;
 
+/// [`sample`] for each row of `logits` `[specs.len(), vocab]`, on the threads of `pool`.
+pub fn sample_rows(pool: &ThreadPool, logits: &mut [f32], vocab: usize, specs: &[&SampleSpec]) -> Vec<TokenOut> {
+    assert_eq!(logits.len(), specs.len() * vocab);
+    // Each task has a row of its own; the locks only prove it.
+    let rows = logits.chunks_exact_mut(vocab).zip(specs).map(|(row, spec)| Mutex::new((row, *spec, None)));
+    let rows: Vec<_> = rows.collect();
+    pool.run(rows.len(), &|row| {
+        let (logits, spec, out) = &mut *rows[row].lock().expect("a row has one task");
+        *out = Some(sample(logits, spec));
+    });
+    let out = |row: Mutex<(_, _, Option<TokenOut>)>| row.into_inner().expect("a panic would have gone on").2;
+    rows.into_iter().map(|row| out(row).expect("every task ran")).collect()
+}
+
 /// Chooses the next token from `logits` (one row, `vocab` long), which is left in an unspecified state.
 pub fn sample(logits: &mut [f32], spec: &SampleSpec) -> TokenOut {
     assert!(!logits.is_empty(), "sampling from an empty vocabulary");
-    for logit in logits.iter_mut() {
-        if !logit.is_finite() {
-            *logit = f32::NEG_INFINITY;
-        }
-    }
     let params = &*spec.params;
-    // Logits change below, so what the reported numbers need is kept before they do.
-    let report = params.logprobs.map(|count| (log_sum_exp(logits), top(logits, usize::from(count))));
-    let raw = report.is_some().then(|| logits.to_vec());
+    let Some(count) = params.logprobs else {
+        return TokenOut { token: choose(logits, spec), logprob: None, top: Vec::new() };
+    };
+    // What is reported is the model's own distribution, so it is computed before penalties change the logits.
+    let peaks = scan::peaks(logits);
+    let total = scan::log_sum_exp(logits, largest(&peaks));
+    let top = scan::likeliest(logits, &peaks, usize::from(count));
+    let raw = logits.to_vec();
+    let token = choose(logits, spec);
+    TokenOut {
+        token,
+        logprob: Some(logprob(raw[token as usize], total)),
+        top: top.into_iter().map(|(id, logit)| (id, logprob(logit, total))).collect(),
+    }
+}
 
+/// The token, after penalties and biases.
+fn choose(logits: &mut [f32], spec: &SampleSpec) -> TokenId {
+    let params = &*spec.params;
     penalize(logits, spec);
     for &(token, bias) in &params.logit_bias {
-        if let Some(logit) = logits.get_mut(token as usize) {
-            *logit += bias;
-        }
+        adjust(logits, token, |logit| logit + bias);
     }
-    let token = if params.temperature == 0.0 { argmax(logits) } else { draw(logits, params, spec.position) };
+    if params.temperature == 0.0 { scan::argmax(logits) } else { draw(logits, params, spec.position) }
+}
 
-    match (report, raw) {
-        (Some((total, top)), Some(raw)) => TokenOut {
-            token,
-            logprob: Some(logprob(raw[token as usize], total)),
-            top: top.into_iter().map(|id| (id, logprob(raw[id as usize], total))).collect(),
-        },
-        _ => TokenOut { token, logprob: None, top: Vec::new() },
+/// Changes one token's logit. One that is not finite stays out; a finite one stays finite.
+fn adjust(logits: &mut [f32], token: TokenId, change: impl FnOnce(f32) -> f32) {
+    if let Some(logit) = logits.get_mut(token as usize).filter(|logit| logit.is_finite()) {
+        *logit = change(*logit).clamp(f32::MIN, f32::MAX);
     }
 }
 
@@ -61,15 +86,12 @@ fn penalize(logits: &mut [f32], spec: &SampleSpec) {
     // Sorted so that each distinct token is a run: repetition counts a token once, frequency counts the run.
     if params.repetition_penalty != 1.0 {
         for (token, _) in runs(&spec.history) {
-            if let Some(logit) = logits.get_mut(token as usize) {
-                *logit *= if *logit < 0.0 { params.repetition_penalty } else { params.repetition_penalty.recip() };
-            }
+            let penalty = params.repetition_penalty;
+            adjust(logits, token, |logit| logit * if logit < 0.0 { penalty } else { penalty.recip() });
         }
     }
     for (token, count) in runs(&spec.history[prompt_len..]) {
-        if let Some(logit) = logits.get_mut(token as usize) {
-            *logit -= params.presence_penalty + count as f32 * params.frequency_penalty;
-        }
+        adjust(logits, token, |logit| logit - (params.presence_penalty + count as f32 * params.frequency_penalty));
     }
 }
 
@@ -80,113 +102,30 @@ fn runs(tokens: &[TokenId]) -> Vec<(TokenId, u32)> {
     sorted.chunk_by(|a, b| a == b).map(|run| (run[0], run.len() as u32)).collect()
 }
 
-/// The largest logit's token, the lowest id among equals.
-fn argmax(logits: &[f32]) -> TokenId {
-    let mut best = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = id;
-        }
-    }
-    best as TokenId
-}
-
 /// Temperature, top-k, top-p, min-p, then one draw.
-fn draw(logits: &[f32], params: &SamplingParams, position: u32) -> TokenId {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+fn draw(logits: &mut [f32], params: &SamplingParams, position: u32) -> TokenId {
+    let peaks = scan::peaks(logits);
+    let largest = largest(&peaks);
     if largest == f32::NEG_INFINITY {
         return 0;
     }
-    // Weights are relative to the likeliest token's, so its own is 1 and no exponential overflows.
-    let temperature = f64::from(params.temperature);
-    let weight = |logit: f32| ((f64::from(logit) - f64::from(largest)) / temperature).exp();
-
-    let top_k = if params.top_k == 0 { logits.len() } else { (params.top_k as usize).min(logits.len()) };
-    let mut kept: Vec<(TokenId, f64)>;
-    if top_k == logits.len() && params.top_p >= 1.0 {
-        kept = logits.iter().enumerate().map(|(id, logit)| (id as TokenId, weight(*logit))).collect();
-    } else {
-        let mut order: Vec<TokenId> = (0..logits.len() as TokenId).collect();
-        keep_likeliest(&mut order, logits, top_k);
-        kept = order.iter().map(|id| (*id, weight(logits[*id as usize]))).collect();
-        if params.top_p < 1.0 {
-            keep_nucleus(&mut kept, params.top_p);
-        }
+    let mut cut = Cut::NONE;
+    if params.top_k > 0 && (params.top_k as usize) < logits.len() {
+        let kept = scan::likeliest(logits, &peaks, params.top_k as usize);
+        cut = kept.last().map_or(cut, |(id, logit)| Cut { logit: *logit, id: *id });
     }
-    let floor = f64::from(params.min_p);
+    if params.top_p < 1.0 {
+        // Min-p comes after top-p: it takes nothing from the mass that the nucleus is a share of.
+        let weigher = Weigher::new(largest, params.temperature, 0.0);
+        cut = scan::nucleus(logits, &peaks, &weigher, cut, params.top_p);
+    }
     // The likeliest token has weight 1, so at least that one stays.
-    kept.retain(|(_, weight)| *weight > 0.0 && *weight >= floor);
-
-    let total: f64 = kept.iter().map(|(_, weight)| weight).sum();
-    let target = uniform(params.seed, position) * total;
-    let mut sum = 0.0;
-    for (id, weight) in &kept {
-        sum += weight;
-        if sum > target {
-            return *id;
-        }
-    }
-    // Unreachable but for rounding: `target` is below the same sum.
-    kept.last().map_or(0, |(id, _)| *id)
+    let weigher = Weigher::new(largest, params.temperature, params.min_p);
+    scan::at_fraction(logits, &peaks, &weigher, cut, uniform(params.seed, position))
 }
 
-/// Likelier first, the lower id among equals. Logits are never NaN here.
-fn likelier(logits: &[f32], a: TokenId, b: TokenId) -> Ordering {
-    logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b))
-}
-
-/// Cuts `order` to its `count` likeliest tokens, in no particular order.
-fn keep_likeliest(order: &mut Vec<TokenId>, logits: &[f32], count: usize) {
-    if count < order.len() {
-        order.select_nth_unstable_by(count, |a, b| likelier(logits, *a, *b));
-        order.truncate(count);
-        // Selection leaves an order that depends on the algorithm; the draw must not.
-        order.sort_unstable();
-    }
-}
-
-/// Cuts `kept` to the shortest prefix, likeliest first, that holds at least `top_p` of its mass.
-fn keep_nucleus(kept: &mut Vec<(TokenId, f64)>, top_p: f32) {
-    let order = |a: &(TokenId, f64), b: &(TokenId, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    let needed = kept.iter().map(|(_, weight)| weight).sum::<f64>() * f64::from(top_p);
-    // A nucleus is usually a few tokens of a vocabulary of a hundred thousand: sort a growing head of it.
-    let mut head = 256;
-    loop {
-        let sorted = head.min(kept.len());
-        if sorted < kept.len() {
-            kept.select_nth_unstable_by(sorted, order);
-        }
-        kept[..sorted].sort_unstable_by(order);
-        let mut sum = 0.0;
-        for index in 0..sorted {
-            sum += kept[index].1;
-            if sum >= needed {
-                kept.truncate(index + 1);
-                return;
-            }
-        }
-        if sorted == kept.len() {
-            return;
-        }
-        head *= 8;
-    }
-}
-
-/// The `count` largest logits' tokens, largest first.
-fn top(logits: &[f32], count: usize) -> Vec<TokenId> {
-    let mut order: Vec<TokenId> = (0..logits.len() as TokenId).collect();
-    keep_likeliest(&mut order, logits, count);
-    order.sort_unstable_by(|a, b| likelier(logits, *a, *b));
-    order
-}
-
-/// Logarithm of the sum of exponentials, in f64; minus infinity if every logit is.
-fn log_sum_exp(logits: &[f32]) -> f64 {
-    let largest = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    if largest == f64::NEG_INFINITY {
-        return largest;
-    }
-    largest + logits.iter().map(|logit| (f64::from(*logit) - largest).exp()).sum::<f64>().ln()
+fn largest(peaks: &[f32]) -> f32 {
+    peaks.iter().copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
 fn logprob(logit: f32, log_sum_exp: f64) -> f32 {

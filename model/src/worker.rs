@@ -6,7 +6,10 @@
 use crate::checkpoint::{Checkpoint, LoadError, LoadOptions, LoadProgress, ModelSource, TensorMap, load};
 use crate::engine::{CpuEngine, Engine, EngineError, identity};
 use crate::kv::{KvError, KvMemory};
-use ridge_kernels::sync::pool::pin_to;
+use crate::mapping::HugePages;
+use crate::memory::machine::MachineMemory;
+use crate::memory::{self, Demand, KvDemand, MemoryPlan, PassLimits, Refusal, WeightBytes};
+use ridge_kernels::sync::pool::{Placement, lower_priority, pin_to};
 use ridge_kernels::{Cpu, DType, KvDtype, KvFormat};
 use ridge_protocol::{BatchPlan, Duration, ModelIdentity, RequestId, TokenOut};
 use std::path::PathBuf;
@@ -14,30 +17,27 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
-/// Sequences of the longest length that the default KV pool has room for, memory permitting.
-const DEFAULT_SEQUENCES: usize = 16;
-/// Share of the machine's available memory that a default KV pool may take: several nodes may share the machine.
-const DEFAULT_MEMORY_SHARE: u64 = 5;
-
 /// How a node's engine is set up.
 #[derive(Clone, PartialEq, Debug)]
 pub struct EngineOptions {
     /// A folder, a `.gguf` file, or a Hugging Face repository id.
     pub model: String,
-    /// Threads that compute, at least one.
-    pub threads: usize,
-    /// Cores to pin them to, in order.
-    pub cores: Option<Vec<usize>>,
+    /// Threads that compute, at least one, and where.
+    pub placement: Placement,
     /// Tokens per KV block.
     pub block_size: usize,
     /// Element type of the KV cache; `None` follows the weights.
     pub kv_dtype: Option<KvDtype>,
     /// Longest prompt plus answer; `None` takes what the model was trained for, as far as the pool has room.
     pub max_model_len: Option<usize>,
-    /// Blocks in the pool; `None` derives them from the memory.
-    pub kv_blocks: Option<usize>,
-    /// Bytes of KV memory; `None` takes a share of what is available.
-    pub kv_memory_bytes: Option<u64>,
+    /// How much KV memory.
+    pub kv: KvDemand,
+    /// Bytes that the nodes of this machine may use together; `None` takes what the machine has.
+    pub memory_bytes: Option<u64>,
+    /// Nodes that share them, this one included.
+    pub memory_nodes: usize,
+    /// Huge pages for the KV cache.
+    pub huge_pages: HugePages,
     /// Folder for packed weights, shared by the machine's processes; `None` packs into private memory.
     pub weights_cache: Option<PathBuf>,
 }
@@ -54,6 +54,9 @@ pub enum SetupError {
     /// Weights and memory do not fit together.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// The machine is too small for it.
+    #[error(transparent)]
+    Memory(#[from] Refusal),
     /// An option is out of range.
     #[error("{0}")]
     Option(String),
@@ -73,12 +76,16 @@ pub struct LoadedEngine {
     pub max_model_len: usize,
 }
 
-/// Loads a model and lays out its KV memory.
+/// Loads a model and lays out its KV memory, for passes up to `pass`.
+///
+/// What all of it will take is planned and logged first, and refused if the machine has not got it.
 pub fn load_engine(
     options: &EngineOptions,
+    pass: PassLimits,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<LoadedEngine, SetupError> {
-    if options.threads == 0 {
+    let started = std::time::Instant::now();
+    if options.placement.threads == 0 {
         return Err(SetupError::Option("--threads must be at least 1".into()));
     }
     if options.block_size == 0 || options.block_size > 1024 {
@@ -93,17 +100,18 @@ pub fn load_engine(
         head_dim: spec.head_dim,
         block_size: options.block_size,
     };
-    let (blocks, max_model_len) = plan_kv(options, &format, spec.layers, spec.context)?;
-    let kv = Arc::new(KvMemory::new(format, spec.layers, blocks)?);
-    let cpu = Cpu::new(options.threads, options.cores.as_deref());
+    let MemoryPlan { blocks, max_model_len, .. } = plan_memory(options, pass, &checkpoint, format)?;
+    let kv = Arc::new(KvMemory::with_huge_pages(format, spec.layers, blocks, options.huge_pages)?);
+    let cpu = Cpu::placed(&options.placement);
     let engine = Box::new(CpuEngine::new(&checkpoint, kv.clone(), cpu, options.weights_cache.as_deref())?);
     let identity = identity(&checkpoint, &format);
     tracing::info!(
         model = %checkpoint.name,
-        weights_mib = checkpoint.tensors.bytes() >> 20,
         kv_mib = (blocks * spec.layers * format.page_bytes()) >> 20,
         blocks,
         max_model_len,
+        huge_pages = %kv.huge_pages(),
+        ms = started.elapsed().as_millis() as u64,
         "engine is ready"
     );
     // The engine has what it needs of them.
@@ -120,52 +128,31 @@ pub fn default_kv_dtype(checkpoint: &Checkpoint) -> KvDtype {
     }
 }
 
-/// Number of blocks and the context length they allow.
-fn plan_kv(
+/// Plans the node's memory and logs the plan.
+fn plan_memory(
     options: &EngineOptions,
-    format: &KvFormat,
-    layers: usize,
-    context: usize,
-) -> Result<(usize, usize), SetupError> {
-    let block_bytes = (format.page_bytes() * layers) as u64;
-    let wanted_len = options.max_model_len.unwrap_or(context);
-    if wanted_len < 2 {
-        return Err(SetupError::Option("--max-model-len must be at least 2".into()));
+    pass: PassLimits,
+    checkpoint: &Checkpoint,
+    format: KvFormat,
+) -> Result<MemoryPlan, SetupError> {
+    let plan = memory::plan(&Demand {
+        spec: &checkpoint.spec,
+        weights: WeightBytes::of(checkpoint, options.weights_cache.is_some())?,
+        format,
+        pass,
+        threads: options.placement.threads,
+        kv: options.kv,
+        max_model_len: options.max_model_len,
+        machine: options.memory_bytes.map_or_else(MachineMemory::read, MachineMemory::given),
+        nodes: options.memory_nodes,
+    })?;
+    // A target of its own, so that a supervisor that hides other news can show it.
+    tracing::info!(target: "ridge_model::memory", "memory plan\n{plan}");
+    if options.max_model_len.is_none() && plan.max_model_len < checkpoint.spec.context {
+        let (context, fits) = (checkpoint.spec.context, plan.max_model_len);
+        tracing::warn!("context cut from {context} to {fits} tokens: KV memory has no room for more");
     }
-    if wanted_len > context {
-        return Err(SetupError::Option(format!(
-            "--max-model-len {wanted_len} is more than the {context} tokens this model was made for"
-        )));
-    }
-    let per_sequence = wanted_len.div_ceil(format.block_size);
-    let budget = options.kv_memory_bytes.unwrap_or_else(|| available_memory() / DEFAULT_MEMORY_SHARE);
-    let affordable = (budget / block_bytes) as usize;
-    let blocks = match (options.kv_blocks, options.kv_memory_bytes) {
-        (Some(blocks), _) => blocks,
-        (None, Some(_)) => affordable,
-        (None, None) => affordable.min(per_sequence * DEFAULT_SEQUENCES),
-    };
-    if blocks >= per_sequence {
-        return Ok((blocks, wanted_len));
-    }
-    let fits = blocks * format.block_size;
-    if options.max_model_len.is_some() || fits < 2 {
-        return Err(SetupError::Option(format!(
-            "the KV pool has {blocks} blocks of {block_bytes} bytes, room for {fits} tokens, but one sequence of \
-             --max-model-len {wanted_len} needs {per_sequence} blocks: raise --kv-memory or lower --max-model-len"
-        )));
-    }
-    tracing::warn!("context cut from {wanted_len} to {fits} tokens: KV memory has no room for more");
-    Ok((blocks, fits))
-}
-
-/// Memory the system could give without swapping, in bytes.
-pub fn available_memory() -> u64 {
-    const FALLBACK: u64 = 4 << 30;
-    let Ok(info) = std::fs::read_to_string("/proc/meminfo") else { return FALLBACK };
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    kib.map_or(FALLBACK, |kib| kib << 10)
+    Ok(plan)
 }
 
 /// What a worker reports.
@@ -197,16 +184,18 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Moves an engine to a new thread, which runs on `core` if given: it computes beside the engine's own threads.
+    /// Moves an engine to a new thread, which counts as the first of `placement`: it computes beside the engine's own.
     /// `report` is called there; layers are reported only if `layers` is set.
     pub fn spawn(
         mut engine: Box<dyn Engine>,
-        core: Option<usize>,
+        placement: &Placement,
         layers: bool,
         mut report: impl FnMut(WorkerEvent) + Send + 'static,
     ) -> Self {
         let (plans, queue) = sync_channel::<BatchPlan>(1);
+        let (core, nice) = (placement.core(0), placement.nice);
         let run = move || {
+            lower_priority(nice);
             if let Some(core) = core {
                 pin_to(core);
             }

@@ -7,6 +7,7 @@ use ridge_model::engine::{CpuEngine, Engine, EngineError, identity};
 use ridge_model::forward::{Forward, Weights};
 use ridge_model::generate::{GenerateError, generate};
 use ridge_model::kv::KvMemory;
+use ridge_model::memory::{PassLimits, activation_bytes};
 use ridge_model::sampling::uniform;
 use ridge_model::spec::{Activation, AttentionSpec, FfnKind, FfnSpec, LayerSpec, ModelSpec, RopeScaling, RopeSpec};
 use ridge_protocol::{BatchPlan, BlockId, ModelIdentity, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId};
@@ -126,6 +127,20 @@ fn alone(weights: &Weights, kv_dtype: KvDtype, tokens: &[TokenId]) -> Vec<Vec<f3
         forward.run(weights, &kv, &cpu, &BatchPlan { step: 0, items }, &mut |_| {}).to_vec()
     };
     (0..tokens.len()).map(step).collect()
+}
+
+/// The plan of a node's memory is only as good as this sum.
+#[test]
+fn buffers_grow_to_what_was_planned() {
+    let weights = Weights::new(&checkpoint(DType::F32), &Cpu::new(1, None), None).expect("every tensor");
+    let kv = memory(KvDtype::F32, 16, 8);
+    let tokens: Vec<TokenId> = (0..61).collect();
+    let table = |first: u32| (first..first + 4).map(BlockId).collect::<Vec<_>>();
+    let items = vec![item(0, &tokens, 0, &table(0)), item(1, &tokens[..40], 0, &table(4))];
+    let mut forward = Forward::default();
+    forward.run(&weights, &kv, &Cpu::new(2, None), &BatchPlan { step: 0, items }, &mut |_| {});
+    let planned = activation_bytes(&spec(), PassLimits { tokens: 101, sequences: 2 });
+    assert_eq!(forward.scratch_bytes() as u64, planned);
 }
 
 /// Runs all prompts together, at random cut into chunks, batched and placed, and compares every row of logits.

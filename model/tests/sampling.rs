@@ -1,6 +1,7 @@
 //! Sampling: the order of its steps, its edge cases, and that the draws follow the distribution they claim.
 
-use ridge_model::sampling::{LOWEST_LOGPROB, sample};
+use ridge_kernels::sync::pool::{Placement, ThreadPool};
+use ridge_model::sampling::{LOWEST_LOGPROB, sample, sample_rows, uniform};
 use ridge_protocol::{SampleSpec, SamplingParams, TokenId, TokenOut};
 use std::sync::Arc;
 
@@ -215,4 +216,84 @@ fn extreme_values_do_not_overflow() {
     assert_eq!(token(&[-3e38, 3e38, 1.0], &params), 1);
     let flat = SamplingParams { temperature: 100.0, logprobs: Some(1), ..random() };
     assert!(run_at(&[-3e38, 3e38], &flat, &[], 0, 0).logprob.expect("was asked for").is_finite());
+}
+
+/// Logits of a vocabulary of some chunks and a rest, with ties and a few that are not numbers.
+fn many_logits(seed: u64) -> Vec<f32> {
+    let mut logits: Vec<f32> =
+        (0..1003).map(|i| ((uniform(seed, i) * 12.0 - 6.0) * 32.0).round() as f32 / 32.0).collect();
+    logits[seed as usize * 31 % 1003] = f32::NAN;
+    logits[seed as usize * 57 % 1003] = f32::INFINITY;
+    logits
+}
+
+/// The same as the text of the module says it: sort everything, cut, draw in the order of ids, all in f64.
+fn drawn_naively(logits: &[f32], params: &SamplingParams, position: u32) -> TokenId {
+    let mut order: Vec<usize> = (0..logits.len()).filter(|i| logits[*i].is_finite()).collect();
+    order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+    let largest = f64::from(logits[order[0]]);
+    let weight = |i: &usize| ((f64::from(logits[*i]) - largest) / f64::from(params.temperature)).exp();
+    if params.top_k > 0 {
+        order.truncate(params.top_k as usize);
+    }
+    let needed = order.iter().map(weight).sum::<f64>() * f64::from(params.top_p);
+    let mut sum = 0.0;
+    if let Some(end) = order.iter().position(|i| {
+        sum += weight(i);
+        sum >= needed
+    }) {
+        order.truncate(end + 1);
+    }
+    order.retain(|i| weight(i) >= f64::from(params.min_p));
+    order.sort_unstable();
+    let target = uniform(params.seed, position) * order.iter().map(weight).sum::<f64>();
+    let mut sum = 0.0;
+    let drawn = order.iter().find(|i| {
+        sum += weight(i);
+        sum > target
+    });
+    *drawn.or(order.last()).expect("one is left") as TokenId
+}
+
+#[test]
+fn every_filter_does_what_sorting_would() {
+    let mut seen = std::collections::BTreeSet::new();
+    for seed in 0..60 {
+        let logits = many_logits(seed);
+        for (top_k, top_p, min_p) in [
+            (0, 1.0, 0.0),
+            (0, 0.95, 0.0),
+            (0, 0.3, 0.0),
+            (40, 1.0, 0.0),
+            (7, 0.8, 0.0),
+            (500, 0.999, 0.01),
+            (0, 0.9, 0.2),
+        ] {
+            let temperature = [0.3, 0.8, 1.0, 2.5][seed as usize % 4];
+            let params = SamplingParams { temperature, seed, top_k, top_p, min_p, ..greedy() };
+            let got = run_at(&logits, &params, &[], 0, 9).token;
+            assert_eq!(got, drawn_naively(&logits, &params, 9), "{params:?}");
+            seen.insert(got);
+        }
+    }
+    assert!(seen.len() > 100, "only {} tokens were ever drawn", seen.len());
+}
+
+#[test]
+fn rows_do_not_depend_on_threads() {
+    let params = |row: u64| match row % 3 {
+        0 => greedy(),
+        1 => SamplingParams { seed: row, top_p: 0.9, ..random() },
+        _ => SamplingParams { seed: row, logprobs: Some(3), repetition_penalty: 1.2, ..random() },
+    };
+    let specs: Vec<SampleSpec> = (0..9)
+        .map(|row| SampleSpec { params: Arc::new(params(row)), history: vec![1, 2, 2], prompt_len: 1, position: 3 })
+        .collect();
+    let rows: Vec<f32> = (0..9).flat_map(many_logits).collect();
+    let alone: Vec<TokenOut> =
+        rows.chunks(1003).zip(&specs).map(|(row, spec)| sample(&mut row.to_vec(), spec)).collect();
+    for threads in [1, 2, 4] {
+        let pool = ThreadPool::new(&Placement::threads(threads));
+        assert_eq!(sample_rows(&pool, &mut rows.clone(), 1003, &specs.iter().collect::<Vec<_>>()), alone);
+    }
 }

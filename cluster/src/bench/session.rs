@@ -14,8 +14,9 @@ use ridge_model::checkpoint::{Checkpoint, LoadOptions, ModelSource, load};
 use ridge_model::cost::{Cost, CostModel};
 use ridge_model::engine::{CpuEngine, Engine};
 use ridge_model::kv::KvMemory;
+use ridge_model::memory::machine::MachineMemory;
 use ridge_model::spec::ModelSpec;
-use ridge_model::worker::{available_memory, default_kv_dtype};
+use ridge_model::worker::default_kv_dtype;
 use ridge_protocol::{BatchPlan, BlockId, Duration, PlanItem, RequestId, SampleSpec, SamplingParams};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -142,7 +143,7 @@ impl Session {
             None => demo::unpack(&dirs::cache()?)?.display().to_string(),
         };
         let threads = args.threads.map_or_else(host::cores, usize::from);
-        let available = available_memory();
+        let available = MachineMemory::read().bytes;
         let checkpoint = load(&ModelSource::parse(&path)?, &LoadOptions::default(), &mut |_| {})?;
         let limit = longest(args.engine.max_model_len, checkpoint.spec.context)?;
         let phases = phases(limit);

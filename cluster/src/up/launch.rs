@@ -4,12 +4,13 @@
 
 use super::plan::Member;
 use super::progress::human_bytes;
-use crate::cli::{HttpArgs, KvCacheDtype, UpArgs, WeightsCache};
+use crate::cli::{HttpArgs, HugePagesArg, KvCacheDtype, UpArgs, WeightsCache};
 use crate::{demo, dirs};
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use ridge_kvtransfer::shell::ca::ClusterCa;
 use ridge_model::checkpoint::{LoadOptions, LoadProgress, ModelSource, load};
+use ridge_model::memory::machine::MachineMemory;
 use ridge_protocol::Role;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -47,6 +48,9 @@ pub struct Launch {
     pub names: Vec<String>,
     /// Folder with one certificate folder per member.
     run_dir: dirs::RunDir,
+    /// Bytes for all nodes together, known before the first of them takes any: a node that starts later, or again, must
+    /// not count as gone what its siblings have.
+    memory: Option<u64>,
     args: UpArgs,
 }
 
@@ -70,7 +74,9 @@ impl Launch {
         let run_dir = dirs::RunDir::create(&data)?;
         issue_certificates(&data, run_dir.path(), members)?;
         let program = std::env::current_exe().context("cannot find this program's own file")?;
-        Ok(Self { program, model, names, run_dir, args })
+        let machine = args.memory.map_or_else(MachineMemory::read, MachineMemory::given);
+        let memory = machine.known.then_some(machine.bytes);
+        Ok(Self { program, model, names, run_dir, memory, args })
     }
 
     /// The arguments of `member`. `router` is the address that the router reported, `http` its HTTP address: a
@@ -95,6 +101,17 @@ impl Launch {
         line.flag("--router", &router.expect("nodes start after the router"));
         line.flag("--threads", &member.threads);
         line.option("--cores", member.cores.as_ref());
+        if member.nice > 0 {
+            line.flag("--nice", &member.nice);
+        }
+        if member.shared {
+            line.0.push("--shared-cores".into());
+        }
+        line.option("--memory", self.memory);
+        line.flag("--memory-nodes", &(self.args.prefill + self.args.decode));
+        if engine.huge_pages == HugePagesArg::Off {
+            line.flag("--huge-pages", &"off");
+        }
         line.flag("--block-size", &engine.block_size);
         if engine.kv_cache_dtype != KvCacheDtype::Auto {
             let name = engine.kv_cache_dtype.to_possible_value().expect("no type is skipped");
@@ -120,7 +137,8 @@ impl Launch {
             env.push(("HF_HUB_OFFLINE", "1".to_owned()));
         }
         if std::env::var_os("RUST_LOG").is_none_or(|filter| filter.is_empty()) {
-            let filter = if self.args.log_dir.is_some() { "info" } else { "warn" };
+            // What a node's memory goes to is worth seeing at every start.
+            let filter = if self.args.log_dir.is_some() { "info" } else { "warn,ridge_model::memory=info" };
             env.push(("RUST_LOG", filter.to_owned()));
         }
         env

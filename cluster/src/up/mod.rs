@@ -42,8 +42,9 @@ const KILL_WAIT: Duration = Duration::from_secs(5);
 pub fn run(args: UpArgs) -> anyhow::Result<()> {
     let started = Instant::now();
     let drain = Duration::from_secs(args.drain_timeout);
-    let plan =
-        Plan::new(args.prefill.into(), args.decode.into(), args.threads.map(usize::from), &plan::available_cores());
+    let cores = plan::available_cores();
+    let threads = args.threads.map(usize::from);
+    let plan = Plan::new(args.prefill.into(), args.decode.into(), threads, args.cores_policy, &cores);
     if let Some(remark) = &plan.remark {
         eprintln!("note: {remark}");
     }

@@ -8,6 +8,7 @@ use ridge_kvtransfer::shell::{ControlHandle, Endpoint, EndpointError, KvServer, 
 use ridge_kvtransfer::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput};
 use ridge_model::checkpoint::LoadProgress;
 use ridge_model::kv::KvMemory;
+use ridge_model::memory::PassLimits;
 use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
 use ridge_protocol::page::{PageHeader, page_digest};
 use ridge_protocol::wire::{NodeHello, NodeToRouter};
@@ -67,7 +68,10 @@ enum Event {
 pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> Result<(), NodeRunError> {
     let tls = NodeTls::read(&options.link.tls_dir.join("ca.pem"), &options.link.tls_dir)?;
     let endpoint = Endpoint::bind(options.link.listen, &tls, &options.link.transport)?;
-    let loaded = load_engine(&options.engine, &mut |progress| {
+    // Prompt tokens computed here come beside the running sequences' one each.
+    let sequences = options.machine.max_num_seqs;
+    let pass = PassLimits { tokens: sequences + options.machine.max_prefill_tokens as usize, sequences };
+    let loaded = load_engine(&options.engine, pass, &mut |progress| {
         if let LoadProgress::Download { done, total, .. } = progress {
             Status::Loading(done as f32 / total.max(1) as f32).print();
         }
@@ -90,8 +94,7 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
         pid: std::process::id(),
     };
     let (engine_events, mut from_engine) = mpsc::channel(2);
-    let core = options.engine.cores.as_ref().and_then(|cores| cores.first().copied());
-    let worker = Worker::spawn(loaded.engine, core, false, move |event| {
+    let worker = Worker::spawn(loaded.engine, &options.engine.placement, false, move |event| {
         // The loop is gone only when the process is about to be.
         let _ = engine_events.blocking_send(event);
     });

@@ -251,9 +251,9 @@ impl BytesDot<Ymm> for Widening {
         }
     }
     #[inline(always)]
-    fn above(low: __m256i, high: __m256i, by: u32) -> __m256i {
+    fn top(low: __m256i, v: __m256i, from: u32, width: u32, at: u32) -> __m256i {
         // SAFETY: the values prove AVX2.
-        unsafe { _mm256_or_si256(low, _mm256_sll_epi32(high, _mm_cvtsi32_si128(by as i32))) }
+        unsafe { _mm256_or_si256(low, _mm256_sll_epi32(Self::bits(v, from, width), _mm_cvtsi32_si128(at as i32))) }
     }
     #[inline(always)]
     unsafe fn levels(levels: &[u8; 16]) -> __m256i {

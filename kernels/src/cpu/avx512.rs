@@ -223,9 +223,18 @@ macro_rules! ints {
             }
         }
         #[inline(always)]
-        fn above(low: __m512i, high: __m512i, by: u32) -> __m512i {
+        fn top(low: __m512i, v: __m512i, from: u32, width: u32, at: u32) -> __m512i {
             // SAFETY: the values prove AVX-512.
-            unsafe { _mm512_or_si512(low, _mm512_sll_epi32(high, _mm_cvtsi32_si128(by as i32))) }
+            unsafe {
+                let shifted = if from > at {
+                    _mm512_srl_epi32(v, _mm_cvtsi32_si128((from - at) as i32))
+                } else {
+                    _mm512_sll_epi32(v, _mm_cvtsi32_si128((at - from) as i32))
+                };
+                let mask = _mm512_set1_epi8((((1u32 << width) - 1) << at) as i8);
+                // (shifted & mask) | low
+                _mm512_ternarylogic_epi32::<0xea>(shifted, mask, low)
+            }
         }
         #[inline(always)]
         unsafe fn levels(levels: &[u8; 16]) -> __m512i {

@@ -18,7 +18,7 @@ mod vector;
 pub(crate) use instantiate::instantiate;
 
 use crate::dtype::Matrix;
-use crate::sync::pool::ThreadPool;
+use crate::sync::pool::{Placement, ThreadPool};
 use dispatch::{Isa, Kernels};
 use std::sync::Mutex;
 
@@ -41,17 +41,22 @@ impl Cpu {
     /// Kernels for the best ISA of this machine on `threads` threads, the caller included. With `cores`, worker `i` is pinned to
     /// `cores[i]`; the calling thread counts as worker 0 and stays where it is (see [`crate::sync::pool::pin_to`]).
     pub fn new(threads: usize, cores: Option<&[usize]>) -> Cpu {
-        Self::build(Isa::detect(), threads, cores).expect("a detected ISA is available")
+        Self::placed(&Placement { cores: cores.map(<[usize]>::to_vec), ..Placement::threads(threads) })
+    }
+
+    /// Kernels for the best ISA of this machine on the threads of `placement`, the calling thread being the first.
+    pub fn placed(placement: &Placement) -> Cpu {
+        Self::build(Isa::detect(), placement).expect("a detected ISA is available")
     }
 
     /// Kernels for a given ISA, or `None` if this machine cannot run it.
     pub fn with_isa(isa: Isa, threads: usize) -> Option<Cpu> {
-        Self::build(isa, threads, None)
+        Self::build(isa, &Placement::threads(threads))
     }
 
-    fn build(isa: Isa, threads: usize, cores: Option<&[usize]>) -> Option<Cpu> {
+    fn build(isa: Isa, placement: &Placement) -> Option<Cpu> {
         let kernels = Kernels::of(isa)?;
-        Some(Cpu { isa, kernels, pool: ThreadPool::new(threads, cores), states: Mutex::default() })
+        Some(Cpu { isa, kernels, pool: ThreadPool::new(placement), states: Mutex::default() })
     }
 
     /// The instruction set in use.

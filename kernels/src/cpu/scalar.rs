@@ -170,8 +170,9 @@ impl BytesDot<Lanes> for Integers {
         v.map(|v| (v >> from) & (0x0101_0101 * ((1 << width) - 1)))
     }
     #[inline(always)]
-    fn above(low: [u32; 4], high: [u32; 4], by: u32) -> [u32; 4] {
-        [low[0] | high[0] << by, low[1] | high[1] << by, low[2] | high[2] << by, low[3] | high[3] << by]
+    fn top(low: [u32; 4], v: [u32; 4], from: u32, width: u32, at: u32) -> [u32; 4] {
+        let high = Self::bits(v, from, width);
+        [low[0] | high[0] << at, low[1] | high[1] << at, low[2] | high[2] << at, low[3] | high[3] << at]
     }
     #[inline(always)]
     unsafe fn levels(levels: &[u8; 16]) -> [u32; 4] {

@@ -169,8 +169,8 @@ pub(crate) trait BytesDot<V: Vector> {
     fn floats(v: Self::Ints) -> V;
     /// `width` bits of each byte, from bit `from` on.
     fn bits(v: Self::Ints, from: u32, width: u32) -> Self::Ints;
-    /// `low | high << by`, by bytes; nothing overlaps.
-    fn above(low: Self::Ints, high: Self::Ints, by: u32) -> Self::Ints;
+    /// `low` and, from bit `at` of each byte on, `width` bits of `v` from bit `from` on.
+    fn top(low: Self::Ints, v: Self::Ints, from: u32, width: u32, at: u32) -> Self::Ints;
     /// A table for [`Self::look_up`].
     ///
     /// # Safety

@@ -132,6 +132,7 @@ impl Gate {
 
 #[cfg(all(test, loom))]
 mod loom_tests {
+    use super::super::claims::Claims;
     use super::super::primitive::AtomicUsize;
     use super::*;
     use loom::cell::UnsafeCell;
@@ -141,7 +142,7 @@ mod loom_tests {
         gate: Gate,
         /// Stands for the job's borrow: written by the owner while the gate is closed, read by workers inside.
         job: UnsafeCell<usize>,
-        next: AtomicUsize,
+        claims: Claims,
         done: AtomicUsize,
     }
     // SAFETY: `job` is guarded by the gate, which is what the test checks.
@@ -149,10 +150,11 @@ mod loom_tests {
     // SAFETY: as above.
     unsafe impl Send for Shared {}
 
-    fn work(shared: &Shared) {
+    fn work(shared: &Shared, thread: usize) {
         // SAFETY: the caller is the owner or inside the gate, and the owner writes only while nobody is inside.
         let tasks = shared.job.with(|p| unsafe { *p });
-        while shared.next.fetch_add(1, Ordering::Relaxed) < tasks {
+        let mut claims = shared.claims.of(thread, tasks);
+        while claims.take().is_some() {
             shared.done.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -166,17 +168,17 @@ mod loom_tests {
             let shared = Arc::new(Shared {
                 gate: Gate::new(0),
                 job: UnsafeCell::new(0),
-                next: AtomicUsize::new(0),
+                claims: Claims::new(workers + 1),
                 done: AtomicUsize::new(0),
             });
-            let threads: Vec<_> = (0..workers)
-                .map(|_| {
+            let threads: Vec<_> = (1..=workers)
+                .map(|thread| {
                     let shared = shared.clone();
                     loom::thread::spawn(move || {
                         let mut seen = JobNumber::NONE;
                         while let Some(job) = shared.gate.join(seen) {
                             seen = job;
-                            work(&shared);
+                            work(&shared, thread);
                             shared.gate.leave();
                         }
                     })
@@ -185,10 +187,10 @@ mod loom_tests {
             for &tasks in jobs {
                 // SAFETY: the gate is closed and empty, so no worker reads.
                 shared.job.with_mut(|p| unsafe { *p = tasks });
-                shared.next.store(0, Ordering::Relaxed);
+                shared.claims.reset(tasks);
                 shared.done.store(0, Ordering::Relaxed);
                 shared.gate.open();
-                work(&shared);
+                work(&shared, 0);
                 shared.gate.close();
                 assert_eq!(shared.done.load(Ordering::Relaxed), tasks);
             }

@@ -2,6 +2,7 @@
 //!
 //! Run the models with `RUSTFLAGS="--cfg loom" cargo test -p ridge-kernels --release loom_`.
 
+mod claims;
 pub(crate) mod gate;
 pub mod page_lock;
 #[cfg(not(loom))]

@@ -1,21 +1,57 @@
 //! A pool of pinned threads for loops whose iterations are independent. The caller takes part, so one thread means no workers.
 //!
-//! Tasks are claimed one by one from a counter: a thread that is late (asleep, or its core is busy) costs the others nothing
-//! but its share. Idle workers spin for some tens of microseconds, because a forward pass issues its next operation at once,
-//! and then sleep.
+//! Each thread has a fixed, contiguous share of the tasks, so that it meets the same weights in every pass; one that is done
+//! takes what others have left, so that a thread that is late (asleep, or its core is busy) costs nothing but its share (see
+//! [`super::claims`]). Idle workers spin for [`SPIN`], because a forward pass issues its next operation at once, and then
+//! sleep. Read [`Placement`] and [`ThreadPool`].
 
+use super::claims::Claims;
 use super::gate::{Gate, JobNumber};
-use super::primitive::{AtomicUsize, Mutex, Ordering};
+use super::primitive::Mutex;
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-/// Looks before sleeping when every thread has its own core: about 90 us where PAUSE takes 45 ns, 25 us where it takes 12.
-const SPINS: u32 = 2000;
-/// Looks before sleeping when threads must share cores: spinning would take the time that the spinner waits for.
-const SPINS_OVERCOMMITTED: u32 = 20;
+/// How long a thread with a core of its own looks for work before it sleeps: longer than any gap within a pass, and some
+/// times what waking up costs (5 to 50 us).
+pub const SPIN: Duration = Duration::from_micros(50);
+/// The same where threads or processes share cores: spinning would take the time that the spinner waits for.
+pub const SPIN_SHARED: Duration = Duration::from_micros(2);
+
+/// How many threads a pool has, and how they are to run.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Placement {
+    /// Threads, the one that calls [`ThreadPool::run`] included; 0 counts as 1.
+    pub threads: usize,
+    /// Cores to pin them to: thread `i` goes to `cores[i % len]`.
+    pub cores: Option<Vec<usize>>,
+    /// Niceness, 0 to 19: above 0 they give way to other processes on the same cores. Linux only.
+    pub nice: u8,
+    /// Another process computes on the same cores: sleep sooner.
+    pub shared: bool,
+}
+
+impl Placement {
+    /// Threads that may run anywhere and have the cores to themselves.
+    pub fn threads(threads: usize) -> Placement {
+        Placement { threads, cores: None, nice: 0, shared: false }
+    }
+
+    /// The core of thread `index`.
+    pub fn core(&self, index: usize) -> Option<usize> {
+        let cores = self.cores.as_deref().filter(|cores| !cores.is_empty())?;
+        Some(cores[index % cores.len()])
+    }
+
+    /// How long its threads look for work before they sleep.
+    fn spin(&self) -> Duration {
+        let available = std::thread::available_parallelism().map_or(1, |n| n.get());
+        if self.shared || self.threads > available { SPIN_SHARED } else { SPIN }
+    }
+}
 
 thread_local! {
     /// True while this thread runs a task; a loop inside a task then runs on the spot instead of waiting for itself.
@@ -34,8 +70,8 @@ struct Shared {
     gate: Gate,
     /// The current job; written by the owner while the gate is closed, read by those inside.
     job: UnsafeCell<Option<Job>>,
-    /// Next task to claim.
-    next: AtomicUsize,
+    /// Who has which tasks.
+    claims: Claims,
     /// The first panic of the current job.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -54,29 +90,27 @@ struct Job {
 }
 
 impl ThreadPool {
-    /// A pool of `threads` threads, the caller of [`Self::run`] included; 0 counts as 1. With `cores`, worker `i` is pinned to
-    /// `cores[i % len]` and the caller stands for worker 0, which is left to pin itself.
-    pub fn new(threads: usize, cores: Option<&[usize]>) -> ThreadPool {
-        let threads = threads.max(1);
-        let available = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let spins = if threads > available { SPINS_OVERCOMMITTED } else { SPINS };
+    /// The threads of `placement`, of which the caller of [`Self::run`] is thread 0: it pins itself and sets its own priority.
+    pub fn new(placement: &Placement) -> ThreadPool {
+        let threads = placement.threads.max(1);
         let shared = Arc::new(Shared {
-            gate: Gate::new(spins),
+            gate: Gate::new(looks(placement.spin())),
             job: UnsafeCell::new(None),
-            next: AtomicUsize::new(0),
+            claims: Claims::new(threads),
             panic: Mutex::new(None),
         });
         let workers = (1..threads)
             .map(|index| {
-                let core = cores.filter(|c| !c.is_empty()).map(|c| c[index % c.len()]);
+                let (core, nice) = (placement.core(index), placement.nice);
                 let shared = shared.clone();
                 std::thread::Builder::new()
                     .name(format!("kernel-{index}"))
                     .spawn(move || {
+                        lower_priority(nice);
                         if let Some(core) = core {
                             pin_to(core);
                         }
-                        worker(&shared);
+                        worker(&shared, index);
                     })
                     .expect("the process may start its compute threads")
             })
@@ -105,9 +139,9 @@ impl ThreadPool {
             unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(f) };
         // SAFETY: the turn is ours and the gate is closed, so nobody else touches the cell.
         unsafe { *shared.job.get() = Some(Job { f, tasks }) };
-        shared.next.store(0, Ordering::Relaxed);
+        shared.claims.reset(tasks);
         shared.gate.open();
-        shared.work();
+        shared.work(0);
         shared.gate.close();
         let panic = shared.panic.lock().expect("no holder of this lock can panic").take();
         drop(turn);
@@ -128,36 +162,63 @@ impl Drop for ThreadPool {
 }
 
 impl Shared {
-    /// Claims and runs tasks until none is left. The caller is the owner or inside the gate.
-    fn work(&self) {
+    /// Claims and runs tasks as this thread until none is left. The caller is the owner or inside the gate.
+    fn work(&self, thread: usize) {
         // SAFETY: the cell was written before the gate opened and is not written again until it is closed and empty.
         let Some(job) = (unsafe { *self.job.get() }) else { return };
         IN_TASK.set(true);
         let result = catch_unwind(AssertUnwindSafe(|| {
-            loop {
-                let task = self.next.fetch_add(1, Ordering::Relaxed);
-                if task >= job.tasks {
-                    break;
-                }
+            let mut claims = self.claims.of(thread, job.tasks);
+            while let Some(task) = claims.take() {
                 // SAFETY: the closure lives until the gate has closed behind us.
                 unsafe { (*job.f)(task) };
             }
         }));
         IN_TASK.set(false);
         if let Err(panic) = result {
-            self.next.store(job.tasks, Ordering::Relaxed);
+            self.claims.drop_rest(job.tasks);
             self.panic.lock().expect("no holder of this lock can panic").get_or_insert(panic);
         }
     }
 }
 
-fn worker(shared: &Shared) {
+fn worker(shared: &Shared, thread: usize) {
     let mut seen = JobNumber::NONE;
     while let Some(job) = shared.gate.join(seen) {
         seen = job;
-        shared.work();
+        shared.work(thread);
         shared.gate.leave();
     }
+}
+
+/// How many looks at the gate take this long; measured once, because a pause takes 12 ns on one CPU and 45 on another.
+fn looks(time: Duration) -> u32 {
+    const SAMPLE: u32 = 200;
+    static LOOK_NS: OnceLock<f64> = OnceLock::new();
+    let look_ns = LOOK_NS.get_or_init(|| {
+        let sample = || {
+            let begin = Instant::now();
+            (0..SAMPLE).for_each(|_| std::hint::spin_loop());
+            begin.elapsed().as_nanos() as f64 / f64::from(SAMPLE)
+        };
+        // The least: an interruption only makes a sample longer.
+        (0..5).map(|_| sample()).fold(f64::INFINITY, f64::min).max(1.0)
+    });
+    (time.as_nanos() as f64 / look_ns) as u32
+}
+
+/// Lets other threads of the machine go before the calling one. 0 leaves it as it is; a refusal costs only the courtesy.
+pub fn lower_priority(nice: u8) {
+    if nice == 0 {
+        return;
+    }
+    // On Linux "the calling process" of this call is the calling thread.
+    #[cfg(target_os = "linux")]
+    if let Err(error) = rustix::process::setpriority_process(None, i32::from(nice)) {
+        tracing::warn!(nice, %error, "cannot lower the priority of a compute thread");
+    }
+    #[cfg(not(target_os = "linux"))]
+    tracing::debug!(nice, "priorities of threads are not supported here");
 }
 
 /// Pins the calling thread to one core. A refusal (a core outside the process's set) is logged and costs only speed.
@@ -179,11 +240,12 @@ pub fn pin_to(core: usize) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     #[test]
     fn every_task_runs_once() {
         for threads in [1, 2, 3, 7] {
-            let pool = ThreadPool::new(threads, None);
+            let pool = ThreadPool::new(&Placement::threads(threads));
             assert_eq!(pool.threads(), threads);
             for tasks in [0, 1, 2, 5, 100] {
                 let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
@@ -197,7 +259,7 @@ mod tests {
 
     #[test]
     fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
-        let pool = ThreadPool::new(3, None);
+        let pool = ThreadPool::new(&Placement::threads(3));
         for bad in 0..8 {
             let caught = catch_unwind(AssertUnwindSafe(|| pool.run(8, &|i| assert!(i != bad, "task {i}"))));
             let message = caught.unwrap_err().downcast::<String>().unwrap();
@@ -212,7 +274,7 @@ mod tests {
 
     #[test]
     fn runs_nest_and_callers_queue() {
-        let pool = ThreadPool::new(2, Some(&[0, 0]));
+        let pool = ThreadPool::new(&Placement { cores: Some(vec![0]), nice: 5, shared: true, ..Placement::threads(2) });
         let sum = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..3 {
@@ -232,7 +294,7 @@ mod tests {
 
     #[test]
     fn workers_wake_after_sleeping() {
-        let pool = ThreadPool::new(2, None);
+        let pool = ThreadPool::new(&Placement::threads(2));
         for _ in 0..3 {
             std::thread::sleep(std::time::Duration::from_millis(5));
             let done = AtomicUsize::new(0);

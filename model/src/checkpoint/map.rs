@@ -21,7 +21,7 @@ impl FileMap {
         let file = File::open(path).map_err(|e| LoadError::io(path, &e))?;
         // SAFETY: the map is private to this process and only ever read. Its contents are validated as bytes, and no
         // reference into it claims more than `&[u8]`, so a concurrent write by another process changes values, not
-        // memory safety of typed data. A concurrent truncation raises SIGBUS: operations.md tells operators to
+        // memory safety of typed data. A concurrent truncation raises SIGBUS: docs/operating.md tells operators to
         // replace checkpoint files by rename, never in place.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| LoadError::io(path, &e))?;
         let modified = file.metadata().and_then(|m| m.modified()).ok();

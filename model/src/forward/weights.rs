@@ -59,10 +59,7 @@ impl Weights {
         let spec = checkpoint.spec.clone();
         let tensor = |name: &str| checkpoint.tensors.get(name).cloned();
         let mut builder = Builder::default();
-        let layers = (0..spec.layers)
-            .map(|index| LayerWeights::new(checkpoint, index, &mut builder))
-            .collect::<Result<_, _>>()?;
-        let head = builder.matrix(tensor(if spec.tied_head { "embed" } else { "head" })?);
+        let (layers, head) = plan(checkpoint, &mut builder)?;
         let bytes = builder.bytes();
         let store = builder
             .build(checkpoint, cpu, cache)
@@ -74,10 +71,25 @@ impl Weights {
         Ok(Self { rope: Rope::new(&spec.rope), embed: tensor("embed")?, norm, head, layers, spec, store })
     }
 
+    /// Bytes that [`Weights::new`] will pack; nothing is read.
+    pub fn packed_bytes(checkpoint: &Checkpoint) -> Result<usize, LoadError> {
+        let mut builder = Builder::default();
+        plan(checkpoint, &mut builder)?;
+        Ok(builder.bytes())
+    }
+
     /// What is computed.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
     }
+}
+
+/// Finds every layer and the output head, and gives their matrices places.
+fn plan(checkpoint: &Checkpoint, builder: &mut Builder) -> Result<(Vec<LayerWeights>, Slot), LoadError> {
+    let layers = (0..checkpoint.spec.layers).map(|index| LayerWeights::new(checkpoint, index, builder));
+    let layers = layers.collect::<Result<_, _>>()?;
+    let head = checkpoint.tensors.get(if checkpoint.spec.tied_head { "embed" } else { "head" })?;
+    Ok((layers, builder.matrix(head.clone())))
 }
 
 impl LayerWeights {

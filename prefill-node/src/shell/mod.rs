@@ -8,6 +8,7 @@ use ridge_kvtransfer::shell::{ControlHandle, Endpoint, EndpointError, KvClient, 
 use ridge_kvtransfer::{Sender, SenderConfig, SenderInput, SenderOutput};
 use ridge_model::checkpoint::LoadProgress;
 use ridge_model::kv::KvMemory;
+use ridge_model::memory::PassLimits;
 use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
 use ridge_protocol::page::{PageHeader, page_digest};
 use ridge_protocol::wire::{NodeHello, NodeToRouter};
@@ -67,7 +68,9 @@ enum Event {
 pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) -> Result<(), NodeRunError> {
     let tls = NodeTls::read(&options.link.tls_dir.join("ca.pem"), &options.link.tls_dir)?;
     let endpoint = Endpoint::bind(options.link.listen, &tls, &options.link.transport)?;
-    let loaded = load_engine(&options.engine, &mut |progress| {
+    let max_batched_tokens = options.machine.max_batched_tokens.max(options.engine.block_size as u32);
+    let pass = PassLimits { tokens: max_batched_tokens as usize, sequences: options.machine.max_running };
+    let loaded = load_engine(&options.engine, pass, &mut |progress| {
         if let LoadProgress::Download { done, total, .. } = progress {
             Status::Loading(done as f32 / total.max(1) as f32).print();
         }
@@ -78,7 +81,7 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
         layers: loaded.kv.layers() as u32,
         vocab: loaded.checkpoint.spec.vocab as u32,
         max_model_len: loaded.max_model_len as u32,
-        max_batched_tokens: options.machine.max_batched_tokens.max(options.engine.block_size as u32),
+        max_batched_tokens,
         ..options.machine
     };
     let hello = NodeHello {
@@ -92,8 +95,7 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
     };
     // A pass reports each layer and its end before the next one starts, so the engine never waits for the loop.
     let (engine_events, mut from_engine) = mpsc::channel(loaded.kv.layers() + 2);
-    let core = options.engine.cores.as_ref().and_then(|cores| cores.first().copied());
-    let worker = Worker::spawn(loaded.engine, core, true, move |event| {
+    let worker = Worker::spawn(loaded.engine, &options.engine.placement, true, move |event| {
         // The loop is gone only when the process is about to be.
         let _ = engine_events.blocking_send(event);
     });

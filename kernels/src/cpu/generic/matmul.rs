@@ -34,8 +34,8 @@ const BYTES_ONCE: usize = 256;
 const BYTES: usize = 512;
 /// Rows of x up to which quants are unpacked in registers.
 const FUSED_ROWS: usize = 2;
-/// How far ahead of the weights being multiplied to ask for more, in bytes: the hardware's prefetcher stops at each page.
-const AHEAD: usize = 2048;
+/// How far ahead of the weights being multiplied to ask for more, in bytes, when each is multiplied once.
+const AHEAD: usize = 4096;
 
 /// What becomes of a product.
 #[derive(Clone, Copy, Debug)]
@@ -132,7 +132,8 @@ pub(crate) unsafe fn strip<V: Vector, P: WordsDot<V>, B: BytesDot<V>>(job: &Job<
                         Layout::F16 => unpack::f16::<V>(src.cast(), end - at, tile),
                         _ => unpack::bf16(src.cast(), (end - at).div_ceil(2), tile.cast()),
                     }
-                    float_tiles::<V, Floats>(job, &rows, at..end, tile.cast(), sums);
+                    let next = Ahead { start: src.add((end - at) * STRIP * 2), bytes: FLOATS * STRIP * 2 };
+                    float_tiles::<V, Floats>(job, &rows, at..end, tile.cast(), next, sums);
                     at = end;
                 }
             }
@@ -169,7 +170,9 @@ unsafe fn quants<V: Vector, B: BytesDot<V>>(
         // SAFETY: the scratch has room for the chunk; the features are passed on.
         unsafe {
             unpack::scales::<V>(dtype, layout, blocks, scales, minima);
-            let mut w = Bytes { quants: blocks.as_ptr(), layout: *layout, scales, minima };
+            // The next chunk, whose scales are all read before its quants.
+            let ahead = Ahead { start: blocks.as_ptr_range().end, bytes: blocks.len() };
+            let mut w = Bytes { quants: blocks.as_ptr(), layout: *layout, scales, minima, ahead };
             if !fused && layout.bits != 8 {
                 unpack::quants::<V>(layout, blocks, tile);
                 w.quants = tile;
@@ -288,21 +291,49 @@ unsafe fn widened<V: Vector, D: WordsDot<V>>(
     for start in units.clone().step_by(chunk.max(1)) {
         let end = units.end.min(start + chunk);
         // SAFETY: passed on.
-        unsafe { float_tiles::<V, D>(job, rows, start..end, w.add(start * STRIP * D::BYTES), sums) };
+        unsafe {
+            let w = w.add(start * STRIP * D::BYTES);
+            let bytes = (end - start) * STRIP * D::BYTES;
+            let distance = if chunk == units.len() { AHEAD } else { bytes };
+            float_tiles::<V, D>(job, rows, start..end, w, Ahead { start: w.wrapping_add(distance), bytes }, sums);
+        }
     }
 }
 
-/// Asks for the cache line at `p`, which may be anywhere.
-#[inline(always)]
-fn prefetch(p: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch has no architectural effect and may point anywhere; SSE is part of x86-64.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(p.cast());
+/// Weights to ask memory for while others are multiplied: without that, memory rests while registers work, and the hardware's
+/// own prefetcher stops at each page.
+#[derive(Clone, Copy)]
+struct Ahead {
+    start: *const u8,
+    bytes: usize,
+}
+
+impl Ahead {
+    /// The part for call `index` of `calls` of `steps` steps each: whole lines per step, spread as thinly as that allows.
+    #[inline(always)]
+    fn part(&self, index: usize, calls: usize, steps: usize) -> Part {
+        let lines = (self.bytes / 64).div_ceil((calls * steps).max(1));
+        let offset = index * steps * lines * 64;
+        Part { next: self.start.wrapping_add(offset), lines: if offset < self.bytes { lines } else { 0 } }
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = p;
+}
+
+/// What one call asks for.
+#[derive(Clone, Copy)]
+struct Part {
+    next: *const u8,
+    /// Cache lines per step.
+    lines: usize,
+}
+
+impl Part {
+    #[inline(always)]
+    fn step<V: Vector>(&mut self) {
+        for _ in 0..self.lines {
+            V::prefetch(self.next);
+            self.next = self.next.wrapping_add(64);
+        }
+    }
 }
 
 /// Runs `$f::<.., rows, registers>` for a tile of `$m` rows: four registers of columns if their sums fit, else two.
@@ -347,20 +378,25 @@ unsafe fn float_tiles<V: Vector, D: WordsDot<V>>(
     rows: &Range<usize>,
     units: Range<usize>,
     w: *const u8,
+    ahead: Ahead,
     sums: *mut f32,
 ) {
     let fresh = units.start == 0;
+    let mut call = 0;
     let four = V::FOUR && rows.len() <= V::FLOAT_ROWS / 2;
     let columns = if four { 4 * V::LANES } else { 2 * V::LANES };
+    let calls = STRIP / columns * job.tiles.len();
     for column in (0..STRIP).step_by(columns) {
         for tile in job.tiles.clone() {
             let span = job.x.tile(tile);
+            let ahead = ahead.part(call, calls, units.len());
+            call += 1;
             // SAFETY: the tile's words of x start at its first row times the words of a row; everything else is as by contract.
             unsafe {
                 let x = job.x.words(span.start).add(units.start * D::STEPS * span.len());
                 let w = w.add(column * D::BYTES);
                 let sums = sums.add((span.start - rows.start) * STRIP + column);
-                by_rows!(span.len(), float_tile, [V, D], four, (x, w, units.len(), sums, fresh));
+                by_rows!(span.len(), float_tile, [V, D], four, (x, w, units.len(), ahead, sums, fresh));
             }
         }
     }
@@ -376,6 +412,7 @@ unsafe fn float_tile<V: Vector, D: WordsDot<V>, const M: usize, const R: usize>(
     x: *const u32,
     w: *const u8,
     units: usize,
+    mut ahead: Part,
     sums: *mut f32,
     fresh: bool,
 ) {
@@ -394,12 +431,7 @@ unsafe fn float_tile<V: Vector, D: WordsDot<V>, const M: usize, const R: usize>(
         }
         let (mut x, mut w) = (x, w);
         for _ in 0..units {
-            if R == 4 {
-                // One tile of rows: this is the only pass over w, and it waits for memory.
-                for line in (0..STRIP * D::BYTES).step_by(64) {
-                    prefetch(w.wrapping_add(AHEAD + line));
-                }
-            }
+            ahead.step::<V>();
             for step in 0..D::STEPS {
                 let mut b = [D::load(w, step); R];
                 for r in 1..R {
@@ -432,6 +464,8 @@ struct Bytes {
     scales: *const f32,
     /// As the scales; unused without minima.
     minima: *const f32,
+    /// What comes next.
+    ahead: Ahead,
 }
 
 /// All tiles of rows against the groups of a chunk; `groups` are their numbers in the row.
@@ -459,6 +493,8 @@ unsafe fn byte_tiles<
     }
     let four = V::FOUR && rows.len() <= V::BYTE_ROWS / 2;
     let columns = if four { 4 * V::LANES } else { 2 * V::LANES };
+    let calls = STRIP / columns * job.tiles.len();
+    let mut call = 0;
     for column in (0..STRIP).step_by(columns) {
         for tile in job.tiles.clone() {
             let span = job.x.tile(tile);
@@ -471,10 +507,13 @@ unsafe fn byte_tiles<
                     x_sums: if G == 16 { job.x.sums_16(span.start) } else { job.x.sums_32(span.start) }.add(first),
                     w,
                     column,
+                    // A step is 32 elements.
+                    ahead: w.ahead.part(call, calls, groups.len() * G / QUANT_BLOCK),
                     groups: groups.len(),
                     sums: sums.add((span.start - rows.start) * STRIP + column),
                     fresh: groups.start == 0,
                 };
+                call += 1;
                 by_rows!(span.len(), byte_tile, [V, B, BITS, LEVELS, G, MINIMA], four, (&t));
             }
         }
@@ -492,6 +531,7 @@ struct ByteTile<'a> {
     w: &'a Bytes,
     /// First column.
     column: usize,
+    ahead: Part,
     groups: usize,
     /// At the first column.
     sums: *mut f32,
@@ -535,15 +575,12 @@ unsafe fn byte_tile<
         let mut x = t.words;
         let mut group = 0;
         let mut sub_of_block = 0;
+        let mut ahead = t.ahead;
         while group < t.groups {
             if sub_of_block == 0 {
                 quants = quants.add(layout.head);
             }
-            if R == 4 && M <= FUSED_ROWS {
-                for line in (0..STRIP * QUANT_BLOCK * BITS / 8).step_by(64) {
-                    prefetch(quants.wrapping_add(AHEAD + line));
-                }
-            }
+            ahead.step::<V>();
             let w = quants.add(layout.sub_head + t.column * 4);
             for half in 0..QUANT_BLOCK / G {
                 let x_sums = t.x_sums.add(group * M);
@@ -603,23 +640,35 @@ unsafe fn byte_tile<
 /// The CPU has the features; `w` leads to the planes of 32 elements, at the first of the lanes' columns.
 #[inline(always)]
 unsafe fn unpack_word<V: Vector, B: BytesDot<V>, const BITS: usize>(w: *const u8, u: usize) -> B::Ints {
-    const WORD: usize = 4 * STRIP;
-    // SAFETY: by contract: a plane of n bits has n rows of a word per column.
+    // SAFETY: by contract.
     unsafe {
-        let plane = |first: usize, width: usize| {
-            let rows = width;
-            let word = B::load(w.add((first + u % rows) * WORD).cast());
-            B::bits(word, (u / rows * width) as u32, width as u32)
-        };
         match BITS {
-            8 => B::load(w.add(u * WORD).cast()),
-            2 => plane(0, 2),
-            3 => B::above(plane(0, 2), plane(2, 1), 2),
-            4 => plane(0, 4),
-            5 => B::above(plane(0, 4), plane(4, 1), 4),
-            _ => B::above(plane(0, 4), plane(4, 2), 4),
+            8 => plane_word::<V, B>(w, 0, 8, u).0,
+            2 | 4 => {
+                let (word, from) = plane_word::<V, B>(w, 0, BITS, u);
+                B::bits(word, from, BITS as u32)
+            }
+            _ => {
+                let (low, high) = if BITS == 3 { (2, 1) } else { (4, BITS - 4) };
+                let (word, from) = plane_word::<V, B>(w, 0, low, u);
+                let bits = B::bits(word, from, low as u32);
+                let (word, from) = plane_word::<V, B>(w, low, high, u);
+                B::top(bits, word, from, high as u32, low as u32)
+            }
         }
     }
+}
+
+/// The word that holds quants `u` of the plane of `width` bits whose first row of words is `first`, and the bit at which they
+/// begin in each byte. (A function and not a closure, which would be compiled without the features.)
+///
+/// # Safety
+/// As [`unpack_word`].
+#[inline(always)]
+unsafe fn plane_word<V: Vector, B: BytesDot<V>>(w: *const u8, first: usize, width: usize, u: usize) -> (B::Ints, u32) {
+    const WORD: usize = 4 * STRIP;
+    // SAFETY: by contract: a plane of n bits has n rows of a word per column.
+    (unsafe { B::load(w.add((first + u % width) * WORD).cast()) }, (u / width * width) as u32)
 }
 
 /// Writes the sums where they belong.
