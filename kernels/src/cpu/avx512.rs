@@ -179,7 +179,7 @@ impl Vector for Zmm {
     #[inline(always)]
     fn prefetch(p: *const u8) {
         // SAFETY: a prefetch reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 }
 

@@ -17,7 +17,8 @@
 //! `sum += scale_x * (scale_w * (q·x - offset * Σx) - minimum_w * Σx)`.
 
 use super::rows::{GeluTanhMul, SiluMul};
-use super::unpack;
+use super::unpack::{self, Lanes, Supers};
+use crate::DType;
 use crate::cpu::operand::{Form, Operand};
 use crate::cpu::vector::{BytesDot, Vector, WordsDot};
 use crate::packed::{Layout, Packed, QUANT_BLOCK, Quants, STRIP};
@@ -169,10 +170,12 @@ unsafe fn quants<V: Vector, B: BytesDot<V>>(
         let blocks = &data[at / layout.block * layout.block_bytes()..end / layout.block * layout.block_bytes()];
         // SAFETY: the scratch has room for the chunk; the features are passed on.
         unsafe {
-            unpack::scales::<V>(dtype, layout, blocks, scales, minima);
-            // The next chunk, whose scales are all read before its quants.
-            let ahead = Ahead { start: blocks.as_ptr_range().end, bytes: blocks.len() };
-            let mut w = Bytes { quants: blocks.as_ptr(), layout: *layout, scales, minima, ahead };
+            if !fused {
+                unpack::scales::<V>(dtype, layout, blocks, scales, minima);
+            }
+            let distance = if fused { AHEAD } else { blocks.len() };
+            let ahead = Ahead { start: blocks.as_ptr().wrapping_add(distance), bytes: blocks.len() };
+            let mut w = Bytes { dtype, quants: blocks.as_ptr(), layout: *layout, scales, minima, ahead };
             if !fused && layout.bits != 8 {
                 unpack::quants::<V>(layout, blocks, tile);
                 w.quants = tile;
@@ -309,27 +312,29 @@ struct Ahead {
 }
 
 impl Ahead {
-    /// The part for call `index` of `calls` of `steps` steps each: whole lines per step, spread as thinly as that allows.
+    /// The part for call `index` of `calls` of `steps` steps each.
     #[inline(always)]
     fn part(&self, index: usize, calls: usize, steps: usize) -> Part {
-        let lines = (self.bytes / 64).div_ceil((calls * steps).max(1));
-        let offset = index * steps * lines * 64;
-        Part { next: self.start.wrapping_add(offset), lines: if offset < self.bytes { lines } else { 0 } }
+        let per_call = self.bytes.div_ceil(calls);
+        let next = self.start.wrapping_add(index * per_call);
+        Part { next, due: next, per_step: per_call.div_ceil(steps.max(1)) }
     }
 }
 
-/// What one call asks for.
+/// What one call asks for: a little at every step, because memory takes only so many requests at a time.
 #[derive(Clone, Copy)]
 struct Part {
     next: *const u8,
-    /// Cache lines per step.
-    lines: usize,
+    /// Up to where lines have been due.
+    due: *const u8,
+    per_step: usize,
 }
 
 impl Part {
     #[inline(always)]
     fn step<V: Vector>(&mut self) {
-        for _ in 0..self.lines {
+        self.due = self.due.wrapping_add(self.per_step);
+        while self.next < self.due {
             V::prefetch(self.next);
             self.next = self.next.wrapping_add(64);
         }
@@ -455,14 +460,15 @@ unsafe fn float_tile<V: Vector, D: WordsDot<V>, const M: usize, const R: usize>(
     }
 }
 
-/// A chunk of quantised weights with unpacked scales.
+/// A chunk of quantised weights.
 struct Bytes {
+    dtype: DType,
     /// Blocks as the layout says: packed, or bytes alone.
     quants: *const u8,
     layout: Quants,
-    /// `[k / group][64]`.
+    /// `[k / group][64]`; with few rows unused, since scales are then unpacked on the way.
     scales: *const f32,
-    /// As the scales; unused without minima.
+    /// As the scales; also unused without minima.
     minima: *const f32,
     /// What comes next.
     ahead: Ahead,
@@ -507,8 +513,7 @@ unsafe fn byte_tiles<
                     x_sums: if G == 16 { job.x.sums_16(span.start) } else { job.x.sums_32(span.start) }.add(first),
                     w,
                     column,
-                    // A step is 32 elements.
-                    ahead: w.ahead.part(call, calls, groups.len() * G / QUANT_BLOCK),
+                    ahead: w.ahead.part(call, calls, groups.len() * G / 4),
                     groups: groups.len(),
                     sums: sums.add((span.start - rows.start) * STRIP + column),
                     fresh: groups.start == 0,
@@ -568,19 +573,35 @@ unsafe fn byte_tile<
                 }
             }
         }
-        let Bytes { layout, scales, minima, .. } = t.w;
+        let Bytes { dtype, layout, mut scales, mut minima, .. } = *t.w;
         let levels = B::levels(&layout.levels.unwrap_or_default());
         let subs = layout.block / QUANT_BLOCK;
         let mut quants = t.w.quants;
         let mut x = t.words;
         let mut group = 0;
         let mut sub_of_block = 0;
+        let fused = R == 4 && M <= FUSED_ROWS;
+        let mut supers = Supers::default();
+        let (mut sub, mut sub_minima): ([Lanes; 2], [Lanes; 2]) = ([[0.0; STRIP]; 2], [[0.0; STRIP]; 2]);
         let mut ahead = t.ahead;
         while group < t.groups {
             if sub_of_block == 0 {
+                if fused {
+                    supers = Supers::of::<V>(dtype, &layout, std::slice::from_raw_parts(quants, layout.block_bytes()));
+                }
                 quants = quants.add(layout.head);
             }
-            ahead.step::<V>();
+            if fused {
+                let head = std::slice::from_raw_parts(quants, layout.sub_head);
+                unpack::sub_scales(
+                    dtype,
+                    &supers,
+                    head,
+                    &mut sub[..QUANT_BLOCK / G],
+                    &mut sub_minima[..QUANT_BLOCK / G],
+                );
+                (scales, minima) = (sub.as_ptr().cast(), sub_minima.as_ptr().cast());
+            }
             let w = quants.add(layout.sub_head + t.column * 4);
             for half in 0..QUANT_BLOCK / G {
                 let x_sums = t.x_sums.add(group * M);
@@ -591,6 +612,7 @@ unsafe fn byte_tile<
                     }
                 }
                 for u in half * G / 4..(half + 1) * G / 4 {
+                    ahead.step::<V>();
                     let mut b = [unpack_word::<V, B, BITS>(w, u); R];
                     for r in 1..R {
                         b[r] = unpack_word::<V, B, BITS>(w.add(r * V::LANES * 4), u);
@@ -610,7 +632,8 @@ unsafe fn byte_tile<
                 }
                 let x_scales = t.x_scales.add(group * G / QUANT_BLOCK * M);
                 for r in 0..R {
-                    let at = group * STRIP + t.column + r * V::LANES;
+                    let of = if fused { half } else { group };
+                    let at = of * STRIP + t.column + r * V::LANES;
                     let scale = V::load(scales.add(at));
                     for i in 0..M {
                         let mut value = B::floats(dots[i][r]).mul(scale);

@@ -90,20 +90,26 @@ pub(crate) unsafe fn quants<V: Vector>(layout: &Quants, blocks: &[u8], tile: *mu
 }
 
 /// The f16 scales that open a block, as f32.
-struct Supers {
+pub(crate) struct Supers {
     scale: Lanes,
     minimum: Lanes,
 }
 
 /// A float for each row of a strip. Sizes are constants here, or the compiler makes loops with slow ends.
-type Lanes = [f32; STRIP];
+pub(crate) type Lanes = [f32; STRIP];
+
+impl Default for Supers {
+    fn default() -> Self {
+        Supers { scale: [0.0; STRIP], minimum: [0.0; STRIP] }
+    }
+}
 
 impl Supers {
     /// # Safety
     /// The CPU has `V`'s features.
     #[inline(always)]
-    unsafe fn of<V: Vector>(dtype: DType, layout: &Quants, block: &[u8]) -> Supers {
-        let mut supers = Supers { scale: [0.0; STRIP], minimum: [0.0; STRIP] };
+    pub(crate) unsafe fn of<V: Vector>(dtype: DType, layout: &Quants, block: &[u8]) -> Supers {
+        let mut supers = Supers::default();
         if dtype != DType::MXFP4 {
             // SAFETY: the features are passed on.
             unsafe { halves::<V>(&block[..2 * STRIP], &mut supers.scale) };
@@ -129,7 +135,7 @@ unsafe fn halves<V: Vector>(bytes: &[u8], out: &mut [f32; STRIP]) {
 
 /// Scales (and minima) of 32 elements, one [`Lanes`] per group.
 #[inline(always)]
-fn sub_scales(dtype: DType, supers: &Supers, bytes: &[u8], scales: &mut [Lanes], minima: &mut [Lanes]) {
+pub(crate) fn sub_scales(dtype: DType, supers: &Supers, bytes: &[u8], scales: &mut [Lanes], minima: &mut [Lanes]) {
     let Supers { scale, minimum } = supers;
     let bytes = bytes.as_chunks::<STRIP>().0;
     match dtype {
