@@ -8,7 +8,7 @@
 //! each output is reduced in one fixed order. Speculation, preemption, failover and prefix caching all lean on this.
 //!
 //! This is the only crate with unsafe numerics: register tiles need intrinsics and raw pointers. The cost of losing them is
-//! large (more than tenfold in a loop whose intrinsics were not inlined); `examples/kernel_speed.rs` prints what they reach.
+//! large (more than tenfold in a loop whose intrinsics were not inlined); `cargo bench -p ridge-kernels` prints what they reach.
 
 #![allow(
     clippy::needless_range_loop,

@@ -114,7 +114,7 @@ impl Builder {
     pub fn build(self, checkpoint: &Checkpoint, cpu: &Cpu, cache: Option<&Path>) -> io::Result<Store> {
         let begin = Instant::now();
         if let Some(cache) = cache.filter(|_| self.bytes >= WORTH_A_FILE) {
-            match self.in_file(checkpoint, cpu, cache) {
+            match self.in_file(&checkpoint.weights_digest, &checkpoint.tensors.files(), cpu, cache) {
                 Ok(file) => {
                     let path = file.path().display();
                     tracing::info!(bytes = self.bytes, ms = begin.elapsed().as_millis(), %path, "packed weights mapped");
@@ -133,9 +133,10 @@ impl Builder {
         Ok(Store { memory: Memory::Private(map) })
     }
 
-    fn in_file(&self, checkpoint: &Checkpoint, cpu: &Cpu, cache: &Path) -> io::Result<FileMap> {
+    /// The file with what was added, of a checkpoint with this digest and these files.
+    fn in_file(&self, digest: &[u8; 32], files: &[&FileMap], cpu: &Cpu, cache: &Path) -> io::Result<FileMap> {
         std::fs::create_dir_all(cache)?;
-        let (family, key) = self.key(checkpoint);
+        let (family, key) = self.key(digest, files);
         let name = format!("{family}-{key}");
         let path = cache.join(format!("{name}.packed"));
         if let Some(file) = self.open(&path, &key) {
@@ -162,11 +163,11 @@ impl Builder {
     }
 
     /// Names of the checkpoint's place and of this version of it.
-    fn key(&self, checkpoint: &Checkpoint) -> (String, String) {
+    fn key(&self, digest: &[u8; 32], files: &[&FileMap]) -> (String, String) {
         let mut hasher = blake3::Hasher::new();
         let mut family = blake3::Hasher::new();
-        hasher.update(VERSION.as_bytes()).update(&checkpoint.weights_digest);
-        for file in checkpoint.tensors.files() {
+        hasher.update(VERSION.as_bytes()).update(digest);
+        for file in files {
             hasher.update(file.identity().as_bytes());
             family.update(file.path().canonicalize().unwrap_or_default().as_os_str().as_encoded_bytes());
         }
@@ -292,5 +293,70 @@ fn forget_others(cache: &Path, family: &str, name: &str) {
     for path in entries.filter_map(|entry| Some(entry.ok()?.path())).filter(stale) {
         tracing::info!(path = %path.display(), "removing packed weights of an earlier version");
         let _ = std::fs::remove_file(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn builder() -> Builder {
+        let bytes = |seed: u8| (0..70 * 36).map(|i| seed.wrapping_mul(31).wrapping_add(i as u8)).collect::<Vec<u8>>();
+        let tensor = |seed| Tensor::owned(DType::Q8_0, 70, 32, bytes(seed)[..70 * 34].to_vec()).expect("70 blocks");
+        let mut builder = Builder::default();
+        builder.matrix(tensor(1));
+        builder.gated(&tensor(2), &tensor(3)).expect("alike");
+        builder
+    }
+
+    fn private(cpu: &Cpu) -> Vec<u8> {
+        let builder = builder();
+        let mut bytes = vec![0; builder.bytes()];
+        for entry in &builder.entries {
+            entry.pack(cpu, 0..entry.slot.rows, &mut bytes[entry.slot.start..][..entry.slot.bytes]);
+        }
+        bytes
+    }
+
+    #[test]
+    fn files_are_made_once_and_hold_the_same_bytes() {
+        let (cpu, folder) = (Cpu::new(2, None), tempfile::tempdir().expect("a folder"));
+        let made = builder().in_file(&[7; 32], &[], &cpu, folder.path()).expect("packed");
+        assert_eq!(made.bytes()[HEADER..], private(&cpu));
+        let found = builder().in_file(&[7; 32], &[], &cpu, folder.path()).expect("found");
+        assert_eq!(made.identity(), found.identity());
+        // Another version of the checkpoint takes its place; who has the old one mapped keeps it.
+        let other = builder().in_file(&[8; 32], &[], &cpu, folder.path()).expect("packed");
+        assert!(other.path().exists() && !made.path().exists());
+        assert_eq!(made.bytes()[HEADER..], private(&cpu));
+    }
+
+    #[test]
+    fn what_a_crash_left_behind_is_not_believed() {
+        let (cpu, folder) = (Cpu::new(1, None), tempfile::tempdir().expect("a folder"));
+        let path = builder().in_file(&[7; 32], &[], &cpu, folder.path()).expect("packed").path().to_owned();
+        let whole = std::fs::read(&path).expect("readable");
+        let header = Header::read(&whole[..HEADER]).expect("a header");
+        let earlier = Header { boot: "an earlier start".into(), ..header }.bytes();
+
+        // Whole, but of before the reboot: checked, and marked as checked.
+        std::fs::write(&path, [&earlier, &whole[HEADER..]].concat()).expect("writable");
+        builder().in_file(&[7; 32], &[], &cpu, folder.path()).expect("checked");
+        assert_eq!(std::fs::read(&path).expect("readable"), whole);
+
+        let mut damaged = [&earlier, &whole[HEADER..]].concat();
+        damaged[HEADER + 100] ^= 1;
+        for bad in [&damaged[..], &whole[..HEADER + 10], &whole[..20], b""] {
+            std::fs::remove_file(&path).expect("removable");
+            std::fs::write(&path, bad).expect("writable");
+            let file = builder().in_file(&[7; 32], &[], &cpu, folder.path()).expect("packed again");
+            assert_eq!(file.bytes()[HEADER..], whole[HEADER..]);
+        }
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_made_is_an_error() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        assert!(builder().in_file(&[7; 32], &[], &Cpu::new(1, None), &file.path().join("below")).is_err());
     }
 }

@@ -140,7 +140,9 @@ fn buffers_grow_to_what_was_planned() {
     let mut forward = Forward::default();
     forward.run(&weights, &kv, &Cpu::new(2, None), &BatchPlan { step: 0, items }, &mut |_| {});
     let planned = activation_bytes(&spec(), PassLimits { tokens: 101, sequences: 2 });
-    assert_eq!(forward.scratch_bytes() as u64, planned);
+    // `up` has room of its own only where it is of another type than the gate, which the plan cannot know.
+    let up = 101 * spec().ffn * size_of::<f32>();
+    assert_eq!((forward.scratch_bytes() + up) as u64, planned);
 }
 
 /// Runs all prompts together, at random cut into chunks, batched and placed, and compares every row of logits.

@@ -17,23 +17,16 @@ unsafe fn first(n: usize) -> __m256i {
     unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
 }
 
-/// Four sums of four lanes each, `(l0 + l2) + (l1 + l3)`.
+/// Sum of four lanes, `(l0 + l2) + (l1 + l3)`.
 ///
 /// # Safety
 /// The CPU has SSE (every x86-64 does).
 #[inline(always)]
-pub(super) unsafe fn sum4_xmm([a, b, c, d]: [__m128; 4]) -> [f32; 4] {
-    // SAFETY: SSE only; the array has room for the store.
+pub(super) unsafe fn sum_xmm(v: __m128) -> f32 {
+    // SAFETY: SSE only.
     unsafe {
-        // Transpose, so that vector i holds lane i of each input.
-        let (ab_lo, ab_hi) = (_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
-        let (cd_lo, cd_hi) = (_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
-        let (l0, l1) = (_mm_movelh_ps(ab_lo, cd_lo), _mm_movehl_ps(cd_lo, ab_lo));
-        let (l2, l3) = (_mm_movelh_ps(ab_hi, cd_hi), _mm_movehl_ps(cd_hi, ab_hi));
-        let sums = _mm_add_ps(_mm_add_ps(l0, l2), _mm_add_ps(l1, l3));
-        let mut out = [0.0; 4];
-        _mm_storeu_ps(out.as_mut_ptr(), sums);
-        out
+        let pairs = _mm_add_ps(v, _mm_movehl_ps(v, v));
+        _mm_cvtss_f32(_mm_add_ss(pairs, _mm_shuffle_ps::<1>(pairs, pairs)))
     }
 }
 
@@ -156,17 +149,13 @@ impl Vector for Ymm {
     }
     #[inline(always)]
     fn sum(self) -> f32 {
-        Self::sum4([self; 4])[0]
+        // SAFETY: `self` proves AVX.
+        unsafe { sum_xmm(fold_ymm(self.0)) }
     }
     #[inline(always)]
     fn largest(self) -> f32 {
         // SAFETY: `self` proves AVX.
         unsafe { largest_ymm(self.0) }
-    }
-    #[inline(always)]
-    fn sum4(v: [Self; 4]) -> [f32; 4] {
-        // SAFETY: the values prove AVX.
-        unsafe { sum4_xmm([fold_ymm(v[0].0), fold_ymm(v[1].0), fold_ymm(v[2].0), fold_ymm(v[3].0)]) }
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> Self {

@@ -1,6 +1,6 @@
 //! AVX-512 (F, BW, DQ, VL; x86-64-v4): sixteen lanes, and with AVX512-BF16 the pairwise bf16 dot product.
 
-use super::avx2::{fold_ymm, largest_ymm, sum4_xmm};
+use super::avx2::{fold_ymm, largest_ymm, sum_xmm};
 use super::vector::{BytesDot, Vector, WordsDot};
 use std::arch::x86_64::*;
 
@@ -130,21 +130,13 @@ impl Vector for Zmm {
     }
     #[inline(always)]
     fn sum(self) -> f32 {
-        Self::sum4([self; 4])[0]
+        // SAFETY: `self` proves AVX-512.
+        unsafe { sum_xmm(fold_ymm(fold_zmm(self.0))) }
     }
     #[inline(always)]
     fn largest(self) -> f32 {
         // SAFETY: `self` proves AVX-512.
         unsafe { largest_ymm(_mm256_max_ps(_mm512_castps512_ps256(self.0), _mm512_extractf32x8_ps::<1>(self.0))) }
-    }
-    #[inline(always)]
-    fn sum4(v: [Self; 4]) -> [f32; 4] {
-        // SAFETY: the values prove AVX-512.
-        unsafe {
-            let [a, b, c, d] = v;
-            let halves = [fold_zmm(a.0), fold_zmm(b.0), fold_zmm(c.0), fold_zmm(d.0)];
-            sum4_xmm([fold_ymm(halves[0]), fold_ymm(halves[1]), fold_ymm(halves[2]), fold_ymm(halves[3])])
-        }
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> Self {

@@ -3,6 +3,7 @@
 //! | [`Isa`] | needs | lanes | bf16 weights are | bytes are multiplied |
 //! |---|---|---|---|---|
 //! | `Scalar` | nothing | 4 | widened to f32 | one by one |
+//! | `Neon` | aarch64 | 4 | widened to f32 | as 16 bits |
 //! | `Avx2` | AVX2, FMA, F16C | 8 | widened to f32 | as 16 bits |
 //! | `Avx512` | AVX-512 F, BW, DQ, VL | 16 | widened to f32 | as 16 bits |
 //! | `Avx512Vnni` | the same and VNNI | 16 | widened to f32 | four at a time |
@@ -24,6 +25,8 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Portable code.
     Scalar,
+    /// Every aarch64.
+    Neon,
     /// x86-64-v3.
     Avx2,
     /// x86-64-v4.
@@ -36,12 +39,13 @@ pub enum Isa {
 
 impl Isa {
     /// Every ISA, in rising order.
-    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16];
+    pub const ALL: [Isa; 6] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16];
 
     /// The name `RIDGE_ISA` takes.
     pub const fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            Isa::Neon => "neon",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Vnni => "avx512vnni",
@@ -56,6 +60,7 @@ impl Isa {
             use std::arch::is_x86_feature_detected as has;
             match self {
                 Isa::Scalar => true,
+                Isa::Neon => false,
                 Isa::Avx2 => has!("avx2") && has!("fma") && has!("f16c") && has!("bmi1") && has!("bmi2"),
                 Isa::Avx512 => {
                     Isa::Avx2.is_available()
@@ -70,7 +75,7 @@ impl Isa {
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
-            self == Isa::Scalar
+            self == Isa::Scalar || self == Isa::Neon && cfg!(target_arch = "aarch64")
         }
     }
 
@@ -148,6 +153,8 @@ impl Kernels {
         }
         match isa {
             Isa::Scalar => Some(const { &super::scalar::KERNELS }),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => Some(const { &super::neon::KERNELS }),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Some(const { &super::avx2::KERNELS }),
             #[cfg(target_arch = "x86_64")]
@@ -162,7 +169,7 @@ impl Kernels {
                     Kernels { strip: super::avx512::extended::strip_bf16, pairs: true, ..super::avx512::KERNELS };
                 Some(&BF16)
             }
-            #[cfg(not(target_arch = "x86_64"))]
+            // Of other machines.
             _ => None,
         }
     }

@@ -9,6 +9,8 @@ pub(crate) mod dispatch;
 pub(crate) mod generic;
 mod instantiate;
 mod matmul;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub(crate) mod operand;
 mod scalar;
 #[cfg(test)]

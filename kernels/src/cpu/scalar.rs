@@ -101,10 +101,6 @@ impl Vector for Lanes {
         self.0.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
     #[inline(always)]
-    fn sum4(v: [Self; 4]) -> [f32; 4] {
-        [v[0].sum(), v[1].sum(), v[2].sum(), v[3].sum()]
-    }
-    #[inline(always)]
     unsafe fn load_f16(p: *const u8) -> Self {
         // SAFETY: four readable elements, by contract.
         let h = unsafe { p.cast::<[u16; 4]>().read_unaligned() };

@@ -92,8 +92,6 @@ pub(crate) trait Vector: Copy {
     fn sum(self) -> f32;
     /// Largest lane.
     fn largest(self) -> f32;
-    /// `[a.sum(), b.sum(), c.sum(), d.sum()]`, in the same tree and therefore with the same bits.
-    fn sum4(v: [Self; 4]) -> [f32; 4];
 
     /// Reads `LANES` binary16 elements; this and the three after it are exact.
     ///

@@ -119,7 +119,7 @@ pub(crate) unsafe fn strip<V: Vector, P: WordsDot<V>, B: BytesDot<V>>(job: &Job<
             (Layout::F16, Form::Floats) if rows.len() <= WIDEN_ROWS => {
                 widened::<V, Halves>(job, &rows, 0..k, data.as_ptr(), sums);
             }
-            (Layout::Bf16, Form::Floats) if rows.len() <= WIDEN_ROWS && k % 2 == 0 => {
+            (Layout::Bf16, Form::Floats) if rows.len() <= WIDEN_ROWS && k.is_multiple_of(2) => {
                 widened::<V, Bf16s>(job, &rows, 0..k / 2, data.as_ptr(), sums);
             }
             (Layout::Bf16 | Layout::F16, Form::Floats) => {

@@ -150,8 +150,8 @@ pub(crate) fn sub_scales(dtype: DType, supers: &Supers, bytes: &[u8], scales: &m
             minima[0] = minimum.map(|minimum| -minimum);
         }
         DType::Q4K | DType::Q5K => {
-            scales[0] = multiples(scale, &bytes[0], |byte| i32::from(byte));
-            minima[0] = multiples(minimum, &bytes[1], |byte| i32::from(byte));
+            scales[0] = multiples(scale, &bytes[0], i32::from);
+            minima[0] = multiples(minimum, &bytes[1], i32::from);
         }
         DType::Q2K => {
             for half in 0..2 {
