@@ -171,6 +171,11 @@ impl Vector for Zmm {
     #[inline(always)]
     fn prefetch(p: *const u8) {
         // SAFETY: a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_far(p: *const u8) {
+        // SAFETY: as above.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
 }

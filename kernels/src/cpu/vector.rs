@@ -113,9 +113,14 @@ pub(crate) trait Vector: Copy {
     /// # Safety
     /// As [`Self::load_f16`].
     unsafe fn load_i8(p: *const u8) -> Self;
-    /// Asks for the cache line at `p`, which may be any address.
+    /// Asks for the cache line at `p`, which may be any address, to be near.
     #[inline(always)]
     fn prefetch(_p: *const u8) {}
+    /// The same for a line that is not needed at once: the second-level cache takes more requests than the first.
+    #[inline(always)]
+    fn prefetch_far(p: *const u8) {
+        Self::prefetch(p);
+    }
 }
 
 /// How weights are loaded into lanes and multiplied with words of x: an f32 each, or a pair of bf16 each.

@@ -335,7 +335,7 @@ impl Part {
     fn step<V: Vector>(&mut self) {
         self.due = self.due.wrapping_add(self.per_step);
         while self.next < self.due {
-            V::prefetch(self.next);
+            V::prefetch_far(self.next);
             self.next = self.next.wrapping_add(64);
         }
     }
