@@ -51,6 +51,8 @@ fn the_resident_set_is_weights_kv_and_activations() {
         .args(["--max-model-len", "544", "--kv-memory", &(34 * 32 * 1024).to_string(), "--kv-cache-dtype", "bf16"])
         .arg("--model")
         .arg(&model)
+        .arg("--weights-cache")
+        .arg(folder.path().join("packed"))
         .env("RUST_LOG", "info")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -25,7 +25,7 @@ const HEADER: usize = 4096;
 /// Weights below this are packed into private memory: it takes milliseconds.
 pub const WORTH_A_FILE: usize = 64 << 20;
 /// Bytes packed at a time on their way into a file.
-const PIECE: usize = 16 << 20;
+const PIECE: usize = 4 << 20;
 /// How long to wait for another process that is packing the same model.
 const PATIENCE: Duration = Duration::from_secs(600);
 
@@ -153,10 +153,12 @@ impl Builder {
             return Err(io::Error::other(format!("{needed} bytes are needed and {free} free")));
         }
         let unfinished = cache.join(format!("{name}.unfinished"));
-        self.write(cpu, &unfinished, &key).and_then(|()| std::fs::rename(&unfinished, &path)).inspect_err(|_| {
-            // Best effort: the next attempt truncates it.
-            let _ = std::fs::remove_file(&unfinished);
-        })?;
+        self.write(files, cpu, &unfinished, &key).and_then(|()| std::fs::rename(&unfinished, &path)).inspect_err(
+            |_| {
+                // Best effort: the next attempt truncates it.
+                let _ = std::fs::remove_file(&unfinished);
+            },
+        )?;
         forget_others(cache, &family, &name);
         self.open(&path, &key)
             .ok_or_else(|| io::Error::other(format!("{} changed while it was written", path.display())))
@@ -197,7 +199,8 @@ impl Builder {
         Some(file)
     }
 
-    fn write(&self, cpu: &Cpu, path: &Path, key: &str) -> io::Result<()> {
+    /// Writes the file; what is read of `sources` meanwhile does not stay resident.
+    fn write(&self, sources: &[&FileMap], cpu: &Cpu, path: &Path, key: &str) -> io::Result<()> {
         let file = File::create(path)?;
         let mut hasher = XxHash3_128::new();
         let mut at = 0;
@@ -216,6 +219,7 @@ impl Builder {
                 file.write_all_at(&buffer, (HEADER + at) as u64)?;
                 at += bytes;
             }
+            sources.iter().for_each(|file| file.release());
         }
         debug_assert_eq!(at, self.bytes);
         let header = Header { key: key.to_owned(), boot: boot_id(), digest: hasher.finish_128() };

@@ -47,17 +47,12 @@ fn open(folder: &Path, tokenizer: Option<PathBuf>) -> Checkpoint {
     load(&ModelSource::Folder(folder.to_owned()), &options, &mut |_| {}).unwrap_or_else(|error| panic!("{error}"))
 }
 
-fn engine(checkpoint: Checkpoint, kv: KvDtype, widen: bool, positions: usize) -> CpuEngine {
-    let cpu = if widen {
-        let isas = [Isa::Avx512, Isa::Avx2, Isa::Scalar];
-        isas.into_iter().find_map(|isa| Cpu::with_isa(isa, 1)).expect("every CPU has scalars")
-    } else {
-        Cpu::new(1, None)
-    };
+fn engine(checkpoint: &Checkpoint, kv: KvDtype, isa: Isa, positions: usize) -> CpuEngine {
+    let cpu = Cpu::with_isa(isa, 1).expect("an instruction set of this machine");
     let spec = &checkpoint.spec;
     let format = KvFormat { dtype: kv, kv_heads: spec.kv_heads, head_dim: spec.head_dim, block_size: 16 };
     let kv = KvMemory::new(format, spec.layers, positions.div_ceil(16)).expect("KV memory");
-    CpuEngine::new(&checkpoint, Arc::new(kv), cpu, None).expect("an engine")
+    CpuEngine::new(checkpoint, Arc::new(kv), cpu, None).expect("an engine")
 }
 
 fn greedy(steps: usize) -> SamplingParams {
@@ -111,18 +106,21 @@ fn check_model(name: &str, checkpoint: Checkpoint, tolerance: Tolerance) {
     let mut checkpoint = checkpoint;
     // Dynamic NTK scaling only shows beyond the trained context, which is otherwise a limit.
     checkpoint.spec.context = checkpoint.spec.context.max(longest);
-    let mut engine = engine(checkpoint, tolerance.kv, tolerance.widen, longest);
-    let mut worst = 0.0f32;
-    for case in cases {
-        let (prompt, steps) = (ids(&case["prompt"]), ids(&case["ids"]).len());
-        for chunk in [16, 1024] {
-            let out = generate(&mut engine, &prompt, &greedy(steps), chunk, usize::MAX, &mut |_| true)
-                .expect("a continuation");
-            let label = format!("{name}, prompt of {}, chunks of {chunk}", prompt.len());
-            worst = worst.max(check_case(&label, case, &out, tolerance));
+    let rounds = |isa: &Isa| *isa == Isa::Avx512Bf16;
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available() && !(tolerance.widen && rounds(isa))) {
+        let mut engine = engine(&checkpoint, tolerance.kv, isa, longest);
+        let mut worst = 0.0f32;
+        for case in cases {
+            let (prompt, steps) = (ids(&case["prompt"]), ids(&case["ids"]).len());
+            for chunk in [16, 1024] {
+                let out = generate(&mut engine, &prompt, &greedy(steps), chunk, usize::MAX, &mut |_| true)
+                    .expect("a continuation");
+                let label = format!("{name} on {}, prompt of {}, chunks of {chunk}", isa.name(), prompt.len());
+                worst = worst.max(check_case(&label, case, &out, tolerance));
+            }
         }
+        println!("{name} on {}: log-probabilities within {worst:.1e}", isa.name());
     }
-    println!("{name}: log-probabilities within {worst:.1e}");
 }
 
 fn check_random(name: &str, tolerance: Tolerance) {
@@ -218,7 +216,7 @@ fn stories() -> Option<Checkpoint> {
 #[test]
 fn stories_match_the_reference_ids_and_log_probabilities() {
     let Some(checkpoint) = stories() else { return };
-    let mut engine = engine(checkpoint, KvDtype::F32, false, 512);
+    let mut engine = engine(&checkpoint, KvDtype::F32, Isa::detect(), 512);
     let golden = read_json(&Path::new(STORIES).join("stories260K/golden_greedy.json"));
     for case in golden["cases"].as_array().expect("cases") {
         let (prompt, expected) = (ids(&case["prompt_ids"]), ids(&case["ids"]));
@@ -238,7 +236,7 @@ fn stories_match_the_reference_ids_and_log_probabilities() {
 fn stories_match_the_published_texts() {
     let Some(checkpoint) = stories() else { return };
     let tokenizer = checkpoint.tokenizer.clone();
-    let mut engine = engine(checkpoint, KvDtype::F32, false, 512);
+    let mut engine = engine(&checkpoint, KvDtype::F32, Isa::detect(), 512);
     let golden = read_json(&Path::new(STORIES).join("stories260K/golden_published.json"));
     let mut checked = 0;
     for case in golden["cases"].as_array().expect("cases").iter().filter(|case| case["temperature"] == 0) {
