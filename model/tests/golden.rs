@@ -108,6 +108,11 @@ fn check_model(name: &str, checkpoint: Checkpoint, tolerance: Tolerance) {
     checkpoint.spec.context = checkpoint.spec.context.max(longest);
     let rounds = |isa: &Isa| *isa == Isa::Avx512Bf16;
     for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available() && !(tolerance.widen && rounds(isa))) {
+        // Observed on the demo: 0.083 from the bf16 cache alone, 0.127 where products round x to bf16 as well.
+        let tolerance = match rounds(&isa) && tolerance.kv == KvDtype::BF16 {
+            true => Tolerance { logprob: 1.5 * tolerance.logprob, ..tolerance },
+            false => tolerance,
+        };
         let mut engine = engine(&checkpoint, tolerance.kv, isa, longest);
         let mut worst = 0.0f32;
         for case in cases {
