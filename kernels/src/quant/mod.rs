@@ -11,7 +11,9 @@ mod encode_32;
 mod encode_k;
 mod float;
 
+#[cfg(not(loom))]
 pub(crate) use decode_32::{IQ4_NL, MXFP4, e8m0_half};
+#[cfg(not(loom))]
 pub(crate) use decode_k::{q3_scales, scales_and_minima};
 pub(crate) use float::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 
