@@ -46,14 +46,11 @@ impl FileMap {
         format!("{} {} {nanoseconds}", path.as_ref().unwrap_or(&self.path).display(), self.map.len())
     }
 
-    /// Lets the kernel take the pages that were read so far out of this process; they are read again when touched, and then not
-    /// in huge pages: what is still looked up are single rows, each of which would make 2 MiB resident.
+    /// Lets the kernel take the pages that were read so far out of this process; they are read again when touched.
     #[allow(unsafe_code, reason = "a private read-only file mapping loses nothing")]
     pub fn release(&self) {
         // SAFETY: the mapping is of a file and was never written, so dropped pages come back with the same contents.
         let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
-        #[cfg(target_os = "linux")]
-        let _ = self.map.advise(memmap2::Advice::NoHugePage);
     }
 
     /// Asks the kernel to read the file ahead. A hint: failure is of no consequence.
