@@ -60,14 +60,6 @@ impl Store {
         let bytes = &bytes[slot.start..slot.start + slot.bytes];
         Packed::new(slot.dtype, slot.rows, slot.cols, slot.gated, bytes).expect("the slot was measured for its shape")
     }
-
-    /// The file that holds them, if one does.
-    pub fn file(&self) -> Option<&Path> {
-        match &self.memory {
-            Memory::Private(_) => None,
-            Memory::File(file) => Some(file.path()),
-        }
-    }
 }
 
 struct Entry {

@@ -71,7 +71,7 @@ impl Weights {
         Ok(Self { rope: Rope::new(&spec.rope), embed: tensor("embed")?, norm, head, layers, spec, store })
     }
 
-    /// Bytes that [`Weights::new`] will pack; nothing is read.
+    /// Bytes that [`Weights::new`] will pack. Of the checkpoint's contents only vectors (norms, biases) are read.
     pub fn packed_bytes(checkpoint: &Checkpoint) -> Result<usize, LoadError> {
         let mut builder = Builder::default();
         plan(checkpoint, &mut builder)?;
