@@ -80,7 +80,8 @@ impl Cpu {
             let task = &tasks[i];
             // SAFETY: the offset is inside the buffer: `plan` counted its length.
             let states = task.states.map(|offset| unsafe { floats.at(offset) });
-            let piece = Piece { run: of_head(task), splits: task.splits.clone(), states };
+            let next = tasks.get(i + 1).map(|task| (of_head(task), task.splits.start));
+            let piece = Piece { run: of_head(task), splits: task.splits.clone(), states, next };
             // SAFETY: items do not share rows, runs of an item share neither rows nor heads, and pieces of a run do not share
             // splits, so these outputs or states are this task's alone; the table proves the features.
             SCRATCH.with_borrow_mut(|scratch| unsafe { (self.kernels.attention)(&piece, scratch) });

@@ -85,11 +85,12 @@ macro_rules! instantiate {
                     q: &[*const f32; 6],
                     dim: usize,
                     keys: &Keys,
+                    ahead: &Keys,
                     count: usize,
                     out: *mut f32,
                 ) {
                     // SAFETY: passed on.
-                    unsafe { products::score_strip::<$vector, E, N>(q, dim, keys, count, out) }
+                    unsafe { products::score_strip::<$vector, E, N>(q, dim, keys, ahead, count, out) }
                 }
                 #[$($attribute)*]
                 unsafe fn weigh_strip<E: Element, const N: usize>(

@@ -6,7 +6,7 @@
 //! every query: maximum M = -inf, sum L = 0, output O = 0
 //! for each split of 512 keys, at positions 512 s .. 512 s + 512:
 //!     m = -inf, l = 0, o = 0
-//!     for each tile of 64 keys of the split:
+//!     for each tile of 128 keys of the split:
 //!         scores[query][key] = q . k
 //!         for each query that sees a key of the tile:
 //!             m' = max(m, scale * its scores); p = e^(scale * score - m'), 0 where masked
@@ -31,13 +31,13 @@ pub(crate) mod tile;
 use crate::cpu::Shared;
 use crate::cpu::vector::Vector;
 use crate::kv::{AttentionItem, KvDtype, KvFormat};
-use products::{Strips, Values, score, weigh};
+use products::{Ahead, Strips, Values, score, weigh};
 use softmax::{Tally, absorb, finish, merge};
 use std::ops::Range;
 use tile::{Brain, Element, Fp8, Half, Int8, Keys, Scales, Single};
 
-/// Keys per tile: four registers of the widest ISA, and in f32, at 64 elements per head, a third of the first-level cache.
-pub(crate) const TILE: usize = 64;
+/// Keys per tile: what is done once per tile costs a fifth as much as the products with 64 keys, and a tenth with these.
+pub(crate) const TILE: usize = 128;
 /// Keys per split. A split of a head of 64 in bf16 is 128 KiB, about 10 us of memory time: a hundred times what it costs to
 /// hand out a task, and joining its result is 1 % of computing it. Shorter would serve more threads than machines have.
 pub(crate) const SPLIT: usize = 512;
@@ -75,6 +75,8 @@ pub(crate) struct Piece<'a> {
     /// Where the states of all the run's splits go, [`Run::state_len`] floats each, to be joined later. None for a piece that
     /// is the whole run and writes its output.
     pub(crate) states: Option<*mut f32>,
+    /// What this thread will probably compute next: a run and one of its splits.
+    pub(crate) next: Option<(Run<'a>, usize)>,
 }
 
 /// Reused memory of one thread.
@@ -149,6 +151,11 @@ impl Run<'_> {
         AttentionItem::first_key(self.start, self.window)
     }
 
+    /// Where the first tile of a split begins.
+    fn first_tile(&self, split: usize) -> usize {
+        self.first_key().max(split * SPLIT) / TILE * TILE
+    }
+
     /// The rows that see one of the keys at `begin..begin + len`.
     fn rows_seeing(&self, begin: usize, len: usize) -> Range<usize> {
         let first = begin.saturating_sub(self.start).min(self.rows);
@@ -200,14 +207,19 @@ unsafe fn compute<V: Strips, E: Element>(piece: &Piece<'_>, scratch: &mut Scratc
     let mut so_far = Tally::new(total.floats(len), run.queries());
     so_far.clear();
     for split in piece.splits.clone() {
+        let ahead = match &piece.next {
+            _ if split + 1 < piece.splits.end => Ahead { run, begin: run.first_tile(split + 1) },
+            Some((run, split)) => Ahead { run, begin: run.first_tile(*split) },
+            None => Ahead { run, begin: run.first_tile(split) },
+        };
         // SAFETY: the features, and that the state is ours to write, by contract.
         unsafe {
             if let Some(states) = piece.states {
                 let state = std::slice::from_raw_parts_mut(states.add((split - first) * len), len);
-                compute_split::<V, E>(run, split, &mut Tally::new(state, run.queries()), scratch);
+                compute_split::<V, E>(run, split, ahead, &mut Tally::new(state, run.queries()), scratch);
             } else {
                 let mut part = Tally::new(state.floats(len), run.queries());
-                compute_split::<V, E>(run, split, &mut part, scratch);
+                compute_split::<V, E>(run, split, ahead, &mut part, scratch);
                 merge::<V>(run, split, &mut so_far, &part);
             }
         }
@@ -244,7 +256,7 @@ pub(crate) unsafe fn join<V: Vector>(run: &Run<'_>, states: *mut f32, scratch: &
     unsafe { finish::<V>(run, &total, unit) };
 }
 
-/// The state of the run's queries over the keys of one split.
+/// The state of the run's queries over the keys of one split; `after` is the tile after its last one.
 ///
 /// # Safety
 /// As [`compute`].
@@ -252,6 +264,7 @@ pub(crate) unsafe fn join<V: Vector>(run: &Run<'_>, states: *mut f32, scratch: &
 unsafe fn compute_split<V: Strips, E: Element>(
     run: &Run<'_>,
     split: usize,
+    after: Ahead<'_>,
     tally: &mut Tally<'_>,
     scratch: &mut Scratch,
 ) {
@@ -271,17 +284,18 @@ unsafe fn compute_split<V: Strips, E: Element>(
         // SAFETY: the features and the type, by contract.
         unsafe {
             if direct {
-                tile::prefetch_values::<V>(run, used.clone());
-                score::<V, E>(run, queries, &Keys::of_pages::<V>(run, begin), used.end - begin, scores);
-                tile::prefetch_keys::<V>(run, begin + TILE, to);
+                let ahead = if begin + TILE < to { Ahead { run, begin: begin + TILE } } else { after };
+                let next = Keys::of_pages::<V>(ahead.run, ahead.begin);
+                score::<V, E>(run, queries, &Keys::of_pages::<V>(run, begin), &next, used.end - begin, scores);
                 absorb::<V, E>(run, rows.clone(), begin, tally, scores, scales);
-                weigh::<V, E>(run, rows, begin, &Values::Pages(run), tally, scores);
+                weigh::<V, E>(run, rows, begin, &Values::Pages(run), Some(ahead), tally, scores);
             } else {
                 let keys = tile::decode_keys::<V, E>(run, begin, used.clone(), keys);
-                score::<V, Single>(run, queries, &Keys::of_tile::<V>(keys), used.end - begin, scores);
+                let keys = Keys::of_tile::<V>(keys);
+                score::<V, Single>(run, queries, &keys, &keys, used.end - begin, scores);
                 absorb::<V, E>(run, rows.clone(), begin, tally, scores, scales);
                 let values = tile::decode_values::<V, E>(run, begin, used, values);
-                weigh::<V, Single>(run, rows, begin, &Values::Tile(values), tally, scores);
+                weigh::<V, Single>(run, rows, begin, &Values::Tile(values), None, tally, scores);
             }
         }
     }

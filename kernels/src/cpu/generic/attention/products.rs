@@ -6,6 +6,9 @@ use super::{Run, TILE};
 use crate::cpu::vector::Vector;
 use std::ops::Range;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// The values of a tile.
 pub(crate) enum Values<'a> {
     /// In the run's pages.
@@ -35,6 +38,25 @@ impl Values<'_> {
     }
 }
 
+/// The tile that comes next, as a run and the tile's first position. Its keys and values are asked for while this tile's are
+/// multiplied, as many bytes at a time as are read: memory would rest otherwise, and a core waits when it has more than a few
+/// dozen requests open.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead<'a> {
+    pub(crate) run: &'a Run<'a>,
+    pub(crate) begin: usize,
+}
+
+impl Ahead<'_> {
+    /// About where value `key` of the tile lies; a key past the last page is somewhere.
+    #[inline(always)]
+    fn value(&self, key: usize) -> *const u8 {
+        let (fmt, pos) = (self.run.fmt, self.begin + key);
+        let page = self.run.pages[(pos / fmt.block_size).min(self.run.pages.len() - 1)];
+        page.as_ptr().wrapping_add(fmt.value(self.run.kv_head, pos % fmt.block_size))
+    }
+}
+
 /// The register tiles, each compiled as a function of its own: inlined, some hundred of them (types by lengths) would make one
 /// function that takes the compiler many minutes.
 pub(crate) trait Strips: Vector {
@@ -46,6 +68,7 @@ pub(crate) trait Strips: Vector {
         q: &[*const f32; 6],
         dim: usize,
         keys: &Keys,
+        ahead: &Keys,
         count: usize,
         out: *mut f32,
     );
@@ -90,7 +113,7 @@ fn strip<V: Vector>(left: usize) -> usize {
 }
 
 /// Products of some of the run's queries with the first `count` keys of a tile (and a few more, which mean nothing), into
-/// their rows of `scores` `[queries][TILE]`.
+/// their rows of `scores` `[queries][TILE]`. The keys of `ahead` are asked for.
 ///
 /// # Safety
 /// The CPU has `V`'s features; the keys are `E`s of the run's head. (Lengths are asserted.)
@@ -99,6 +122,7 @@ pub(super) unsafe fn score<V: Strips, E: Element>(
     run: &Run<'_>,
     queries: Range<usize>,
     keys: &Keys,
+    ahead: &Keys,
     count: usize,
     scores: &mut [f32],
 ) {
@@ -112,7 +136,7 @@ pub(super) unsafe fn score<V: Strips, E: Element>(
         }
         let out = scores[i * TILE..][..n * TILE].as_mut_ptr();
         // SAFETY: `n` pointers to `dim` floats and room for `n * TILE` scores, checked above; the keys by contract.
-        unsafe { for_strip!(n, score_strip(&q, dim, keys, count, out)) };
+        unsafe { for_strip!(n, score_strip(&q, dim, keys, ahead, count, out)) };
         i += n;
     }
 }
@@ -126,12 +150,14 @@ pub(crate) unsafe fn score_strip<V: Vector, E: Element, const N: usize>(
     q: &[*const f32; 6],
     dim: usize,
     keys: &Keys,
+    ahead: &Keys,
     count: usize,
     out: *mut f32,
 ) {
     // Four registers of keys at a time: with N queries that is 4 N accumulators.
     for at in (0..count).step_by(4 * V::LANES) {
         let mut k = keys.four(at / V::LANES);
+        let mut next = ahead.four(at / V::LANES);
         // SAFETY: TILE is a multiple of four registers on every ISA, so all offsets are inside what the caller vouches for.
         unsafe {
             let mut sums = [[V::splat(0.0); 4]; N];
@@ -140,6 +166,11 @@ pub(crate) unsafe fn score_strip<V: Vector, E: Element, const N: usize>(
                 for j in 0..4 {
                     loaded[j] = E::load::<V>(k[j]);
                     k[j] = k[j].wrapping_add(keys.stride);
+                    // Registers may be shorter than lines.
+                    if next[j].addr() % LINE < V::LANES * E::BYTES {
+                        V::prefetch_far(next[j]);
+                    }
+                    next[j] = next[j].wrapping_add(ahead.stride);
                 }
                 for i in 0..N {
                     let q = V::splat(*q[i].add(d));
@@ -158,7 +189,7 @@ pub(crate) unsafe fn score_strip<V: Vector, E: Element, const N: usize>(
 }
 
 /// Adds, for each query of `rows`, the values of the keys it sees in the tile at `begin`, times their weights
-/// `[queries][TILE]`, in the order of the keys.
+/// `[queries][TILE]`, in the order of the keys. The values of `ahead` are asked for.
 ///
 /// # Safety
 /// The CPU has `V`'s features; the values are `E`s. (Lengths are asserted.)
@@ -168,6 +199,7 @@ pub(super) unsafe fn weigh<V: Strips, E: Element>(
     rows: Range<usize>,
     begin: usize,
     values: &Values<'_>,
+    ahead: Option<Ahead<'_>>,
     tally: &mut Tally<'_>,
     weights: &[f32],
 ) {
@@ -178,7 +210,7 @@ pub(super) unsafe fn weigh<V: Strips, E: Element>(
         let n = strip::<V>(end - i);
         let weights = weights[i * TILE..][..n * TILE].as_ptr();
         let out = tally.output[i * width..][..n * width].as_mut_ptr();
-        let strip = Strip { run, begin, values, width };
+        let strip = Strip { run, begin, values, ahead, width };
         let seen = |j: usize| run.seen((i + j) / group, begin);
         let (first, last) = (seen(0), seen(n - 1));
         // SAFETY: weights and outputs of `n` queries start there; seen keys are inside tile and pages.
@@ -211,6 +243,7 @@ pub(crate) struct Strip<'a> {
     run: &'a Run<'a>,
     begin: usize,
     values: &'a Values<'a>,
+    ahead: Option<Ahead<'a>>,
     width: usize,
 }
 
@@ -230,19 +263,20 @@ pub(crate) unsafe fn weigh_strip<V: Vector, E: Element, const N: usize>(
     while key < keys.end {
         let (values, count, stride) = strip.values.rows_from(strip.run, strip.begin, key);
         let count = count.min(keys.end - key);
+        let ahead = strip.ahead.map_or(values, |ahead| ahead.value(key));
         let mut at = 0;
         // SAFETY: registers below `span` are inside a row (`is_direct` sees to it for pages, padding for the tile), and
         // `count` rows follow one another.
         unsafe {
             let weights = weights.add(key);
             while at + 4 * V::LANES <= span {
-                let values = values.add(at * E::BYTES);
-                weigh_registers::<V, E, N, 4>(weights, values, count, stride, out.add(at), strip.width);
+                let (values, ahead) = (values.add(at * E::BYTES), ahead.wrapping_add(at * E::BYTES));
+                weigh_registers::<V, E, N, 4>(weights, values, ahead, count, stride, out.add(at), strip.width);
                 at += 4 * V::LANES;
             }
             while at < span {
-                let values = values.add(at * E::BYTES);
-                weigh_registers::<V, E, N, 1>(weights, values, count, stride, out.add(at), strip.width);
+                let (values, ahead) = (values.add(at * E::BYTES), ahead.wrapping_add(at * E::BYTES));
+                weigh_registers::<V, E, N, 1>(weights, values, ahead, count, stride, out.add(at), strip.width);
                 at += V::LANES;
             }
         }
@@ -258,6 +292,7 @@ pub(crate) unsafe fn weigh_strip<V: Vector, E: Element, const N: usize>(
 unsafe fn weigh_registers<V: Vector, E: Element, const N: usize, const R: usize>(
     weights: *const f32,
     values: *const u8,
+    ahead: *const u8,
     count: usize,
     stride: usize,
     out: *mut f32,
@@ -273,6 +308,9 @@ unsafe fn weigh_registers<V: Vector, E: Element, const N: usize, const R: usize>
         }
         for key in 0..count {
             let row = values.add(key * stride);
+            for line in (0..R * V::LANES * E::BYTES).step_by(LINE) {
+                V::prefetch_far(ahead.wrapping_add(key * stride + line));
+            }
             let mut v = [V::splat(0.0); R];
             for r in 0..R {
                 v[r] = E::load::<V>(row.add(r * V::LANES * E::BYTES));

@@ -267,27 +267,3 @@ pub(super) fn load_scales(run: &Run<'_>, begin: usize, used: Range<usize>, scale
         }
     }
 }
-
-/// Asks for the values of some positions.
-#[inline(always)]
-pub(super) fn prefetch_values<V: Vector>(run: &Run<'_>, range: Range<usize>) {
-    for (page, slot, _, count) in segments(run, range) {
-        prefetch::<V>(page, run.fmt.value(run.kv_head, slot)..run.fmt.value(run.kv_head, slot + count));
-    }
-}
-
-/// Asks for the keys of the tile at `begin`, if it begins before `end`.
-#[inline(always)]
-pub(super) fn prefetch_keys<V: Vector>(run: &Run<'_>, begin: usize, end: usize) {
-    for (page, slot, _, count) in segments(run, begin..end.min(begin + TILE)) {
-        let last = run.fmt.head_dim - 1;
-        prefetch::<V>(page, run.fmt.key(run.kv_head, 0, slot)..run.fmt.key(run.kv_head, last, slot + count));
-    }
-}
-
-#[inline(always)]
-fn prefetch<V: Vector>(page: &[u8], bytes: Range<usize>) {
-    for line in bytes.step_by(64) {
-        V::prefetch(page.as_ptr().wrapping_add(line));
-    }
-}
