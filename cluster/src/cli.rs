@@ -4,6 +4,7 @@
 
 use crate::bench::{BenchArgs, RooflineArgs};
 use crate::logging::LogFormat;
+use crate::network::NetworkArgs;
 use crate::size::{parse_bytes, parse_count};
 use crate::synth::{Preset, SynthDType};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -81,6 +82,9 @@ pub struct UpArgs {
     /// Prompt tokens that a prefill node computes in one pass.
     #[arg(long, value_parser = parse_count)]
     pub max_num_batched_tokens: Option<usize>,
+    /// How the processes talk with one another.
+    #[command(flatten)]
+    pub network: NetworkArgs,
     /// Write the log of each process to a file in this folder instead of to stderr.
     #[arg(long, value_name = "DIR")]
     pub log_dir: Option<PathBuf>,
@@ -229,6 +233,9 @@ pub struct RouterArgs {
     /// The cluster has no prefill nodes: decode nodes compute prompts themselves.
     #[arg(long, env = "RIDGE_DECODE_ONLY")]
     pub decode_only: bool,
+    /// How it talks with the others.
+    #[command(flatten)]
+    pub network: NetworkArgs,
     /// How it is looked after.
     #[command(flatten)]
     pub supervision: SupervisionArgs,
@@ -288,6 +295,9 @@ pub struct NodeArgs {
     /// Forget the KV of finished sequences.
     #[arg(long, env = "RIDGE_NO_ENABLE_PREFIX_CACHING")]
     pub no_enable_prefix_caching: bool,
+    /// How it talks with the others.
+    #[command(flatten)]
+    pub network: NetworkArgs,
     /// How it is looked after.
     #[command(flatten)]
     pub supervision: SupervisionArgs,

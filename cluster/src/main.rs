@@ -11,6 +11,7 @@ mod demo;
 mod dirs;
 mod generate;
 mod logging;
+mod network;
 mod roles;
 mod size;
 mod synth;

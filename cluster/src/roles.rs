@@ -9,7 +9,7 @@ use ridge_decode_node::machine::DecodeConfig;
 use ridge_decode_node::shell::DecodeOptions;
 use ridge_kernels::KvDtype;
 use ridge_kernels::sync::pool::Placement;
-use ridge_kvtransfer::shell::{LinkOptions, TransportOptions};
+use ridge_kvtransfer::shell::LinkOptions;
 use ridge_model::mapping::HugePages;
 use ridge_model::memory::KvDemand;
 use ridge_model::worker::EngineOptions;
@@ -46,7 +46,7 @@ pub fn router(args: RouterArgs) -> anyhow::Result<()> {
             ..HttpConfig::default()
         },
         tls_dir: args.tls_dir,
-        transport: TransportOptions::default(),
+        transport: args.network.transport(),
         model: args.model,
         max_model_len: args.max_model_len,
         machine,
@@ -107,7 +107,7 @@ fn link(args: &NodeArgs, default_name: &str) -> LinkOptions {
         router: args.router,
         router_name: NodeName(args.router_name.clone()),
         tls_dir: args.tls_dir.clone(),
-        transport: TransportOptions::default(),
+        transport: args.network.transport(),
     }
 }
 

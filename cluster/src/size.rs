@@ -1,4 +1,6 @@
-//! Numbers as people write them: `32k` tokens (vLLM: small letters are decimal, capitals binary), `2GiB` of memory.
+//! Numbers as people write them: `32k` tokens (vLLM: small letters are decimal, capitals binary), `2GiB` of memory, `500ms`.
+
+use std::time::Duration;
 
 /// A count such as `512`, `32k` (32 000) or `32K` (32 768).
 pub fn parse_count(text: &str) -> Result<usize, String> {
@@ -32,6 +34,19 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     };
     let bytes = scaled(digits, scale)?;
     if bytes == 0 { Err("must be at least 1 byte".into()) } else { Ok(bytes) }
+}
+
+/// A time such as `500ms`, `1.5s` or `2` (seconds).
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let (digits, suffix) = split(text);
+    let microseconds = match suffix {
+        "us" => 1,
+        "ms" => 1000,
+        "" | "s" => 1_000_000,
+        "min" => 60_000_000,
+        _ => return Err(format!("{suffix:?} is not a unit; use us, ms, s or min")),
+    };
+    Ok(Duration::from_micros(scaled(digits, microseconds)?))
 }
 
 fn split(text: &str) -> (&str, &str) {
@@ -78,5 +93,18 @@ mod tests {
         check("0", None);
         check("2 furlongs", None);
         check("18446744073709551615k", None);
+    }
+
+    #[test]
+    fn durations() {
+        let check = |text, want: Option<u64>| {
+            assert_eq!(parse_duration(text).ok(), want.map(Duration::from_micros), "{text}");
+        };
+        check("500ms", Some(500_000));
+        check("1.5 s", Some(1_500_000));
+        check("2", Some(2_000_000));
+        check("0.5min", Some(30_000_000));
+        check("2h", None);
+        check("", None);
     }
 }

@@ -8,8 +8,15 @@ use ridge_tests::process::{Kill, signal};
 use serde_json::{Value, json};
 use support::{binary, completion, oracle, tiny_llama};
 
-/// Streams a completion and kills a node when `after` pieces have come.
-fn stream_and_kill(cluster: &Cluster, prompt: &[u32], max_tokens: u32, node: &str, after: usize) -> String {
+/// Streams a completion and sends a signal to a node when `after` pieces have come.
+fn stream_and_signal(
+    cluster: &Cluster,
+    prompt: &[u32],
+    max_tokens: u32,
+    node: &str,
+    after: usize,
+    kill: Kill,
+) -> String {
     let mut request = completion(prompt, max_tokens);
     request["stream"] = json!(true);
     let (mut text, mut pieces) = (String::new(), 0);
@@ -24,12 +31,12 @@ fn stream_and_kill(cluster: &Cluster, prompt: &[u32], max_tokens: u32, node: &st
             text.push_str(event["choices"][0]["text"].as_str().unwrap_or_default());
             pieces += 1;
             if pieces == after {
-                signal(cluster.process(node).pid, Kill::Kill);
+                signal(cluster.process(node).pid, kill);
             }
             true
         })
         .expect("the stream ends well");
-    assert!(pieces > after, "the answer was over before {node} could be killed");
+    assert!(pieces > after, "the answer was over before {node} got its signal");
     text
 }
 
@@ -41,7 +48,7 @@ fn a_stream_survives_the_death_of_its_decode_node() {
     // With a second decode node it continues there; alone, when the node is back.
     for flags in [&["--decode", "2"][..], &[][..]] {
         let cluster = Cluster::start(binary(), &model, flags);
-        let got = stream_and_kill(&cluster, &prompt, 400, "decode-0", 3);
+        let got = stream_and_signal(&cluster, &prompt, 400, "decode-0", 3, Kill::Kill);
         assert_eq!(got, expected, "with {flags:?}");
         cluster.wait_healthy();
         cluster.wait_idle();
@@ -54,8 +61,28 @@ fn a_stream_survives_the_death_of_its_prefill_node() {
     let prompt = prompt(12, 40);
     let expected = oracle(&model, &prompt, 300, &[]).text;
     let cluster = Cluster::start(binary(), &model, &[]);
-    let got = stream_and_kill(&cluster, &prompt, 300, "prefill-0", 3);
+    let got = stream_and_signal(&cluster, &prompt, 300, "prefill-0", 3, Kill::Kill);
     assert_eq!(got, expected);
     cluster.wait_healthy();
     cluster.wait_idle();
+}
+
+#[test]
+fn a_stalled_node_is_noticed_and_its_streams_go_on_elsewhere() {
+    let model = tiny_llama();
+    let prompt = prompt(13, 40);
+    let expected = oracle(&model, &prompt, 300, &[]).text;
+    let cluster = Cluster::start(binary(), &model, &["--decode", "2", "--peer-timeout", "500ms"]);
+    for node in ["decode-0", "prefill-0", "decode-1"] {
+        let stalled = cluster.process(node).pid;
+        let text = stream_and_signal(&cluster, &prompt, 300, node, 3, Kill::Stop);
+        assert_eq!(text, expected, "{node} stalled");
+        // A new request does not wait for it either.
+        let answer = cluster.client.post("/v1/completions", &completion(&prompt, 20)).expect("an answer");
+        assert_eq!(answer.status, 200, "{node} stalled: {answer:?}");
+        signal(stalled, Kill::Continue);
+        cluster.wait_healthy();
+        cluster.wait_idle();
+        assert_eq!(cluster.process(node).pid, stalled, "{node} took part again, and was not started anew");
+    }
 }

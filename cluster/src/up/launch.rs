@@ -86,6 +86,7 @@ impl Launch {
         line.flag("--name", &member.name);
         line.flag("--tls-dir", &self.run_dir.path().join(&member.name).display());
         line.flag("--model", &self.model.path);
+        line.0.extend(self.args.network.flags());
         let engine = &self.args.engine;
         line.option("--max-model-len", engine.max_model_len);
         if member.role == Role::Router {

@@ -79,8 +79,8 @@ impl Default for TransportOptions {
             connection_window: 256 << 20,
             send_window: 64 << 20,
             socket_buffer: 32 << 20,
-            keep_alive: Duration::from_secs(1),
-            idle_timeout: Duration::from_secs(5),
+            keep_alive: Duration::from_millis(200),
+            idle_timeout: Duration::from_secs(1),
             handshake_deadline: Duration::from_secs(5),
         }
     }
