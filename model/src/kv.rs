@@ -23,6 +23,12 @@ use std::ops::{Deref, DerefMut};
 /// Pages start at multiples of this many bytes, a cache line, so that no two pages share one.
 const PAGE_ALIGN: usize = 64;
 
+/// Blocks at least as large as this begin [`SHIFT`] bytes further apart. Large blocks are mostly multiples of a large power of two,
+/// so that the same head of neighbouring blocks would compete for the same few lines of every cache.
+const SHIFT_FROM: usize = 128 << 10;
+/// An odd number of cache lines, a little more than a head's keys of one block often take.
+const SHIFT: usize = 33 * PAGE_ALIGN;
+
 /// Why KV memory could not be had.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum KvError {
@@ -59,8 +65,10 @@ pub struct KvMemory {
     format: KvFormat,
     layers: usize,
     blocks: usize,
-    /// Distance between pages: the page size rounded up to [`PAGE_ALIGN`].
+    /// Distance between the pages of a block: the page size rounded up to [`PAGE_ALIGN`].
     stride: usize,
+    /// Distance between blocks.
+    block_stride: usize,
     /// Zeroed by the system; a page costs memory from its first write on.
     map: memmap2::MmapRaw,
     huge_pages: HugePagesGot,
@@ -80,16 +88,22 @@ impl KvMemory {
             return Err(KvError::Empty { layers, blocks });
         }
         let page_bytes = format.page_bytes();
-        let stride = page_bytes.next_multiple_of(PAGE_ALIGN);
-        let bytes = layers
-            .checked_mul(blocks)
-            .and_then(|pages| pages.checked_mul(stride))
+        let block_stride = Self::block_bytes(&format, layers);
+        let bytes = blocks
+            .checked_mul(block_stride)
             .filter(|bytes| *bytes <= isize::MAX as usize && blocks <= u32::MAX as usize)
             .ok_or(KvError::TooLarge { layers, blocks, page_bytes })?;
         let (map, huge_pages) =
             mapping::map(bytes, huge).map_err(|error| KvError::Map { bytes, reason: error.to_string() })?;
         let locks = PageLocks::new(layers * blocks);
-        Ok(Self { format, layers, blocks, stride, map: map.into(), huge_pages, locks })
+        let stride = stride(&format);
+        Ok(Self { format, layers, blocks, stride, block_stride, map: map.into(), huge_pages, locks })
+    }
+
+    /// Bytes that a block takes over all layers, which saturate.
+    pub fn block_bytes(format: &KvFormat, layers: usize) -> usize {
+        let bytes = stride(format).saturating_mul(layers);
+        if bytes < SHIFT_FROM { bytes } else { bytes.saturating_add(SHIFT) }
     }
 
     /// Whether the memory will be in huge pages.
@@ -150,8 +164,14 @@ impl KvMemory {
     fn address(&self, page: usize) -> *mut u8 {
         debug_assert!(page < self.layers * self.blocks);
         // `wrapping_add` needs no proof: the callers' dereferences do.
-        self.map.as_mut_ptr().wrapping_add(page * self.stride)
+        let (block, layer) = (page / self.layers, page % self.layers);
+        self.map.as_mut_ptr().wrapping_add(block * self.block_stride + layer * self.stride)
     }
+}
+
+/// Distance between the pages of a block.
+fn stride(format: &KvFormat) -> usize {
+    format.page_bytes().next_multiple_of(PAGE_ALIGN)
 }
 
 /// A page being read.
@@ -164,8 +184,8 @@ impl Deref for PageRead<'_> {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the page lies within the mapping (`page < blocks * layers`, whose product with the stride was
-        // mapped), is initialised (by the system, to zero), and the mapping outlives `self.memory`. Its read lock
+        // SAFETY: the page lies within the mapping (`page < blocks * layers`, and so many blocks were mapped,
+        // each with room for its pages), is initialised (by the system, to zero), and the mapping outlives `self.memory`. Its read lock
         // is held until `self` is dropped, so that no `PageWrite` of this page exists meanwhile.
         unsafe { std::slice::from_raw_parts(self.memory.address(self.page), self.memory.page_bytes()) }
     }

@@ -8,6 +8,7 @@ pub mod machine;
 
 use crate::checkpoint::{Checkpoint, LoadError};
 use crate::forward::Weights;
+use crate::kv::KvMemory;
 use crate::packed::WORTH_A_FILE;
 use crate::spec::ModelSpec;
 use machine::MachineMemory;
@@ -284,7 +285,7 @@ fn advice(demand: &Demand<'_>, plan: &MemoryPlan) -> String {
 
 /// Bytes of a block over all layers.
 fn block_bytes(demand: &Demand<'_>) -> u64 {
-    (demand.format.page_bytes() * demand.spec.layers) as u64
+    KvMemory::block_bytes(&demand.format, demand.spec.layers) as u64
 }
 
 /// What one of `nodes` nodes may use: shared weights count once for all of them.

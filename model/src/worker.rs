@@ -107,7 +107,7 @@ pub fn load_engine(
     let identity = identity(&checkpoint, &format);
     tracing::info!(
         model = %checkpoint.name,
-        kv_mib = (blocks * spec.layers * format.page_bytes()) >> 20,
+        kv_mib = (blocks * KvMemory::block_bytes(&format, spec.layers)) >> 20,
         blocks,
         max_model_len,
         huge_pages = %kv.huge_pages(),

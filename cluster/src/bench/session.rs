@@ -14,6 +14,7 @@ use ridge_model::checkpoint::{Checkpoint, LoadOptions, ModelSource, load};
 use ridge_model::cost::{Cost, CostModel};
 use ridge_model::engine::{CpuEngine, Engine};
 use ridge_model::kv::KvMemory;
+use ridge_model::mapping::HugePages;
 use ridge_model::memory::machine::MachineMemory;
 use ridge_model::spec::ModelSpec;
 use ridge_model::worker::default_kv_dtype;
@@ -164,9 +165,9 @@ impl Session {
         };
         let cost = CostModel::of(&checkpoint, &format)?;
         let blocks = phases.iter().map(|phase| phase.blocks(format.block_size)).max().context("nothing to measure")?;
-        let kv_bytes = (blocks as u64).saturating_mul((spec.layers * format.page_bytes()) as u64);
+        let kv_bytes = (blocks as u64).saturating_mul(KvMemory::block_bytes(&format, spec.layers) as u64);
         let spare = spare_memory(available, checkpoint.tensors.bytes() as u64, kv_bytes, args.engine.kv_memory)?;
-        let kv = Arc::new(KvMemory::new(format, spec.layers, blocks)?);
+        let kv = Arc::new(KvMemory::with_huge_pages(format, spec.layers, blocks, HugePages::Auto)?);
         let model = ModelFacts::of(&checkpoint, &cost);
 
         let cpu = Cpu::new(threads, None);
