@@ -94,6 +94,9 @@ pub struct UpArgs {
     /// Seconds that running requests get to finish after Ctrl-C.
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub drain_timeout: u64,
+    /// How it is looked after itself.
+    #[command(flatten)]
+    pub supervision: SupervisionArgs,
 }
 
 /// Where and for whom the HTTP server answers.

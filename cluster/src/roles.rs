@@ -211,7 +211,7 @@ fn shutdown(stop_on_stdin_eof: bool) -> anyhow::Result<Shutdown> {
 }
 
 /// A thread of its own reads stdin: a blocking read can be neither cancelled nor waited for by the runtime.
-fn watch_stdin(wanted: bool) -> anyhow::Result<oneshot::Receiver<()>> {
+pub fn watch_stdin(wanted: bool) -> anyhow::Result<oneshot::Receiver<()>> {
     let (closed, receiver) = oneshot::channel();
     let watch = move || {
         let mut stdin = std::io::stdin().lock();

@@ -1,5 +1,6 @@
 //! Flags of `cluster bench engine` and of `cluster roofline`.
 
+use super::interference::InterferenceArgs;
 use crate::cli::EngineArgs;
 use crate::size::parse_count;
 use clap::{Args, Subcommand};
@@ -18,6 +19,8 @@ pub struct BenchArgs {
 pub enum BenchCommand {
     /// Measure the engine alone, prefill and decode, beside what the machine can do at most.
     Engine(Box<EngineBenchArgs>),
+    /// Measure how much decoding users feel somebody else's long prompt, on any OpenAI-compatible server.
+    Interference(Box<InterferenceArgs>),
 }
 
 /// What both commands need to set up an engine and to measure it.

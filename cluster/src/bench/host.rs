@@ -20,10 +20,21 @@ pub fn date() -> String {
     jiff::Timestamp::now().strftime("%Y-%m-%d").to_string()
 }
 
-/// The command line, without folders: a report says what ran, not where its author keeps files.
+/// The command line, without folders and keys: a report says what ran, not where its author keeps files.
 pub fn command() -> String {
-    let arguments: Vec<String> = std::env::args_os().map(|arg| without_folders(&arg.to_string_lossy())).collect();
-    arguments.join(" ")
+    without_secrets(std::env::args_os().map(|arg| arg.to_string_lossy().into_owned())).join(" ")
+}
+
+/// Arguments as a report may show them: files without their folders, and no API key.
+pub fn without_secrets(arguments: impl Iterator<Item = String>) -> Vec<String> {
+    const KEY: &str = "--api-key";
+    let mut key_follows = false;
+    let mut show = |argument: String| match argument.split_once('=') {
+        _ if std::mem::replace(&mut key_follows, argument == KEY) => "KEY".into(),
+        Some((KEY, _)) => format!("{KEY}=KEY"),
+        _ => without_folders(&argument),
+    };
+    arguments.map(&mut show).collect()
 }
 
 fn without_folders(argument: &str) -> String {
@@ -31,6 +42,9 @@ fn without_folders(argument: &str) -> String {
         Some((flag, value)) if flag.starts_with("--") => (format!("{flag}="), value),
         _ => (String::new(), argument),
     };
+    if value.contains("://") {
+        return argument.to_owned();
+    }
     let name = Path::new(value).file_name().map_or(value.into(), |name| name.to_string_lossy());
     format!("{flag}{name}")
 }
@@ -47,6 +61,14 @@ mod tests {
         check("--model=/models/a.gguf", "--model=a.gguf");
         check("--json", "--json");
         check("1,4,8", "1,4,8");
+        check("http://localhost:8000/v1", "http://localhost:8000/v1");
+        check("--url=http://localhost:8000/v1", "--url=http://localhost:8000/v1");
+    }
+
+    #[test]
+    fn commands_hold_no_keys() {
+        let line = ["/bin/cluster", "--api-key", "a", "--json", "--api-key=b"].map(str::to_owned);
+        assert_eq!(without_secrets(line.into_iter()).join(" "), "cluster --api-key KEY --json --api-key=KEY");
     }
 
     #[test]

@@ -3,10 +3,11 @@
 //! Both drive the engine with batch plans, as a node's shell does, and measure the machine's limits between the
 //! repetitions: the rates of a shared machine drift by a factor of two within minutes, so a time means something only
 //! beside a limit of the same second. Read [`session`] (what runs) and [`measure`] (what is made of the times), then
-//! [`roofline`] (the picture).
+//! [`roofline`] (the picture). `cluster bench interference` looks at servers from outside instead: [`interference`].
 
 mod args;
 mod host;
+mod interference;
 mod measure;
 mod report;
 mod roofline;
@@ -22,6 +23,7 @@ use session::{Phase, Session};
 pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     match &args.command {
         BenchCommand::Engine(args) => engine(args),
+        BenchCommand::Interference(args) => interference::run(args),
     }
 }
 

@@ -11,7 +11,7 @@ mod plan;
 mod progress;
 
 use crate::cli::{CoreList, UpArgs};
-use crate::{demo, logging};
+use crate::{demo, logging, roles};
 use anyhow::{Context, bail};
 use banner::{Banner, Row};
 use child::{Event, Report, Running, Spawn};
@@ -24,7 +24,7 @@ use std::net::SocketAddr;
 use std::process::ExitStatus;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 /// Crashes of one child within [`CRASH_WINDOW`] after which the supervisor gives up.
@@ -44,6 +44,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<()> {
     let drain = Duration::from_secs(args.drain_timeout);
     let cores = plan::available_cores();
     let threads = args.threads.map(usize::from);
+    let stop_on_stdin_eof = args.supervision.stop_on_stdin_eof;
     let plan = Plan::new(args.prefill.into(), args.decode.into(), threads, args.cores_policy, &cores);
     if let Some(remark) = &plan.remark {
         eprintln!("note: {remark}");
@@ -51,7 +52,7 @@ pub fn run(args: UpArgs) -> anyhow::Result<()> {
     let launch = Launch::prepare(args, &plan.members)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")?;
     runtime.block_on(async {
-        let mut signals = Signals::new()?;
+        let mut signals = Signals::new(stop_on_stdin_eof)?;
         let mut supervisor = Supervisor::new(launch, plan.members, started);
         let ended = supervisor.supervise(&mut signals).await;
         supervisor.progress.clear();
@@ -68,15 +69,18 @@ struct Signals {
     terminate: Signal,
     /// The terminal was closed.
     hang_up: Signal,
+    /// Whoever started us is gone.
+    stdin_closed: oneshot::Receiver<()>,
 }
 
 impl Signals {
-    fn new() -> anyhow::Result<Self> {
+    fn new(stop_on_stdin_eof: bool) -> anyhow::Result<Self> {
         let listen = |kind| signal(kind).context("cannot listen for signals");
         Ok(Self {
             interrupt: listen(SignalKind::interrupt())?,
             terminate: listen(SignalKind::terminate())?,
             hang_up: listen(SignalKind::hangup())?,
+            stdin_closed: roles::watch_stdin(stop_on_stdin_eof)?,
         })
     }
 
@@ -85,6 +89,8 @@ impl Signals {
             _ = self.interrupt.recv() => {}
             _ = self.terminate.recv() => {}
             _ = self.hang_up.recv() => {}
+            // It ends once, and at once if nobody watches: asking it again would be a mistake.
+            Ok(()) = &mut self.stdin_closed, if !self.stdin_closed.is_terminated() => {}
         }
     }
 }
