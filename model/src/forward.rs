@@ -125,7 +125,13 @@ impl Forward {
         let (rows, pairs) = (row_count(runs), weights.rope.pairs());
         s.tokens.clear();
         s.tokens.extend(plan.items.iter().flat_map(|item| &item.tokens));
-        cpu.embed(&weights.embed.matrix(), &s.tokens, fit(&mut s.x, rows * weights.spec.hidden));
+        let (embed, tokens) = (&weights.embed, &s.tokens);
+        let read = |row: usize, bytes: &mut [u8]| {
+            let read = embed.read_row(tokens[row] as usize, bytes);
+            // The weights themselves are mapped, and would end the process just the same.
+            read.unwrap_or_else(|error| panic!("the embedding of token {} cannot be read: {error}", tokens[row]));
+        };
+        cpu.embed(embed.dtype, embed.cols, &read, fit(&mut s.x, rows * weights.spec.hidden));
 
         let cos = fit(&mut s.cos, rows * pairs).chunks_exact_mut(pairs);
         let sin = fit(&mut s.sin, rows * pairs).chunks_exact_mut(pairs);

@@ -51,7 +51,7 @@ pub struct WeightBytes {
 
 impl WeightBytes {
     /// What the engine will hold of this checkpoint, with or without a folder for packed weights. Rows of the embedding are
-    /// read from the checkpoint's own file as tokens need them, and are not counted: the system takes them back when it likes.
+    /// copied from the checkpoint's own file as tokens need them, and nothing of it is kept.
     pub fn of(checkpoint: &Checkpoint, cached: bool) -> Result<Self, LoadError> {
         let packed = Weights::packed_bytes(checkpoint)?;
         let shared = if cached && packed >= WORTH_A_FILE { packed } else { 0 };

@@ -7,25 +7,33 @@
 //! The file's name has a digest of everything that its contents follow from: packing version, shapes, the checkpoint's digest and
 //! the identity of its files. Its header has a digest of the contents, which the first process after a reboot checks: what was
 //! written before a crash may not have reached the disk. Files appear by rename, so that a reader sees all or nothing.
+//!
+//! All threads fill the file, through a mapping: making the pages of a large file is as much work as packing, and calls of
+//! write() for one file wait for each other.
 
-use crate::checkpoint::{Checkpoint, FileMap, Tensor};
+use crate::checkpoint::{Checkpoint, FileMap, NewFile, Tensor};
 use crate::mapping::{self, HugePages};
+use crate::memory::machine::MachineMemory;
 use ridge_kernels::{Cpu, DType, Matrix, Packed};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use twox_hash::XxHash3_128;
 
 /// Changes whenever packing or the file's layout does.
-const VERSION: &str = "ridge packed weights 1";
+const VERSION: &str = "ridge packed weights 2";
 /// The header has a page of its own, so that weights start on a page.
 const HEADER: usize = 4096;
 /// Weights below this are packed into private memory: it takes milliseconds.
 pub const WORTH_A_FILE: usize = 64 << 20;
-/// Bytes packed at a time on their way into a file.
-const PIECE: usize = 4 << 20;
+/// Bytes packed at a time: as much of the checkpoint, and of the file, is resident meanwhile.
+const PIECE: usize = 32 << 20;
+/// Bytes digested at a time, by one thread.
+const DIGESTED: usize = 1 << 20;
 /// How long to wait for another process that is packing the same model.
 const PATIENCE: Duration = Duration::from_secs(600);
 
@@ -104,22 +112,31 @@ impl Builder {
 
     /// Packs, or finds packed, what was added. `cache` is a folder for files; it is created if need be.
     pub fn build(self, checkpoint: &Checkpoint, cpu: &Cpu, cache: Option<&Path>) -> io::Result<Store> {
-        let begin = Instant::now();
+        let (begin, sources) = (Instant::now(), checkpoint.tensors.files());
         if let Some(cache) = cache.filter(|_| self.bytes >= WORTH_A_FILE) {
-            match self.in_file(&checkpoint.weights_digest, &checkpoint.tensors.files(), cpu, cache) {
+            match self.in_file(&checkpoint.weights_digest, &sources, cpu, cache) {
                 Ok(file) => {
                     let path = file.path().display();
                     tracing::info!(bytes = self.bytes, ms = begin.elapsed().as_millis(), %path, "packed weights mapped");
                     return Ok(Store { memory: Memory::File(file) });
                 }
-                Err(error) => tracing::warn!(
-                    folder = %cache.display(), %error, "packed weights cannot be cached: every process has its own copy"
-                ),
+                Err(error) => {
+                    let (folder, memory) = (cache.display(), MachineMemory::read());
+                    if memory.known && self.bytes as u64 > memory.bytes {
+                        let (bytes, source) = (memory.bytes, memory.source);
+                        return Err(io::Error::other(format!(
+                            "{folder} cannot keep them ({error}), and memory has room for {bytes} only ({source}): name a folder \
+                             with enough space by --weights-cache"
+                        )));
+                    }
+                    tracing::warn!(%folder, %error, "packed weights cannot be cached: every process has its own copy");
+                }
             }
         }
         let (mut map, huge_pages) = mapping::map(self.bytes.max(1), HugePages::Auto)?;
-        for entry in &self.entries {
-            entry.pack(cpu, 0..entry.slot.rows, &mut map[entry.slot.start..][..entry.slot.bytes]);
+        for piece in self.pieces() {
+            piece.pack(cpu, &mut map[piece.start..][..piece.bytes]);
+            sources.iter().for_each(|file| file.release());
         }
         tracing::info!(bytes = self.bytes, ms = begin.elapsed().as_millis(), %huge_pages, "weights packed");
         Ok(Store { memory: Memory::Private(map) })
@@ -131,12 +148,12 @@ impl Builder {
         let (family, key) = self.key(digest, files);
         let name = format!("{family}-{key}");
         let path = cache.join(format!("{name}.packed"));
-        if let Some(file) = self.open(&path, &key) {
+        if let Some(file) = self.open(&path, &key, cpu) {
             return Ok(file);
         }
         let _lock = lock(&cache.join(format!("{name}.lock")))?;
         // Another process may have packed it meanwhile.
-        if let Some(file) = self.open(&path, &key) {
+        if let Some(file) = self.open(&path, &key, cpu) {
             return Ok(file);
         }
         let free = rustix::fs::statvfs(cache)?;
@@ -152,7 +169,7 @@ impl Builder {
             },
         )?;
         forget_others(cache, &family, &name);
-        self.open(&path, &key)
+        self.open(&path, &key, cpu)
             .ok_or_else(|| io::Error::other(format!("{} changed while it was written", path.display())))
     }
 
@@ -172,7 +189,7 @@ impl Builder {
     }
 
     /// The file, if it is there and whole.
-    fn open(&self, path: &Path, key: &str) -> Option<FileMap> {
+    fn open(&self, path: &Path, key: &str, cpu: &Cpu) -> Option<FileMap> {
         let file = FileMap::open(path).ok()?;
         let (header, contents) = file.bytes().split_at_checked(HEADER)?;
         let header = Header::read(header)?;
@@ -180,7 +197,8 @@ impl Builder {
             return None;
         }
         if header.boot != boot_id() {
-            if header.digest != XxHash3_128::oneshot(contents) {
+            let digests = self.pieces().map(|piece| piece.digest(cpu, &contents[piece.start..][..piece.bytes]));
+            if header.digest != digests.fold(0, u128::wrapping_add) {
                 tracing::warn!(path = %path.display(), "packed weights are damaged and will be packed again");
                 return None;
             }
@@ -193,42 +211,71 @@ impl Builder {
 
     /// Writes the file; what is read of `sources` meanwhile does not stay resident.
     fn write(&self, sources: &[&FileMap], cpu: &Cpu, path: &Path, key: &str) -> io::Result<()> {
-        let file = File::create(path)?;
-        let mut hasher = XxHash3_128::new();
-        let mut at = 0;
-        let mut buffer = Vec::new();
-        for entry in &self.entries {
-            let row_bytes = entry.slot.bytes / entry.slot.rows.max(1);
-            // Whole strips, whether of 64 rows or of 32 pairs.
-            let rows = (PIECE / row_bytes.max(1)).next_multiple_of(64);
-            for start in (0..entry.slot.rows).step_by(rows) {
-                let end = entry.slot.rows.min(start + rows);
-                let Slot { dtype, cols, gated, .. } = entry.slot;
-                let bytes = Packed::bytes(dtype, end - start, cols, gated).expect("a part of what was measured");
-                buffer.resize(bytes, 0);
-                entry.pack(cpu, start..end, &mut buffer);
-                hasher.write(&buffer);
-                file.write_all_at(&buffer, (HEADER + at) as u64)?;
-                at += bytes;
-            }
+        let mut file = NewFile::create(path, HEADER + self.bytes)?;
+        let mut sum = 0u128;
+        for piece in self.pieces() {
+            let digest = file.write(HEADER + piece.start, piece.bytes, |out| {
+                piece.pack(cpu, out);
+                piece.digest(cpu, out)
+            })?;
+            sum = sum.wrapping_add(digest);
             sources.iter().for_each(|file| file.release());
         }
-        debug_assert_eq!(at, self.bytes);
-        let header = Header { key: key.to_owned(), boot: boot_id(), digest: hasher.finish_128() };
-        file.write_all_at(&header.bytes(), 0)
+        let header = Header { key: key.to_owned(), boot: boot_id(), digest: sum };
+        file.write(0, HEADER, |page| page.copy_from_slice(&header.bytes()))
+    }
+
+    /// All that is packed, from the first byte to the last.
+    fn pieces(&self) -> impl Iterator<Item = Piece<'_>> {
+        self.entries.iter().flat_map(Entry::pieces)
     }
 }
 
 impl Entry {
-    /// Packs some rows, of both matrices if there are two.
-    fn pack(&self, cpu: &Cpu, rows: std::ops::Range<usize>, out: &mut [u8]) {
-        fn part(tensor: &Tensor, rows: std::ops::Range<usize>) -> Matrix<'_> {
+    /// In parts of about [`PIECE`] bytes.
+    fn pieces(&self) -> impl Iterator<Item = Piece<'_>> {
+        let Slot { dtype, rows, cols, gated, start, .. } = self.slot;
+        let bytes = move |rows| Packed::bytes(dtype, rows, cols, gated).expect("a part of what was measured");
+        // Whole strips, whether of 64 rows or of 32 pairs.
+        let step = (PIECE / bytes(64).max(1)).max(1) * 64;
+        (0..rows).step_by(step).map(move |first| {
+            let rows = first..rows.min(first + step);
+            Piece { entry: self, start: start + bytes(first), bytes: bytes(rows.len()), rows }
+        })
+    }
+}
+
+/// Consecutive rows of a matrix, or of two, and their place in the store.
+struct Piece<'a> {
+    entry: &'a Entry,
+    rows: Range<usize>,
+    start: usize,
+    bytes: usize,
+}
+
+impl Piece<'_> {
+    fn pack(&self, cpu: &Cpu, out: &mut [u8]) {
+        fn part(tensor: &Tensor, rows: Range<usize>) -> Matrix<'_> {
             let whole = tensor.matrix();
             let bytes = &whole.data()[rows.start * whole.row_bytes()..rows.end * whole.row_bytes()];
             Matrix::new(tensor.dtype, rows.len(), tensor.cols, bytes).expect("rows of a matrix are one")
         }
-        let up = self.up.as_ref().map(|up| part(up, rows.clone()));
-        cpu.pack(&part(&self.matrix, rows), up.as_ref(), out);
+        let up = self.entry.up.as_ref().map(|up| part(up, self.rows.clone()));
+        cpu.pack(&part(&self.entry.matrix, self.rows.clone()), up.as_ref(), out);
+    }
+
+    /// Its part of the file's digest, which is the sum over all pieces: taken of small parts, keyed with their places, by all
+    /// threads.
+    fn digest(&self, cpu: &Cpu, packed: &[u8]) -> u128 {
+        let sum = Mutex::new(0u128);
+        cpu.pool().run(packed.len().div_ceil(DIGESTED), &|part| {
+            let at = part * DIGESTED;
+            let bytes = &packed[at..packed.len().min(at + DIGESTED)];
+            let digest = XxHash3_128::oneshot_with_seed((self.start + at) as u64, bytes);
+            let mut sum = sum.lock().expect("no holder of this lock can panic");
+            *sum = sum.wrapping_add(digest);
+        });
+        sum.into_inner().expect("no holder of this lock can panic")
     }
 }
 
@@ -308,8 +355,8 @@ mod tests {
     fn private(cpu: &Cpu) -> Vec<u8> {
         let builder = builder();
         let mut bytes = vec![0; builder.bytes()];
-        for entry in &builder.entries {
-            entry.pack(cpu, 0..entry.slot.rows, &mut bytes[entry.slot.start..][..entry.slot.bytes]);
+        for piece in builder.pieces() {
+            piece.pack(cpu, &mut bytes[piece.start..][..piece.bytes]);
         }
         bytes
     }
@@ -348,6 +395,24 @@ mod tests {
             let file = builder().in_file(&[7; 32], &[], &cpu, folder.path()).expect("packed again");
             assert_eq!(file.bytes()[HEADER..], whole[HEADER..]);
         }
+    }
+
+    #[test]
+    fn what_is_packed_in_pieces_is_packed_as_if_at_once() {
+        let (cpu, folder) = (Cpu::new(2, None), tempfile::tempdir().expect("a folder"));
+        let (rows, cols) = (PIECE / 256 + 100, 32);
+        let tensor = |seed: u32| {
+            let values = (0..(rows * cols) as u32).flat_map(|i| (i ^ seed).to_le_bytes());
+            Tensor::owned(DType::F32, rows, cols, values.collect()).expect("4 bytes each")
+        };
+        let (gate, up) = (tensor(0), tensor(1 << 31));
+        let mut builder = Builder::default();
+        builder.gated(&gate, &up).expect("alike");
+        assert_eq!(builder.pieces().count(), 2);
+        let file = builder.in_file(&[7; 32], &[], &cpu, folder.path()).expect("packed");
+        let mut whole = vec![0; builder.bytes()];
+        cpu.pack(&gate.matrix(), Some(&up.matrix()), &mut whole);
+        assert!(file.bytes()[HEADER..] == whole);
     }
 
     #[test]

@@ -19,7 +19,7 @@ mod vector;
 
 pub(crate) use instantiate::instantiate;
 
-use crate::dtype::Matrix;
+use crate::dtype::DType;
 use crate::sync::pool::{Placement, ThreadPool};
 use dispatch::{Isa, Kernels};
 use std::sync::Mutex;
@@ -152,21 +152,20 @@ impl Cpu {
         });
     }
 
-    /// Decodes row `ids[i]` of `table` into row `i` of `out` `[ids.len(), table.cols()]`. Ids are asserted to be rows.
-    pub fn embed(&self, table: &Matrix<'_>, ids: &[u32], out: &mut [f32]) {
-        let cols = table.cols();
-        assert_eq!(out.len(), ids.len() * cols);
+    /// Decodes rows of `cols` elements, as many as `out` holds: `read(i, row)` fills in the stored bytes of row `i`, on any of the
+    /// threads.
+    pub fn embed(&self, dtype: DType, cols: usize, read: &(dyn Fn(usize, &mut [u8]) + Sync), out: &mut [f32]) {
+        let stored = dtype.row_bytes(cols).expect("rows of a matrix");
+        assert!(out.len().is_multiple_of(cols), "{} floats are not rows of {cols}", out.len());
+        let rows = out.len() / cols;
         let out = Shared(out.as_mut_ptr());
-        self.split(ids.len(), cols, &|range| {
+        self.split(rows, cols, &|range| {
+            let mut row = vec![0; stored];
             for i in range {
-                let row = table.row(ids[i] as usize);
+                read(i, &mut row);
                 // SAFETY: row `i` is inside `out` and only this task has it; the table of kernels proves the features.
                 unsafe {
-                    (self.kernels.dequantize)(
-                        table.dtype(),
-                        row,
-                        std::slice::from_raw_parts_mut(out.at(i * cols), cols),
-                    )
+                    (self.kernels.dequantize)(dtype, &row, std::slice::from_raw_parts_mut(out.at(i * cols), cols));
                 }
             }
         });

@@ -15,7 +15,7 @@ pub mod safetensors;
 mod tensors;
 
 pub use error::LoadError;
-pub use map::FileMap;
+pub use map::{FileMap, NewFile};
 pub use tensors::{Tensor, TensorMap, wanted};
 
 use crate::spec::ModelSpec;

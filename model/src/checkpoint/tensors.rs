@@ -51,6 +51,15 @@ impl Tensor {
         }
     }
 
+    /// Copies the stored bytes of a row, leaving the rest of a mapped file where it is.
+    pub fn read_row(&self, row: usize, bytes: &mut [u8]) -> std::io::Result<()> {
+        let start = row * bytes.len();
+        match &self.data {
+            Storage::Mapped { file, range } => file.read(range.start + start, bytes),
+            Storage::Owned(all) => Ok(bytes.copy_from_slice(&all[start..start + bytes.len()])),
+        }
+    }
+
     /// The tensor as the kernels take it.
     pub fn matrix(&self) -> Matrix<'_> {
         Matrix::new(self.dtype, self.rows, self.cols, self.bytes()).expect("shape was checked on construction")

@@ -60,6 +60,7 @@ impl Weights {
         let tensor = |name: &str| checkpoint.tensors.get(name).cloned();
         let mut builder = Builder::default();
         let (layers, head) = plan(checkpoint, &mut builder)?;
+        let norm = tensor("norm")?.to_f32();
         let bytes = builder.bytes();
         let store = builder
             .build(checkpoint, cpu, cache)
@@ -67,7 +68,6 @@ impl Weights {
         for file in checkpoint.tensors.files() {
             file.release();
         }
-        let norm = tensor("norm")?.to_f32();
         Ok(Self { rope: Rope::new(&spec.rope), embed: tensor("embed")?, norm, head, layers, spec, store })
     }
 
