@@ -12,6 +12,7 @@ mod dirs;
 mod generate;
 mod logging;
 mod roles;
+mod sim;
 mod size;
 mod synth;
 mod up;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         Command::Synth(args) => synth::write(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Roofline(args) => bench::run_roofline(&args),
+        Command::Sim(args) => sim::run(&args),
         Command::Ca(args) => ca::run(args),
     };
     match done {
