@@ -5,6 +5,7 @@
 use crate::bench::{BenchArgs, RooflineArgs};
 use crate::logging::LogFormat;
 use crate::network::NetworkArgs;
+use crate::sim::SimArgs;
 use crate::size::{parse_bytes, parse_count};
 use crate::synth::{Preset, SynthDType};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -42,6 +43,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Draw where prefill and decode stand under this machine's roofline.
     Roofline(Box<RooflineArgs>),
+    /// Run whole clusters under virtual time, with faults.
+    Sim(SimArgs),
     /// Create the cluster's certificate authority or issue a node's certificate, for clusters of several machines.
     Ca(CaArgs),
 }

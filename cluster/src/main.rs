@@ -13,6 +13,7 @@ mod generate;
 mod logging;
 mod network;
 mod roles;
+mod sim;
 mod size;
 mod synth;
 mod up;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         Command::Synth(args) => synth::write(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Roofline(args) => bench::run_roofline(&args),
+        Command::Sim(args) => sim::run(&args),
         Command::Ca(args) => ca::run(args),
     };
     match done {

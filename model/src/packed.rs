@@ -191,6 +191,7 @@ impl Builder {
     /// The file, if it is there and whole.
     fn open(&self, path: &Path, key: &str, cpu: &Cpu) -> Option<FileMap> {
         let file = FileMap::open(path).ok()?;
+        file.prefer_huge_pages();
         let (header, contents) = file.bytes().split_at_checked(HEADER)?;
         let header = Header::read(header)?;
         if header.key != key || contents.len() != self.bytes {

@@ -61,6 +61,12 @@ impl FileMap {
         let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
     }
 
+    /// Asks for huge pages: what the kernel then reads from disk for this mapping comes in pieces of 2 MiB. A hint.
+    pub fn prefer_huge_pages(&self) {
+        #[cfg(target_os = "linux")]
+        let _ = self.map.advise(memmap2::Advice::HugePage);
+    }
+
     /// Asks the kernel to read the file ahead. A hint: failure is of no consequence.
     pub fn will_need(&self) {
         let _ = self.map.advise(memmap2::Advice::WillNeed);

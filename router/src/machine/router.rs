@@ -211,10 +211,13 @@ impl Router {
         if let Some(dispatch) = dispatch
             && let Some(by) = by
         {
-            // A decode node that took the KV has settled with the prefill node: both are done.
-            let handed_over = dispatch.handed_over && dispatch.decode == Some(by);
-            for side in [&mut dispatch.prefill, &mut dispatch.decode] {
-                if let Some(id) = side.filter(|id| *id == by || handed_over) {
+            // A decode node that has spoken has settled with the prefill node. Until then the prefill node holds blocks
+            // for it, even if it said the last token itself; and the decode node may never have heard of the request,
+            // so both must be told that nobody wants them.
+            let holds_nothing = dispatch.handed_over || dispatch.decode.is_none();
+            let decoded = dispatch.decode == Some(by);
+            for (side, done) in [(&mut dispatch.prefill, holds_nothing), (&mut dispatch.decode, decoded)] {
+                if let Some(id) = side.filter(|_| done) {
                     *side = None;
                     if let Some(node) = self.nodes.get_mut(&id) {
                         node.in_flight.remove(&dispatch.request);

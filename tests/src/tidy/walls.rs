@@ -3,7 +3,7 @@
 use super::{Tree, code_only};
 
 /// Ridge crates that a crate may name outside its dev-dependencies. A crate that is not listed may import anything.
-const MAY_IMPORT: [(&str, &[&str]); 9] = [
+const MAY_IMPORT: [(&str, &[&str]); 10] = [
     ("protocol", &[]),
     ("kernels", &[]),
     ("blocks", &["ridge-protocol"]),
@@ -12,7 +12,8 @@ const MAY_IMPORT: [(&str, &[&str]); 9] = [
     ("router", &["ridge-protocol", "ridge-blocks", "ridge-model", "ridge-kvtransfer"]),
     ("prefill-node", &["ridge-protocol", "ridge-blocks", "ridge-model", "ridge-kvtransfer"]),
     ("decode-node", &["ridge-protocol", "ridge-blocks", "ridge-model", "ridge-kvtransfer"]),
-    ("tests", &["ridge-protocol", "ridge-router", "ridge-prefill-node", "ridge-decode-node", "ridge-kvtransfer"]),
+    ("sim", &["ridge-protocol", "ridge-router", "ridge-prefill-node", "ridge-decode-node", "ridge-kvtransfer"]),
+    ("tests", &[]),
 ];
 /// Crates that hold a machine: whatever does I/O there must be optional, so that the machine builds alone.
 const WITH_MACHINE: [&str; 4] = ["router", "prefill-node", "decode-node", "kvtransfer"];
@@ -31,6 +32,10 @@ const SHELL_ONLY: [&str; 12] = [
     "ridge-model",
     "ridge-kernels",
 ];
+/// The simulator: as pure as a machine, but it may name them all.
+const SIMULATOR: &str = "sim/src/";
+/// The machines' crates, which the simulator imports without their shells.
+const ROLES: [&str; 4] = ["ridge_router", "ridge_prefill_node", "ridge_decode_node", "ridge_kvtransfer"];
 /// Paths that no machine names.
 const NOT_IN_MACHINES: [&str; 16] = [
     "tokio",
@@ -93,6 +98,9 @@ pub fn manifests(tree: &Tree) -> Vec<String> {
             if WITH_MACHINE.contains(&member.as_str()) && SHELL_ONLY.contains(&name) && !optional {
                 complaints.push(format!("{path}: {name} must be optional, or the machine cannot be built alone"));
             }
+            if member == "sim" && (line.contains("features") || SHELL_ONLY.contains(&name)) {
+                complaints.push(format!("{path}: {name} brings a shell into the simulator"));
+            }
             if name == "anyhow" && member != "cluster" {
                 complaints.push(format!("{path}: anyhow is for the command; a library names its errors"));
             }
@@ -101,20 +109,22 @@ pub fn manifests(tree: &Tree) -> Vec<String> {
     complaints
 }
 
-/// Machine modules: no I/O, clock, thread, chance, model or other role.
+/// Machine modules and the simulator: no I/O, clock, thread, outside chance or model; and machines name no other role.
 pub fn machines(tree: &Tree) -> Vec<String> {
     let is_machine = |path: &str| {
-        WITH_MACHINE.iter().any(|member| {
-            path.strip_prefix(member)
-                .and_then(|rest| rest.strip_prefix("/src/machine"))
-                .is_some_and(|rest| rest == ".rs" || rest.starts_with('/'))
-        })
+        path.starts_with(SIMULATOR)
+            || WITH_MACHINE.iter().any(|member| {
+                path.strip_prefix(member)
+                    .and_then(|rest| rest.strip_prefix("/src/machine"))
+                    .is_some_and(|rest| rest == ".rs" || rest.starts_with('/'))
+            })
     };
     let mut complaints = Vec::new();
     for (path, text) in tree.rust().filter(|(path, _)| is_machine(path)) {
         let own = format!("ridge_{}", path.split('/').next().unwrap_or_default().replace('-', "_"));
         let code: String = code_only(text);
-        for banned in NOT_IN_MACHINES.iter().filter(|banned| **banned != own && names(&code, banned)) {
+        let allowed = |name: &str| name == own || path.starts_with(SIMULATOR) && ROLES.contains(&name);
+        for banned in NOT_IN_MACHINES.iter().filter(|banned| !allowed(banned) && names(&code, banned)) {
             complaints.push(format!("{path}: a machine must not name {banned}"));
         }
         for (module, allowed) in [("std::net", &["SocketAddr", "IpAddr"][..]), ("std::time", &["Duration"][..])] {
@@ -212,6 +222,10 @@ mod tests {
         assert_eq!(manifest_complaints("router", "[dependencies]\ntokio = { workspace = true, optional = true }\n"), 0);
         assert_eq!(manifest_complaints("blocks", "[dependencies]\nanyhow.workspace = true\n"), 1);
         assert_eq!(manifest_complaints("cluster", "[dependencies]\nanyhow.workspace = true\n"), 0);
+        assert_eq!(manifest_complaints("sim", "[dependencies]\nridge-router.workspace = true\n"), 0);
+        assert_eq!(manifest_complaints("sim", "[dependencies]\nridge-model.workspace = true\n"), 2);
+        let shell = "[dependencies]\nridge-router = { workspace = true, features = [\"shell\"] }\n";
+        assert_eq!(manifest_complaints("sim", shell), 1);
         assert_eq!(manifests(&Tree::of(&[("Cargo.toml", WORKSPACE)])).len(), 4, "manifests are missing");
     }
 
@@ -251,6 +265,11 @@ mod tests {
         for text in good {
             assert_eq!(machine_complaints(text), [""; 0], "{text}");
         }
+        let simulator = |text: &str| machines(&Tree::of(&[("sim/src/run.rs", text)])).len();
+        assert_eq!(simulator("use ridge_decode_node::machine::DecodeNode;"), 0);
+        assert_eq!(simulator("use ridge_model::engine::Engine;"), 1);
+        assert_eq!(simulator("use std::collections::HashMap;"), 1);
+        assert_eq!(simulator("let t = std::time::Instant::now();"), 2, "a clock, by both of its names");
         // Shells may do what machines may not, whatever their folder is called.
         assert!(machines(&Tree::of(&[("router/src/shell/machinery.rs", "use tokio::time;")])).is_empty());
         assert!(!machines(&Tree::of(&[("kvtransfer/src/machine.rs", "use tokio::time;")])).is_empty());

@@ -249,8 +249,9 @@ fn check_told(script: &[(&str, u32, bool)], want: &[&str]) {
 
 #[test]
 fn who_did_not_say_the_last_token_is_told_unless_it_is_settled() {
-    // The prefill node is done, the decode node waits for its KV.
-    check_told(&[("p1", 0, true)], &["d1 <- cancel r1"]);
+    // The decode node waits for its KV, or never heard of it: the prefill node must not hold that for it.
+    check_told(&[("p1", 0, true)], &["p1 <- cancel r1", "d1 <- cancel r1"]);
+    // The prefill node is done already.
     check_told(&[("d1", 0, false), ("p1", 0, true)], &["d1 <- cancel r1"]);
     // The decode node has taken the KV: both are done.
     check_told(&[("d1", 0, true)], &[]);
@@ -475,7 +476,7 @@ fn a_draining_router_finishes_what_it_has() {
     bench.submit(2, &[7], 5);
     bench.says(&["c2: unavailable: no node is available: the router is shutting down"]);
     bench.token_ends("p1", 1, 0, 5, Some(FinishReason::Stop));
-    bench.says(&["c1: token #0 5", "d1 <- cancel r1", "c1: finished, Stop", "drained"]);
+    bench.says(&["c1: token #0 5", "p1 <- cancel r1", "d1 <- cancel r1", "c1: finished, Stop", "drained"]);
     bench.feed(RouterInput::Drain);
     bench.says(&[]);
 }
