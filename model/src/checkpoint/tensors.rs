@@ -56,7 +56,10 @@ impl Tensor {
         let start = row * bytes.len();
         match &self.data {
             Storage::Mapped { file, range } => file.read(range.start + start, bytes),
-            Storage::Owned(all) => Ok(bytes.copy_from_slice(&all[start..start + bytes.len()])),
+            Storage::Owned(all) => {
+                bytes.copy_from_slice(&all[start..start + bytes.len()]);
+                Ok(())
+            }
         }
     }
 
