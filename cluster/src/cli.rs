@@ -3,6 +3,7 @@
 //! Read [`Cli`], then [`UpArgs`]. Every flag of a role can also come from the environment as `RIDGE_<FLAG>`.
 
 use crate::bench::{BenchArgs, RooflineArgs};
+use crate::drain::DrainArgs;
 use crate::logging::LogFormat;
 use crate::network::NetworkArgs;
 use crate::sim::SimArgs;
@@ -35,6 +36,8 @@ pub enum Command {
     Prefill(Box<NodeArgs>),
     /// Run a decode node: receives KV blocks and generates tokens.
     Decode(Box<NodeArgs>),
+    /// Take a node out of service: it gets nothing new, and a decode node's sequences move on with their KV.
+    Drain(DrainArgs),
     /// Generate in this process alone, without a cluster: the oracle for what a cluster answers.
     Generate(Box<GenerateArgs>),
     /// Write a model of a real shape with seeded random weights.
@@ -115,6 +118,9 @@ pub struct HttpArgs {
     /// because other users can read a process's arguments.
     #[arg(long, env = "RIDGE_API_KEY", hide_env_values = true, value_delimiter = ',', value_name = "KEY")]
     pub api_key: Vec<String>,
+    /// Key of those who may list and drain nodes; as --api-key. Without any key at all, everybody on this machine may.
+    #[arg(long, env = "RIDGE_ADMIN_KEY", hide_env_values = true, value_delimiter = ',', value_name = "KEY")]
+    pub admin_key: Vec<String>,
     /// Name of the model in the API; may be given several times, the first is what answers carry.
     #[arg(long, env = "RIDGE_SERVED_MODEL_NAME", value_delimiter = ',', value_name = "NAME")]
     pub served_model_name: Vec<String>,

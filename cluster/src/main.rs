@@ -9,6 +9,7 @@ mod ca;
 mod cli;
 mod demo;
 mod dirs;
+mod drain;
 mod generate;
 mod logging;
 mod network;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         Command::Router(args) => roles::router(*args),
         Command::Prefill(args) => roles::prefill(*args),
         Command::Decode(args) => roles::decode(*args),
+        Command::Drain(args) => drain::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Synth(args) => synth::write(&args),
         Command::Bench(args) => bench::run(&args),

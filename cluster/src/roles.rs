@@ -42,6 +42,7 @@ pub fn router(args: RouterArgs) -> anyhow::Result<()> {
         http: HttpConfig {
             bind: SocketAddr::new(args.http.host, args.http.port),
             api_keys: args.http.keys(),
+            admin_keys: args.http.admin_keys(),
             served_model_names: args.http.served_model_name,
             ..HttpConfig::default()
         },
@@ -95,6 +96,7 @@ pub fn decode(args: NodeArgs) -> anyhow::Result<()> {
         engine: node_engine(&args),
         machine,
         receiver: ridge_kvtransfer::ReceiverConfig::default(),
+        sender: ridge_kvtransfer::SenderConfig::default(),
     };
     block_on(&args.supervision, |shutdown| ridge_decode_node::shell::run(options, shutdown))
 }

@@ -1,5 +1,6 @@
 //! What a node reports to the router about itself, for placement and for `/metrics`.
 
+use crate::transfer::TransferTimes;
 use serde::{Deserialize, Serialize};
 
 /// Blocks of a pool by state. `free + cached + used + reserved + held == total` at all times.
@@ -50,6 +51,10 @@ pub struct NodeStats {
     pub transfers_committed: u64,
     /// Hand-offs that were aborted, by either side.
     pub transfers_aborted: u64,
+    /// Aborts of hand-offs that the peer, though connected, did not acknowledge in time.
+    pub aborts_unacknowledged: u64,
+    /// What of those hand-offs that this node sent lay behind its computing, and what did not.
+    pub transfer_times: TransferTimes,
     /// Pages whose digest did not match.
     pub digest_failures: u64,
     /// Engine passes run.

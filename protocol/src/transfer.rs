@@ -17,9 +17,16 @@ pub struct KvPeer {
     pub addr: SocketAddr,
 }
 
-/// From the prefill scheduler to the sender.
+/// From the scheduler that has the KV to the sender.
 #[derive(Clone, PartialEq, Debug)]
 pub enum SendCommand {
+    /// A prompt waits here that is to be sent: its peer learns that somebody works for it. Before every `Begin`.
+    Announce {
+        /// The transfer.
+        request: RequestId,
+        /// To whom.
+        to: KvPeer,
+    },
     /// Offer a prompt's blocks to a decode node.
     Begin(SendJob),
     /// The pages of blocks `first..end` of the sequence are complete in `layer`.
@@ -66,10 +73,10 @@ pub struct SendJob {
     pub layers: u32,
 }
 
-/// From the sender to the prefill scheduler.
+/// From the sender to the scheduler that has the KV.
 #[derive(Clone, PartialEq, Debug)]
 pub enum SendEvent {
-    /// The transfer is over and its blocks may go. Said exactly once per `Begin` that was not cancelled.
+    /// The transfer is over and its blocks may go. Said exactly once per `Announce` that was not cancelled.
     Settled {
         /// The transfer.
         request: RequestId,
@@ -134,6 +141,23 @@ pub enum ReceiveEvent {
     },
 }
 
+/// How much of a transfer somebody had to wait for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct TransferTimes {
+    /// From the first page until the scheduler had computed everything: hidden behind the computing, in microseconds.
+    pub hidden_us: u64,
+    /// From then until the receiver had verified the last page and said so, in microseconds.
+    pub exposed_us: u64,
+}
+
+impl std::ops::Add for TransferTimes {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { hidden_us: self.hidden_us + other.hidden_us, exposed_us: self.exposed_us + other.exposed_us }
+    }
+}
+
 /// How a transfer ended on the sender's side.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Outcome {
@@ -143,6 +167,8 @@ pub enum Outcome {
         pages: u64,
         /// Their bytes.
         bytes: u64,
+        /// How it lay beside the computing.
+        times: TransferTimes,
     },
     /// It failed or was aborted by the receiver.
     Aborted(String),

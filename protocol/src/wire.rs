@@ -10,7 +10,7 @@ use crate::model::ModelIdentity;
 use crate::plan::TokenOut;
 use crate::sampling::SamplingParams;
 use crate::stats::NodeStats;
-use crate::transfer::KvPeer;
+use crate::transfer::{KvPeer, TransferTimes};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -56,6 +56,22 @@ pub enum NodeToRouter {
     },
     /// No request is left after a `Drain`.
     Drained,
+    /// A hand-off was committed. At most once per request and sender; may come after the answer's end.
+    Shipped {
+        /// Whose.
+        request: RequestId,
+        /// How much of it somebody waited for.
+        times: TransferTimes,
+    },
+    /// The process is about to stop: its sequences want to be moved, and it takes no new ones.
+    Draining,
+    /// The answer to `Move`: this dispatch has said its last token, and its KV is on offer (rule C-12).
+    Moving {
+        /// The dispatch that ended.
+        request: RequestId,
+        /// Prompt and answer so far, in tokens. KV of all but the last is on offer.
+        len: u32,
+    },
 }
 
 /// From the router to a node.
@@ -88,6 +104,16 @@ pub enum RouterToNode {
         request: RequestId,
         /// Why.
         reason: String,
+    },
+    /// Ship a sequence's KV to another decode node and generate no more of it: this node drains (rule C-12). Decode
+    /// nodes only. One that has no KV of it yet refuses with [`NodeError::Draining`].
+    Move {
+        /// The dispatch under which it runs here.
+        request: RequestId,
+        /// The dispatch under which it goes on there, which is also the transfer's.
+        next: RequestId,
+        /// Who continues.
+        to: KvPeer,
     },
 }
 
@@ -166,6 +192,9 @@ pub struct Receipt {
     pub recomputed: u32,
     /// Bytes that came by transfer.
     pub transfer_bytes: u64,
+    /// What of the transfer lay behind the computing and what did not, as the sender measured it. The router's to fill
+    /// in; zero in a node's own receipt.
+    pub times: TransferTimes,
 }
 
 /// Why a node could not do its part.
@@ -209,7 +238,7 @@ impl NodeError {
     }
 }
 
-/// From the KV sender (prefill node) to the receiver, on the connection's control stream.
+/// From the KV sender (a prefill node, or a decode node that drains) to the receiver, on the connection's control stream.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum SenderMsg {
     /// Always first (rule K-5): who sends, and for which model.
@@ -237,12 +266,22 @@ pub enum SenderMsg {
         /// The token sampled after the prompt.
         first: TokenOut,
     },
-    /// The sender gives up. Idempotent.
+    /// The sender gives up. Idempotent, and acknowledged in every state (rule K-10).
     Abort {
         /// The transfer.
         request: RequestId,
         /// Why.
         reason: String,
+    },
+    /// The receiver's `Abort` was heard.
+    Aborted {
+        /// The transfer.
+        request: RequestId,
+    },
+    /// The sender still means to serve these: their leases are renewed (rule K-11).
+    Alive {
+        /// The transfers.
+        requests: Vec<RequestId>,
     },
 }
 
@@ -277,12 +316,22 @@ pub enum ReceiverMsg {
         /// The transfer.
         request: RequestId,
     },
-    /// The receiver gives up. Idempotent.
+    /// The receiver gives up. Idempotent, and acknowledged in every state (rule K-10).
     Abort {
         /// The transfer.
         request: RequestId,
         /// Why.
         reason: String,
+    },
+    /// The sender's `Abort` was heard.
+    Aborted {
+        /// The transfer.
+        request: RequestId,
+    },
+    /// The receiver still looks for blocks for these offers: their leases are renewed (rule K-11).
+    Alive {
+        /// The transfers.
+        requests: Vec<RequestId>,
     },
 }
 
@@ -448,7 +497,7 @@ mod tests {
         let frame =
             encode(&ReceiverMsg::Grant { request: RequestId(0x0102), first_block: 3, credit: 4 }).expect("encodes");
         let want: [u8; 36] = [
-            b'R', b'D', b'G', b'1', 2, 0, 4, 0, 20, 0, 0, 0, 0, 0, 0, 0, // header
+            b'R', b'D', b'G', b'1', 3, 0, 4, 0, 20, 0, 0, 0, 0, 0, 0, 0, // header
             2, 0, 0, 0, // variant
             2, 1, 0, 0, 0, 0, 0, 0, // request
             3, 0, 0, 0, 4, 0, 0, 0,

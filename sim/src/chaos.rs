@@ -99,7 +99,7 @@ impl World {
         node.stopping = true;
         let life = node.life;
         let idle = match &mut node.machines {
-            Machines::Prefill(machine, _) => {
+            Machines::Prefill(machine) => {
                 machine.handle(now, PrefillInput::Shutdown);
                 machine.is_idle()
             }

@@ -175,7 +175,7 @@ impl World {
             node.control = Some(conn);
         }
         match &mut node.machines {
-            Machines::Prefill(machine, _) => {
+            Machines::Prefill(machine) => {
                 machine.handle(self.now, if up { PrefillInput::RouterUp } else { PrefillInput::Router(message) });
             }
             Machines::Decode(machine, _) => {
@@ -190,7 +190,7 @@ impl World {
         if node.control == Some(conn) {
             node.control = None;
             match &mut node.machines {
-                Machines::Prefill(machine, _) => machine.handle(self.now, PrefillInput::RouterLost),
+                Machines::Prefill(machine) => machine.handle(self.now, PrefillInput::RouterLost),
                 Machines::Decode(machine, _) => machine.handle(self.now, DecodeInput::RouterLost),
             }
         }
@@ -200,7 +200,7 @@ impl World {
 
     // KV connections.
 
-    /// What a prefill node's shell does with something for a decode node: dials it if there is no connection.
+    /// What a node's shell does with KV for a decode node: dials it if there is no connection.
     pub fn send_to_receiver(&mut self, place: usize, to: &KvPeer, item: KvItem) {
         let known = self.nodes[place].dialed.get(&to.name).copied();
         let conn = known.filter(|conn| self.network.kv[conn].to.addr == to.addr);
@@ -267,7 +267,7 @@ impl World {
         }
     }
 
-    /// What a decode node's shell does with a message for a prefill node; dropped if there is no connection.
+    /// What a decode node's shell does with a message for a sender; dropped if there is no connection.
     pub fn send_to_sender(&mut self, place: usize, to: &NodeName, message: ReceiverMsg) {
         let Some(conn) = self.nodes[place].seats.get(to).copied() else { return };
         if !self.network.kv[&conn].broken && !self.is_sabotaged_message() {
@@ -316,9 +316,7 @@ impl World {
         let kv = self.network.kv.get_mut(&conn).expect("connections are remembered");
         kv.welcomed = true;
         let (place, peer, queue) = (kv.from.place, kv.to.name.clone(), std::mem::take(&mut kv.queue));
-        if let Machines::Prefill(_, sender) = &mut self.nodes[place].machines {
-            sender.handle(self.now, SenderInput::PeerUp(peer));
-        }
+        self.nodes[place].sender.handle(self.now, SenderInput::PeerUp(peer));
         for item in queue {
             self.transmit(conn, item);
         }
@@ -335,9 +333,8 @@ impl World {
             self.reset_pages(conn, request);
         }
         let kv = &self.network.kv[&conn];
-        if let Machines::Prefill(_, sender) = &mut self.nodes[kv.from.place].machines {
-            sender.handle(self.now, SenderInput::Message { from: kv.to.name.clone(), message });
-        }
+        let sender = &mut self.nodes[kv.from.place].sender;
+        sender.handle(self.now, SenderInput::Message { from: kv.to.name.clone(), message });
     }
 
     pub fn on_receiver_message(&mut self, conn: Conn, message: SenderMsg) {
@@ -385,9 +382,8 @@ impl World {
             self.nodes[place].dialed.remove(&peer.name);
             self.break_kv(known);
         }
-        if let Machines::Prefill(_, sender) = &mut self.nodes[place].machines {
-            sender.handle(self.now, SenderInput::PeerLost { peer, reason: "connection lost".into() });
-        }
+        let lost = SenderInput::PeerLost { peer, reason: "connection lost".into() };
+        self.nodes[place].sender.handle(self.now, lost);
     }
 
     pub fn on_receiver_notices(&mut self, conn: Conn) {

@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 
 #[allow(clippy::large_enum_variant, reason = "a handful of them")]
 pub enum Machines {
-    Prefill(PrefillNode, Sender),
+    Prefill(PrefillNode),
     Decode(DecodeNode, Receiver),
 }
 
@@ -26,6 +26,8 @@ pub struct SimNode {
     /// Where a decode node takes KV.
     pub addr: SocketAddr,
     pub machines: Machines,
+    /// A decode node sends when it drains.
+    pub sender: Sender,
     pub kv: SimKv,
     /// The pass in the engine.
     pub plan: Option<BatchPlan>,
@@ -34,9 +36,9 @@ pub struct SimNode {
     pub stopping: bool,
     /// Its connection to the router, once it was taken in.
     pub control: Option<NodeId>,
-    /// A prefill node's KV connections, as its shell knows them.
+    /// KV connections that it dialed, as its shell knows them.
     pub dialed: BTreeMap<NodeName, Conn>,
-    /// A decode node's KV connections, as its shell knows them.
+    /// KV connections that a decode node accepted, as its shell knows them.
     pub seats: BTreeMap<NodeName, Conn>,
     /// It stands still, and this waits for it.
     pub stalled: bool,
@@ -64,14 +66,7 @@ impl SimNode {
                     prefix_caching: scenario.prefix_caching,
                     report_interval,
                 });
-                let sender = Sender::new(SenderConfig {
-                    offer_deadline: scenario.handoff_deadline,
-                    progress_deadline: scenario.handoff_deadline,
-                    page_bytes: 1,
-                    max_sessions: scenario.max_sessions,
-                    max_credit: scenario.credit_pages,
-                });
-                (scenario.prefill_blocks, Machines::Prefill(node, sender))
+                (scenario.prefill_blocks, Machines::Prefill(node))
             }
             _ => {
                 let node = DecodeNode::new(DecodeConfig {
@@ -88,15 +83,21 @@ impl SimNode {
                     report_interval,
                 });
                 let receiver = Receiver::new(ReceiverConfig {
-                    expect_deadline: scenario.handoff_deadline,
-                    offer_deadline: scenario.handoff_deadline,
-                    progress_deadline: scenario.handoff_deadline,
+                    lease: scenario.lease,
+                    patience: scenario.patience,
                     credit_pages: scenario.credit_pages,
                     max_sessions: scenario.max_sessions,
                 });
                 (scenario.decode_blocks, Machines::Decode(node, receiver))
             }
         };
+        let sender = Sender::new(SenderConfig {
+            lease: scenario.lease,
+            patience: scenario.patience,
+            page_bytes: 1,
+            max_sessions: scenario.max_sessions,
+            max_credit: scenario.credit_pages,
+        });
         let lives = if scenario.fixed_addresses { 0 } else { life.count };
         let port = 1000 + 100 * lives as u16 + life.place as u16;
         Self {
@@ -104,6 +105,7 @@ impl SimNode {
             name,
             addr: ([127, 0, 0, 1], port).into(),
             machines,
+            sender,
             kv: SimKv::new(scenario.layers, blocks, scenario.block_size),
             plan: None,
             alive: true,
@@ -150,58 +152,58 @@ impl SimNode {
     }
 
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let both = match &self.machines {
-            Machines::Prefill(node, sender) => [node.poll_timeout(), sender.poll_timeout()],
+        let others = match &self.machines {
+            Machines::Prefill(node) => [node.poll_timeout(), None],
             Machines::Decode(node, receiver) => [node.poll_timeout(), receiver.poll_timeout()],
         };
-        both.into_iter().flatten().min()
+        others.into_iter().chain([self.sender.poll_timeout()]).flatten().min()
     }
 
     pub fn handle_timeout(&mut self, now: Instant) {
         match &mut self.machines {
-            Machines::Prefill(node, sender) => {
-                node.handle_timeout(now);
-                sender.handle_timeout(now);
-            }
+            Machines::Prefill(node) => node.handle_timeout(now),
             Machines::Decode(node, receiver) => {
                 node.handle_timeout(now);
                 receiver.handle_timeout(now);
             }
         }
+        self.sender.handle_timeout(now);
     }
 
     pub fn check_integrity(&self) {
         match &self.machines {
-            Machines::Prefill(node, sender) => {
-                node.check_integrity();
-                sender.check_integrity();
-            }
+            Machines::Prefill(node) => node.check_integrity(),
             Machines::Decode(node, receiver) => {
                 node.check_integrity();
                 receiver.check_integrity();
             }
         }
+        self.sender.check_integrity();
     }
 
     pub fn stats(&self) -> NodeStats {
         let mut stats = match &self.machines {
-            Machines::Prefill(node, _) => node.stats(),
+            Machines::Prefill(node) => node.stats(),
             Machines::Decode(node, _) => node.stats(),
         };
-        match &self.machines {
-            Machines::Prefill(_, sender) => sender.stats().report(&mut stats),
-            Machines::Decode(_, receiver) => receiver.stats().report(&mut stats),
-        }
+        let transfers = match &self.machines {
+            Machines::Prefill(_) => self.sender.stats(),
+            Machines::Decode(_, receiver) => self.sender.stats() + receiver.stats(),
+        };
+        transfers.report(&mut stats);
         stats
     }
 
     /// Up, taken in by the router, and without anything to do.
     pub fn is_at_rest(&self) -> bool {
         let idle = match &self.machines {
-            Machines::Prefill(node, sender) => node.is_idle() && sender.sessions() == 0,
-            Machines::Decode(node, receiver) => node.is_idle() && receiver.sessions() == 0,
+            Machines::Prefill(node) => node.is_idle(),
+            Machines::Decode(node, receiver) => node.is_idle() && receiver.sessions() + receiver.open_aborts() == 0,
         };
-        idle && self.alive && !self.stalled && self.control.is_some()
+        idle && self.sender.sessions() + self.sender.open_aborts() == 0
+            && self.alive
+            && !self.stalled
+            && self.control.is_some()
     }
 
     /// Panics unless every block is free or cached.

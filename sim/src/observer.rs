@@ -28,9 +28,9 @@ impl Handoffs {
 
     pub fn on_send_command(&mut self, life: Life, command: &SendCommand) {
         match command {
-            SendCommand::Begin(job) => self.begin(life, job.request),
+            SendCommand::Announce { request, .. } => self.begin(life, *request),
             SendCommand::Cancel { request, reason } => self.end(life, *request, reason),
-            SendCommand::Ready { .. } | SendCommand::Finish { .. } => {}
+            SendCommand::Begin(_) | SendCommand::Ready { .. } | SendCommand::Finish { .. } => {}
         }
     }
 

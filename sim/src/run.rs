@@ -12,6 +12,7 @@ use super::trace::Trace;
 use ridge_decode_node::machine::{DecodeInput, DecodeOutput};
 use ridge_kvtransfer::{ReceiverInput, ReceiverOutput, SenderInput, SenderOutput};
 use ridge_prefill_node::machine::{PrefillInput, PrefillOutput};
+use ridge_protocol::transfer::SendCommand;
 use ridge_protocol::wire::{NodeToRouter, ReceiverMsg, RouterToNode, SenderMsg};
 use ridge_protocol::{
     BatchPlan, Duration, Instant, Machine, NodeId, NodeName, RequestId, Role, SamplingParams, TokenId,
@@ -40,6 +41,8 @@ pub struct Outcome {
     pub preemptions: u64,
     /// Dispatches after the first.
     pub redispatched: u64,
+    /// Sequences that went from one decode node to another with their KV, as the last router counts them.
+    pub moved: u64,
     /// Tokens computed again.
     pub recomputed: u64,
     /// Prompt tokens found in a cache.
@@ -390,7 +393,7 @@ impl World {
             Event::Layer { life, step, layer } => {
                 let node = &mut self.nodes[life.place];
                 node.kv.write_layer(node.plan.as_ref().expect("a pass is running"), layer, &self.salts);
-                if let Machines::Prefill(machine, _) = &mut node.machines {
+                if let Machines::Prefill(machine) = &mut node.machines {
                     machine.handle(now, PrefillInput::LayerDone { step, layer });
                 }
             }
@@ -400,7 +403,7 @@ impl World {
                 let outputs = node.kv.sample(&plan);
                 let busy = Duration::from_micros(1);
                 match &mut node.machines {
-                    Machines::Prefill(m, _) => m.handle(now, PrefillInput::StepDone { step, outputs, busy }),
+                    Machines::Prefill(m) => m.handle(now, PrefillInput::StepDone { step, outputs, busy }),
                     Machines::Decode(m, _) => m.handle(now, DecodeInput::StepDone { step, outputs, busy }),
                 }
             }
@@ -557,33 +560,13 @@ impl World {
 
     /// Does one thing that a prefill node wants done, if there is one.
     fn pump_prefill(&mut self, place: usize) -> bool {
-        let (now, node) = (self.now, &mut self.nodes[place]);
-        let Machines::Prefill(machine, sender) = &mut node.machines else { unreachable!("a prefill node") };
-        if let Some(output) = machine.poll_output() {
-            match output {
-                PrefillOutput::Transfer(command) => {
-                    self.handoffs.on_send_command(node.life, &command);
-                    sender.handle(now, SenderInput::Command(command));
-                }
-                PrefillOutput::ToRouter(message) => self.send_to_router(place, message),
-                PrefillOutput::Run(plan) => self.start_pass(place, plan),
-            }
-            return true;
-        }
-        match sender.poll_output() {
-            None => return false,
-            Some(SenderOutput::Event(event)) => {
-                self.handoffs.on_send_event(node.life, &event);
-                machine.handle(now, PrefillInput::Transfer(event));
-            }
-            Some(SenderOutput::Send { to, message }) => self.send_to_receiver(place, &to, KvItem::Message(message)),
-            Some(SenderOutput::Ship { to, request, layer, index, block }) => {
-                let page = node.kv.read(layer, block);
-                let digest = page.digest(request, layer, index);
-                let mut frame = PageFrame { request, layer, index, cells: page.cells.clone(), digest };
-                self.damage(&mut frame);
-                self.send_to_receiver(place, &to, KvItem::Page(frame));
-            }
+        let node = &mut self.nodes[place];
+        let Machines::Prefill(machine) = &mut node.machines else { unreachable!("a prefill node") };
+        match machine.poll_output() {
+            None => return self.pump_sender(place),
+            Some(PrefillOutput::Transfer(command)) => self.command_sender(place, command),
+            Some(PrefillOutput::ToRouter(message)) => self.send_to_router(place, message),
+            Some(PrefillOutput::Run(plan)) => self.start_pass(place, plan),
         }
         true
     }
@@ -592,24 +575,65 @@ impl World {
     fn pump_decode(&mut self, place: usize) -> bool {
         let (now, node) = (self.now, &mut self.nodes[place]);
         let Machines::Decode(machine, receiver) = &mut node.machines else { unreachable!("a decode node") };
-        if let Some(output) = machine.poll_output() {
-            match output {
-                DecodeOutput::Transfer(command) => {
-                    self.handoffs.on_receive_command(node.life, &command);
-                    receiver.handle(now, ReceiverInput::Command(command));
+        match machine.poll_output() {
+            None => {}
+            Some(output) => {
+                match output {
+                    DecodeOutput::Transfer(command) => {
+                        self.handoffs.on_receive_command(node.life, &command);
+                        receiver.handle(now, ReceiverInput::Command(command));
+                    }
+                    DecodeOutput::Send(command) => self.command_sender(place, command),
+                    DecodeOutput::ToRouter(message) => self.send_to_router(place, message),
+                    DecodeOutput::Run(plan) => self.start_pass(place, plan),
                 }
-                DecodeOutput::ToRouter(message) => self.send_to_router(place, message),
-                DecodeOutput::Run(plan) => self.start_pass(place, plan),
+                return true;
             }
-            return true;
         }
         match receiver.poll_output() {
-            None => return false,
+            None => return self.pump_sender(place),
             Some(ReceiverOutput::Event(event)) => {
                 self.handoffs.on_receive_event(node.life, &event);
                 machine.handle(now, DecodeInput::Transfer(event));
             }
             Some(ReceiverOutput::Send { to, message }) => self.send_to_sender(place, &to, message),
+        }
+        true
+    }
+
+    fn command_sender(&mut self, place: usize, command: SendCommand) {
+        let node = &mut self.nodes[place];
+        self.handoffs.on_send_command(node.life, &command);
+        node.sender.handle(self.now, SenderInput::Command(command));
+    }
+
+    /// Does one thing that a node's sender wants done, if there is one.
+    fn pump_sender(&mut self, place: usize) -> bool {
+        let (now, node) = (self.now, &mut self.nodes[place]);
+        match node.sender.poll_output() {
+            None => return false,
+            Some(SenderOutput::Event(event)) => {
+                self.handoffs.on_send_event(node.life, &event);
+                match &mut node.machines {
+                    Machines::Prefill(machine) => machine.handle(now, PrefillInput::Transfer(event)),
+                    Machines::Decode(machine, _) => machine.handle(now, DecodeInput::Sent(event)),
+                }
+            }
+            Some(SenderOutput::Send { to, message }) => self.send_to_receiver(place, &to, KvItem::Message(message)),
+            Some(SenderOutput::Answer { to, message }) => {
+                // Only over a connection that is there.
+                if let Some(conn) = node.dialed.get(&to) {
+                    let peer = self.network.kv[conn].to.clone();
+                    self.send_to_receiver(place, &peer, KvItem::Message(message));
+                }
+            }
+            Some(SenderOutput::Ship { to, request, layer, index, block }) => {
+                let page = node.kv.read(layer, block);
+                let digest = page.digest(request, layer, index);
+                let mut frame = PageFrame { request, layer, index, cells: page.cells.clone(), digest };
+                self.damage(&mut frame);
+                self.send_to_receiver(place, &to, KvItem::Page(frame));
+            }
         }
         true
     }
@@ -658,6 +682,7 @@ impl World {
         let over = self.last_arrival.max(self.disturbed_until);
         let mut outcome = Outcome {
             redispatched: self.router.stats().redispatched,
+            moved: self.router.stats().moved,
             events: self.next_event,
             happened: std::mem::take(&mut self.happened),
             settled_in: self.now.since(over),

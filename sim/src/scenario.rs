@@ -47,7 +47,9 @@ pub struct Scenario {
     /// Dispatches of one sequence before it fails.
     pub max_attempts: u32,
     /// What a hand-off waits for a peer that is alive.
-    pub handoff_deadline: Duration,
+    pub lease: Duration,
+    /// How long either side of a hand-off waits for one that shows life at most.
+    pub patience: Duration,
     /// What the router waits for a sign of life.
     pub progress_deadline: Duration,
     /// What the router waits for a node.
@@ -142,7 +144,8 @@ impl Scenario {
             max_waiting: 1000,
             max_in_flight: 4096,
             max_attempts: 20,
-            handoff_deadline: Duration::from_secs(15),
+            lease: Duration::from_secs(10),
+            patience: Duration::from_secs(15),
             progress_deadline: Duration::from_secs(60),
             placement_deadline: Duration::from_secs(60),
             clients: 20,
@@ -189,7 +192,8 @@ impl Scenario {
             max_waiting: r.of(&[1000, 1000, 1000, 2]),
             max_in_flight: r.of(&[4096, 4096, 4096, 6]),
             max_attempts: r.range(2, 8) as u32,
-            handoff_deadline: seconds(r.of(&[8, 600])),
+            lease: seconds(r.of(&[2, 10])),
+            patience: seconds(r.of(&[8, 600])),
             progress_deadline: seconds(r.of(&[20, 900])),
             placement_deadline: seconds(r.of(&[1, 30, 30])),
             clients: r.range(3, 20) as usize,

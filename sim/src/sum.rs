@@ -27,6 +27,7 @@ impl Sum {
             ("client left", outcome.gone),
             ("preemption", outcome.preemptions),
             ("dispatch repeated", outcome.redispatched),
+            ("sequence moved", outcome.moved),
             ("token recomputed", outcome.recomputed),
             ("prompt token cached", outcome.cached),
             ("hand-off committed", outcome.committed),

@@ -58,7 +58,14 @@ impl Trace {
 impl Event {
     /// Whether it happens every second, whatever else does.
     pub fn is_routine(&self) -> bool {
-        matches!(self, Event::Timer(..) | Event::RouterTimer(_) | Event::ToRouter(_, NodeToRouter::Stats(_)))
+        matches!(
+            self,
+            Event::Timer(..)
+                | Event::RouterTimer(_)
+                | Event::ToRouter(_, NodeToRouter::Stats(_))
+                | Event::ToReceiver(_, SenderMsg::Alive { .. })
+                | Event::ToSender(_, ReceiverMsg::Alive { .. })
+        )
     }
 }
 
@@ -130,7 +137,7 @@ impl fmt::Display for Short<'_, SenderMsg> {
             SenderMsg::Hello { .. } => write!(f, "hello"),
             SenderMsg::Offer { request, tokens, .. } => write!(f, "offer {request} of {tokens} tokens"),
             SenderMsg::Finish { request, pages, .. } => write!(f, "finish {request} after {pages} pages"),
-            SenderMsg::Abort { request, reason } => write!(f, "abort {request}: {reason}"),
+            other => write!(f, "{other:?}"),
         }
     }
 }

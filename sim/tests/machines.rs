@@ -17,6 +17,7 @@ fn check(seeds: u64, make: impl Fn(u64) -> Scenario) -> Outcome {
         sum.gone += outcome.gone;
         sum.preemptions += outcome.preemptions;
         sum.redispatched += outcome.redispatched;
+        sum.moved += outcome.moved;
         sum.recomputed += outcome.recomputed;
         sum.cached += outcome.cached;
     }
@@ -76,6 +77,18 @@ fn crashes_lose_no_request_and_change_no_token() {
     });
     assert_eq!(sum.failed, 0, "a crash must cost no request");
     assert!(sum.redispatched > 0, "no crash hit a request");
+}
+
+#[test]
+fn nodes_that_are_asked_to_stop_move_their_sequences() {
+    let sum = check(60, |seed| Scenario {
+        prefill: 1 + (seed % 2) as usize,
+        decode: 2 + (seed % 2) as usize,
+        faults: Faults { restarts: 3, ..Faults::default() },
+        ..Scenario::calm(seed)
+    });
+    assert_eq!(sum.failed, 0, "a restart must cost no request");
+    assert!(sum.moved > 20, "too few sequences moved: {}", sum.moved);
 }
 
 #[test]

@@ -14,7 +14,8 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 #[derive(Clone, Debug)]
 pub struct Client {
     addr: SocketAddr,
-    key: Option<String>,
+    /// Lines sent with every request.
+    headers: Vec<String>,
 }
 
 /// An answer, complete.
@@ -44,12 +45,19 @@ impl Response {
 impl Client {
     /// For the server at `addr`.
     pub fn new(addr: SocketAddr) -> Self {
-        Self { addr, key: None }
+        Self { addr, headers: Vec::new() }
     }
 
     /// The same with an API key.
     pub fn with_key(&self, key: &str) -> Self {
-        Self { key: Some(key.to_owned()), ..self.clone() }
+        self.with_header("Authorization", &format!("Bearer {key}"))
+    }
+
+    /// The same with one more header line.
+    pub fn with_header(&self, name: &str, value: &str) -> Self {
+        let mut client = self.clone();
+        client.headers.push(format!("{name}: {value}\r\n"));
+        client
     }
 
     /// `GET path`.
@@ -76,11 +84,11 @@ impl Client {
         let socket = TcpStream::connect_timeout(&self.addr, TIMEOUT)?;
         socket.set_read_timeout(Some(TIMEOUT))?;
         socket.set_nodelay(true)?;
-        let key = self.key.as_ref().map_or_else(String::new, |key| format!("Authorization: Bearer {key}\r\n"));
         let request = format!(
-            "{method} {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Type: application/json\r\n{key}\
+            "{method} {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Type: application/json\r\n{}\
              Content-Length: {}\r\n\r\n{body}",
             self.addr,
+            self.headers.concat(),
             body.len()
         );
         (&socket).write_all(request.as_bytes())?;

@@ -51,7 +51,8 @@ impl Metrics {
 }
 
 fn sample(line: &str) -> Option<Sample> {
-    let (series, value) = match line.find('}') {
+    // A label's value may hold braces: a route's template, say.
+    let (series, value) = match line.rfind('}') {
         Some(end) => line.split_at(end + 1),
         None => line.split_at(line.find(' ')?),
     };
@@ -88,6 +89,8 @@ mod tests {
         assert_eq!(metrics.sum_where("a", "role", "decode"), 3.0);
         assert_eq!(metrics.all("a").nth(1).and_then(|s| s.label("node")), Some("y\""));
         assert_eq!(metrics.sum("b"), 2.0);
+        let metrics = Metrics::parse("a{path=\"/v1/{id}/x\"} 1").expect("is valid");
+        assert_eq!(metrics.all("a").next().and_then(|s| s.label("path")), Some("/v1/{id}/x"));
         assert!(Metrics::parse("nonsense").is_err());
     }
 

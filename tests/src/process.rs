@@ -58,6 +58,8 @@ impl Process {
 pub enum Kill {
     /// What Ctrl-C sends.
     Interrupt,
+    /// What asks a process to stop.
+    Terminate,
     /// Cannot be caught.
     Kill,
     /// Freezes the process.
@@ -70,6 +72,7 @@ pub enum Kill {
 pub fn signal(pid: u32, kill: Kill) {
     use rustix::process::{Pid, Signal, kill_process};
     let signal = match kill {
+        Kill::Terminate => Signal::TERM,
         Kill::Interrupt => Signal::INT,
         Kill::Kill => Signal::KILL,
         Kill::Stop => Signal::STOP,

@@ -14,6 +14,7 @@ mod roofline;
 mod session;
 
 pub use args::{BenchArgs, BenchCommand, EngineBenchArgs, RooflineArgs};
+pub use interference::Client;
 pub use roofline::run as run_roofline;
 
 use measure::measure;

@@ -131,8 +131,11 @@ impl Launch {
 
     /// Variables of `member`: what other users must not read goes to the router alone, and not as an argument.
     pub fn environment(&self, member: &Member) -> Vec<(&'static str, String)> {
-        let keys = if member.role == Role::Router { self.keys().join(",") } else { String::new() };
-        let mut env = vec![("RIDGE_API_KEY", keys)];
+        let for_router = |keys: Vec<String>| if member.role == Role::Router { keys.join(",") } else { String::new() };
+        let mut env = vec![
+            ("RIDGE_API_KEY", for_router(self.keys())),
+            ("RIDGE_ADMIN_KEY", for_router(self.args.http.admin_keys())),
+        ];
         if self.model.from == Source::Hub {
             // Every process must read the same revision, whatever is uploaded meanwhile.
             env.push(("HF_HUB_OFFLINE", "1".to_owned()));
@@ -160,6 +163,11 @@ impl HttpArgs {
     /// The keys that were really given: an empty variable means none.
     pub fn keys(&self) -> Vec<String> {
         self.api_key.iter().filter(|key| !key.is_empty()).cloned().collect()
+    }
+
+    /// As [`keys`](Self::keys), of admins.
+    pub fn admin_keys(&self) -> Vec<String> {
+        self.admin_key.iter().filter(|key| !key.is_empty()).cloned().collect()
     }
 }
 

@@ -1,10 +1,12 @@
 //! [`DecodeNode`].
 
 use super::DecodeConfig;
-use super::sequence::{Phase, Sequence};
+use super::sequence::{Move, Phase, Sequence};
 use ridge_blocks::{BlockPool, CacheChange, Claim, Lease};
 use ridge_protocol::stats::NodeStats;
-use ridge_protocol::transfer::{ReceiveCommand, ReceiveEvent, ReceiveJob};
+use ridge_protocol::transfer::{
+    KvPeer, Outcome, ReceiveCommand, ReceiveEvent, ReceiveJob, SendCommand, SendEvent, SendJob,
+};
 use ridge_protocol::wire::{DecodeRequest, FinishReason, NodeError, NodeToRouter, RouterToNode};
 use ridge_protocol::{BatchPlan, Duration, Instant, Machine, RequestId, TokenOut};
 use std::collections::{BTreeMap, VecDeque};
@@ -36,6 +38,8 @@ pub enum DecodeInput {
     },
     /// The KV receiver said something.
     Transfer(ReceiveEvent),
+    /// The KV sender said something: sequences leave a node that drains.
+    Sent(SendEvent),
 }
 
 /// What a decode node wants done.
@@ -47,6 +51,8 @@ pub enum DecodeOutput {
     Run(BatchPlan),
     /// Tell the KV receiver.
     Transfer(ReceiveCommand),
+    /// Tell the KV sender.
+    Send(SendCommand),
 }
 
 /// The scheduling machine of a decode node.
@@ -108,6 +114,7 @@ impl DecodeNode {
             RouterToNode::Cancel { request } => self.cancel(request, "cancelled by the router"),
             RouterToNode::TransferFailed { request, reason } => self.on_no_transfer(request, &reason),
             RouterToNode::Drain => self.draining = true,
+            RouterToNode::Move { request, next, to } => self.on_move(request, next, to),
             RouterToNode::Prefill(request) => {
                 let error = NodeError::Invalid("a decode node cannot take a prefill request".into());
                 self.tell_router(NodeToRouter::Failed { request: request.request, error });
@@ -149,9 +156,16 @@ impl DecodeNode {
     fn cancel(&mut self, id: RequestId, reason: &str) {
         let in_pass = self.pass.as_ref().is_some_and(|(_, items)| items.iter().any(|(r, _)| *r == id));
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
-        if sequence.phase == Phase::Transferring {
-            let command = ReceiveCommand::Cancel { request: id, reason: reason.into() };
-            self.outputs.push_back(DecodeOutput::Transfer(command));
+        match sequence.phase {
+            Phase::Transferring => {
+                let command = ReceiveCommand::Cancel { request: id, reason: reason.into() };
+                self.outputs.push_back(DecodeOutput::Transfer(command));
+            }
+            Phase::Moving => {
+                let command = SendCommand::Cancel { request: id, reason: reason.into() };
+                self.outputs.push_back(DecodeOutput::Send(command));
+            }
+            Phase::Waiting | Phase::Running => {}
         }
         if in_pass {
             sequence.doomed = true;
@@ -195,7 +209,7 @@ impl DecodeNode {
                 self.outputs.push_back(DecodeOutput::Transfer(command));
                 self.compute_here(id);
             }
-            Phase::Waiting | Phase::Running => {}
+            Phase::Waiting | Phase::Running | Phase::Moving => {}
         }
     }
 
@@ -264,7 +278,7 @@ impl DecodeNode {
 
     fn on_token(&mut self, id: RequestId, out: TokenOut) {
         let sequence = self.sequences.get_mut(&id).expect("a running sequence is kept");
-        let finish = sequence.push(out.token, self.config.max_model_len);
+        let finish = sequence.push(out.clone(), self.config.max_model_len);
         let index = sequence.last_index();
         self.tell_router(NodeToRouter::Token { request: id, index, out, finish });
         if let Some(FinishReason::Stop | FinishReason::Length) = finish {
@@ -303,6 +317,59 @@ impl DecodeNode {
             }
         }
         assert!(outputs.is_empty(), "the engine sampled for a sequence that did not ask");
+    }
+
+    /// Another node is to continue a sequence. It leaves when its KV is whole: between two passes, after a first token.
+    fn on_move(&mut self, id: RequestId, next: RequestId, to: KvPeer) {
+        let Some(sequence) = self.sequences.get_mut(&id) else { return }; // Its last token is on the way.
+        match sequence.phase {
+            Phase::Waiting => {
+                self.remove(id);
+                self.tell_router(NodeToRouter::Failed { request: id, error: NodeError::Draining });
+            }
+            Phase::Transferring | Phase::Running => sequence.moving = Some(Move { next, to }),
+            Phase::Moving => {}
+        }
+    }
+
+    /// Offers the KV of sequences that can leave. No pass may be running.
+    fn move_away(&mut self) {
+        let leaving: Vec<RequestId> = self.running.iter().filter(|id| self.sequences[id].can_move()).copied().collect();
+        for id in leaving {
+            self.running.retain(|&r| r != id);
+            let mut sequence = self.sequences.remove(&id).expect("a running sequence is kept");
+            let Move { next, to } = sequence.moving.take().expect("only what is to move can move");
+            let first = sequence.last.clone().expect("a sequence that can move has said a token");
+            self.tell_router(NodeToRouter::Moving { request: id, len: sequence.len() });
+            // The last token's KV was never computed. The receiver gets the token as a prefill node would hand it over.
+            let (tokens, block_size) = (sequence.computed, self.config.block_size);
+            let lease = sequence.lease.as_mut().expect("a running sequence has blocks");
+            self.pool.reclaim(lease, Claim::Held);
+            let blocks = lease.blocks()[..Sequence::blocks_for(tokens, block_size)].to_vec();
+            let (layers, end) = (self.config.layers, blocks.len() as u32);
+            let hashes = sequence.hashes[..(tokens / block_size) as usize].to_vec();
+            let announce = SendCommand::Announce { request: next, to: to.clone() };
+            let job = SendJob { request: next, to, tokens, blocks, hashes, layers };
+            let ready = (0..layers).map(|layer| SendCommand::Ready { request: next, layer, first: 0, end });
+            let commands = [announce, SendCommand::Begin(job)].into_iter().chain(ready);
+            let commands = commands.chain([SendCommand::Finish { request: next, first }]);
+            self.outputs.extend(commands.map(DecodeOutput::Send));
+            sequence.phase = Phase::Moving;
+            self.sequences.insert(next, sequence);
+        }
+    }
+
+    /// A sequence that left has arrived, or has not: then its next node computes it again.
+    fn on_sent(&mut self, event: SendEvent) {
+        let SendEvent::Settled { request, outcome } = event;
+        if self.sequences.get(&request).is_none_or(|s| s.phase != Phase::Moving) {
+            return;
+        }
+        self.tell_router(match outcome {
+            Outcome::Committed { times, .. } => NodeToRouter::Shipped { request, times },
+            Outcome::Aborted(reason) => NodeToRouter::Failed { request, error: NodeError::Transfer(reason) },
+        });
+        self.remove(request);
     }
 
     /// Admits waiting sequences, oldest first, while blocks and places last.
@@ -398,6 +465,7 @@ impl DecodeNode {
         if self.pass.is_some() {
             return self.admit(); // Reservations need not wait for the end of a step.
         }
+        self.move_away();
         self.grow();
         self.admit();
         let block_size = self.config.block_size;
@@ -476,9 +544,11 @@ impl Machine for DecodeNode {
             DecodeInput::Shutdown => {
                 self.draining = true;
                 self.stopping = true;
+                self.tell_router(NodeToRouter::Draining);
             }
             DecodeInput::StepDone { step, outputs, busy } => self.on_step(step, outputs, busy),
             DecodeInput::Transfer(event) => self.on_transfer(event),
+            DecodeInput::Sent(event) => self.on_sent(event),
         }
         self.plan();
         if self.is_idle() && !was_idle {
@@ -519,6 +589,9 @@ impl Machine for DecodeNode {
                 Phase::Running => {
                     assert_eq!((waiting, running, claim), (false, true, Some(Claim::Used)), "{id} is lost");
                     assert!(sequence.remaining() > 0, "{id} has nothing left to compute");
+                }
+                Phase::Moving => {
+                    assert_eq!((waiting, running, claim), (false, false, Some(Claim::Held)), "{id} is lost");
                 }
             }
         }

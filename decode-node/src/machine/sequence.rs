@@ -1,14 +1,16 @@
 //! One sequence on a decode node.
 
 use ridge_blocks::{HashChain, Lease};
+use ridge_protocol::transfer::KvPeer;
 use ridge_protocol::wire::{DecodeRequest, FinishReason, Receipt};
-use ridge_protocol::{BlockHash, NodeName, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId};
+use ridge_protocol::{BlockHash, NodeName, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId, TokenOut};
 use std::sync::Arc;
 
 /// Where a sequence stands.
 ///
 /// `Waiting → Transferring → Running` by hand-off; `Waiting → Running` when computed here; `Transferring → Running`
-/// with the prompt still to compute when the hand-off failed; `Running → Waiting` by preemption.
+/// with the prompt still to compute when the hand-off failed; `Running → Waiting` by preemption; `Running → Moving` when
+/// another decode node is to continue it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Phase {
     /// Without blocks.
@@ -17,6 +19,16 @@ pub(super) enum Phase {
     Transferring,
     /// In the batch: to be computed, chunk by chunk, then token by token.
     Running,
+    /// Its KV is held until another decode node has it, or nobody wants it any more.
+    Moving,
+}
+
+/// Where a sequence is to be continued.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Move {
+    /// The dispatch there.
+    pub next: RequestId,
+    pub to: KvPeer,
 }
 
 #[derive(Debug)]
@@ -48,6 +60,10 @@ pub(super) struct Sequence {
     pub admitted: bool,
     /// Cancelled, but the running pass still writes its blocks.
     pub doomed: bool,
+    /// The latest token as it was said, with its log-probabilities.
+    pub last: Option<TokenOut>,
+    /// It goes to another node as soon as it can.
+    pub moving: Option<Move>,
 }
 
 impl Sequence {
@@ -72,6 +88,8 @@ impl Sequence {
             again_until: 0,
             admitted: false,
             doomed: false,
+            last: None,
+            moving: None,
         }
     }
 
@@ -82,6 +100,11 @@ impl Sequence {
     /// Tokens whose KV is still to be computed; 1 means an ordinary decode step.
     pub fn remaining(&self) -> u32 {
         self.len() - self.computed
+    }
+
+    /// It is to move, its KV is whole but for the last token's, and that token was said here.
+    pub fn can_move(&self) -> bool {
+        self.moving.is_some() && self.remaining() == 1 && self.last.is_some() && !self.doomed
     }
 
     /// Index of the latest token within the answer.
@@ -95,8 +118,10 @@ impl Sequence {
     }
 
     /// Appends a generated token; says whether it was the last one.
-    pub fn push(&mut self, token: TokenId, max_model_len: u32) -> Option<FinishReason> {
+    pub fn push(&mut self, out: TokenOut, max_model_len: u32) -> Option<FinishReason> {
+        let token = out.token;
         self.tokens.push(token);
+        self.last = Some(out);
         let hashes = self.chain.extend(&self.tokens);
         self.hashes.extend(hashes);
         if self.params.is_stop(token) {

@@ -4,8 +4,10 @@ use crate::machine::{DecodeConfig, DecodeInput, DecodeNode, DecodeOutput};
 use bytes::Bytes;
 use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
-use ridge_kvtransfer::shell::{ControlHandle, Endpoint, EndpointError, KvServer, KvServerEvent, NodeTls, TlsError};
-use ridge_kvtransfer::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput};
+use ridge_kvtransfer::shell::{
+    ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, KvServer, KvServerEvent, NodeTls, TlsError,
+};
+use ridge_kvtransfer::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput, Sender, SenderConfig, SenderInput};
 use ridge_model::checkpoint::LoadProgress;
 use ridge_model::kv::KvMemory;
 use ridge_model::memory::PassLimits;
@@ -31,8 +33,10 @@ pub struct DecodeOptions {
     pub engine: EngineOptions,
     /// Its scheduler.
     pub machine: DecodeConfig,
-    /// Its half of the hand-off.
+    /// The half of the hand-off by which sequences come.
     pub receiver: ReceiverConfig,
+    /// The half by which they leave when the node drains.
+    pub sender: SenderConfig,
 }
 
 /// Why a decode node stopped.
@@ -60,6 +64,7 @@ enum Event {
     Engine(WorkerEvent),
     Link(LinkEvent),
     Kv(KvServerEvent),
+    Sent(KvClientEvent),
     Timer,
     Shutdown,
 }
@@ -99,15 +104,21 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
         let _ = engine_events.blocking_send(event);
     });
     let (kv_events, mut from_kv) = mpsc::channel(KV_EVENTS);
+    let (sent_events, mut from_sent) = mpsc::channel(KV_EVENTS);
+    let name = options.link.name.clone();
+    let client = KvClient::new(endpoint.clone(), name, loaded.identity.clone(), sent_events);
     let server = KvServer::new(endpoint.clone(), loaded.identity, kv_events);
+    let page_bytes = loaded.kv.page_bytes() as u32;
     let mut from_link = link::start(endpoint.clone(), &options.link, hello);
     Status::Ready { role: Role::Decode, name: &options.link.name, addr: endpoint.local_addr(), http: None }.print();
     let mut shell = Shell {
         clock: Clock::start(),
         machine: DecodeNode::new(config),
         receiver: Receiver::new(options.receiver),
+        sender: Sender::new(SenderConfig { page_bytes, ..options.sender }),
         worker,
         server,
+        client,
         kv: loaded.kv,
         router: None,
         drained: false,
@@ -119,12 +130,13 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
         if drain_until.is_some_and(|until| shell.drained || shell.clock.now() >= until) {
             break;
         }
-        let deadline =
-            [shell.machine.poll_timeout(), shell.receiver.poll_timeout(), drain_until].into_iter().flatten().min();
+        let machines = [shell.machine.poll_timeout(), shell.receiver.poll_timeout(), shell.sender.poll_timeout()];
+        let deadline = machines.into_iter().chain([drain_until]).flatten().min();
         let event = tokio::select! {
             event = from_engine.recv() => Event::Engine(event.ok_or(WorkerDied)?),
             Some(event) = from_link.recv() => Event::Link(event),
             Some(event) = from_kv.recv() => Event::Kv(event),
+            Some(event) = from_sent.recv() => Event::Sent(event),
             () = shell.clock.sleep_until(deadline) => Event::Timer,
             () = &mut shutdown, if drain_until.is_none() => Event::Shutdown,
         };
@@ -142,6 +154,15 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
                 tracing::warn!(%peer, %reason, "KV connection lost");
                 shell.receiver.handle(now, ReceiverInput::PeerLost { peer, reason });
             }
+            Event::Sent(KvClientEvent::Message { from, message }) => {
+                shell.sender.handle(now, SenderInput::Message { from, message });
+            }
+            Event::Sent(KvClientEvent::Up { peer }) => shell.sender.handle(now, SenderInput::PeerUp(peer)),
+            Event::Sent(KvClientEvent::Lost { peer, reason }) => {
+                tracing::warn!(peer = %peer.name, %reason, "KV connection lost");
+                shell.client.forget(&peer);
+                shell.sender.handle(now, SenderInput::PeerLost { peer, reason });
+            }
             Event::Link(LinkEvent::Up(node, handle)) => {
                 tracing::info!(node = node.0, "joined the cluster");
                 shell.router = Some(handle);
@@ -156,6 +177,7 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
             Event::Timer => {
                 shell.machine.handle_timeout(now);
                 shell.receiver.handle_timeout(now);
+                shell.sender.handle_timeout(now);
             }
             Event::Shutdown => {
                 drain_until = Some(now + DRAIN_DEADLINE);
@@ -173,8 +195,10 @@ struct Shell {
     clock: Clock,
     machine: DecodeNode,
     receiver: Receiver,
+    sender: Sender,
     worker: Worker,
     server: KvServer,
+    client: KvClient,
     kv: Arc<KvMemory>,
     router: Option<ControlHandle<NodeToRouter>>,
     drained: bool,
@@ -195,7 +219,7 @@ impl Shell {
         self.receiver.handle(self.clock.now(), landed);
     }
 
-    /// Does what the machines want done, until neither wants anything.
+    /// Does what the machines want done, until none wants anything.
     fn pump(&mut self) -> Result<(), NodeRunError> {
         loop {
             if let Some(output) = self.machine.poll_output() {
@@ -206,6 +230,11 @@ impl Shell {
                     ReceiverOutput::Event(event) => {
                         self.machine.handle(self.clock.now(), DecodeInput::Transfer(event));
                     }
+                }
+            } else if let Some(output) = self.sender.poll_output() {
+                let page = |layer: u32, block| Bytes::copy_from_slice(&self.kv.read(layer as usize, block));
+                if let Some(event) = self.client.act(output, page) {
+                    self.machine.handle(self.clock.now(), DecodeInput::Sent(event));
                 }
             } else {
                 return Ok(());
@@ -219,9 +248,10 @@ impl Shell {
             DecodeOutput::Transfer(command) => {
                 self.receiver.handle(self.clock.now(), ReceiverInput::Command(command));
             }
+            DecodeOutput::Send(command) => self.sender.handle(self.clock.now(), SenderInput::Command(command)),
             DecodeOutput::ToRouter(mut message) => {
                 match &mut message {
-                    NodeToRouter::Stats(stats) => self.receiver.stats().report(stats),
+                    NodeToRouter::Stats(stats) => (self.receiver.stats() + self.sender.stats()).report(stats),
                     NodeToRouter::Drained => self.drained = true,
                     _ => {}
                 }

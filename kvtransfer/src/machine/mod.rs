@@ -2,13 +2,15 @@
 //!
 //! A transfer is one conversation about one request. The sender offers, the receiver grants the suffix of blocks it
 //! lacks together with credit, pages flow, `Finish` says how many there were, `Commit` lets the sender let go.
-//! Either side may abort at any time, aborting twice is harmless, and a lost connection aborts everything on it.
+//! Either side may abort at any time, aborting twice is harmless, and a lost connection aborts everything on it. Whoever
+//! waits for the other side holds a lease of seconds, which progress renews, or a sign of life (`Alive`) from a side
+//! that cannot progress yet: a prompt that still queues, blocks that are not free yet.
 //!
 //! ```text
-//! sender      Begin    -> Offered --Grant--> Shipping --all shipped, first token known--> Finished --Commit--> over
-//! receiver    Expect   -> Expected -+
-//!                                   +-> Landing --Finish--> Closing --last page--> over
-//!             Offer    -> Offered  -+
+//! sender    Announce -> Announced -Begin-> Offered -Grant-> Shipping -all shipped, first token known-> Finished -Commit-> over
+//! receiver  Expect   -> Expected -+
+//!                                 +-> Landing -Finish-> Closing -last page-> over
+//!           Offer    -> Offered  -+
 //! ```
 //!
 //! In each machine one function, `step`, lists what every event means in every phase; a test compares the whole
@@ -20,9 +22,11 @@ pub mod sender;
 mod simulation;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 
 pub use receiver::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput};
 use ridge_protocol::stats::NodeStats;
+use ridge_protocol::transfer::TransferTimes;
 pub use sender::{Sender, SenderConfig, SenderInput, SenderOutput};
 
 /// Counters of one machine since it was made.
@@ -36,10 +40,32 @@ pub struct TransferStats {
     pub pages: u64,
     /// Their bytes, headers not counted.
     pub bytes: u64,
+    /// Summed over committed transfers. Sender only.
+    pub times: TransferTimes,
     /// Pages whose digest did not match. Receiver only.
     pub digest_failures: u64,
+    /// Aborts that the peer did not acknowledge within a lease.
+    pub unacknowledged: u64,
     /// Messages and pages that belonged to no transfer of that peer and were ignored.
     pub strays: u64,
+}
+
+impl std::ops::Add for TransferStats {
+    type Output = Self;
+
+    /// Both halves of a node that receives and sends.
+    fn add(self, other: Self) -> Self {
+        Self {
+            committed: self.committed + other.committed,
+            aborted: self.aborted + other.aborted,
+            pages: self.pages + other.pages,
+            bytes: self.bytes + other.bytes,
+            times: self.times + other.times,
+            digest_failures: self.digest_failures + other.digest_failures,
+            unacknowledged: self.unacknowledged + other.unacknowledged,
+            strays: self.strays + other.strays,
+        }
+    }
 }
 
 impl TransferStats {
@@ -49,6 +75,8 @@ impl TransferStats {
         stats.transfer_pages = self.pages;
         stats.transfers_committed = self.committed;
         stats.transfers_aborted = self.aborted;
+        stats.aborts_unacknowledged = self.unacknowledged;
+        stats.transfer_times = self.times;
         stats.digest_failures = self.digest_failures;
     }
 }

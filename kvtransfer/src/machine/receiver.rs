@@ -4,6 +4,7 @@
 //! here and agree, the missing blocks are granted. A transfer is good only when every granted page landed once and
 //! verified; anything else gives the reservation back. Read [`ReceiverInput`], then `step`.
 
+use super::upkeep::{Aborts, MAX_ALIVE, Pulse};
 use super::{PageSet, Step, TransferStats};
 use ridge_protocol::transfer::{ReceiveCommand, ReceiveEvent, ReceiveJob};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
@@ -13,14 +14,11 @@ use std::collections::{BTreeMap, VecDeque};
 /// Limits and deadlines of a [`Receiver`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ReceiverConfig {
-    /// How long a reservation waits for its offer: as long as a prompt may queue on a prefill node. A sender that
-    /// died or cannot reach this node is reported by the router, long before.
-    pub expect_deadline: Duration,
-    /// How long an offer waits for its reservation: as long as a sequence may wait here for blocks.
-    pub offer_deadline: Duration,
-    /// How long a granted transfer may go without a page or `Finish`. Covers the prefill node's computing, so it
-    /// must be longer than the longest prompt takes there.
-    pub progress_deadline: Duration,
+    /// How long the receiver waits for a sender that shows neither progress nor a sign of life (rule K-11).
+    pub lease: Duration,
+    /// How long a transfer stays in one phase at most, however alive the sender is: as long as a prompt may queue or be
+    /// computed there, or a sequence wait here for blocks.
+    pub patience: Duration,
     /// Pages in flight per transfer: bounds the memory and bandwidth one transfer can claim.
     pub credit_pages: u32,
     /// Most transfers at once, and most remembered failures; one more is refused.
@@ -30,9 +28,8 @@ pub struct ReceiverConfig {
 impl Default for ReceiverConfig {
     fn default() -> Self {
         Self {
-            expect_deadline: Duration::from_secs(600),
-            offer_deadline: Duration::from_secs(600),
-            progress_deadline: Duration::from_secs(600),
+            lease: Duration::from_secs(10),
+            patience: Duration::from_secs(600),
             credit_pages: 64,
             max_sessions: 1 << 14,
         }
@@ -96,6 +93,8 @@ pub struct Receiver {
     sessions: BTreeMap<RequestId, Session>,
     outputs: VecDeque<ReceiverOutput>,
     stats: TransferStats,
+    pulse: Pulse,
+    aborts: Aborts,
     /// `Expect`s seen and how they ended, for `check_integrity`.
     expected: u64,
     ended: u64,
@@ -106,6 +105,8 @@ struct Session {
     state: State,
     /// When to give up waiting. Every phase waits for somebody.
     deadline: Instant,
+    /// No sign of life renews the lease beyond this.
+    patient_until: Instant,
 }
 
 #[derive(Debug)]
@@ -207,6 +208,8 @@ impl Receiver {
     /// A receiver without transfers.
     pub fn new(config: ReceiverConfig) -> Self {
         Self {
+            pulse: Pulse::new(config.lease),
+            aborts: Aborts::default(),
             config,
             sessions: BTreeMap::new(),
             outputs: VecDeque::new(),
@@ -224,6 +227,56 @@ impl Receiver {
     /// Transfers under way, remembered failures not counted.
     pub fn sessions(&self) -> usize {
         self.sessions.values().filter(|session| session.phase() != Phase::Gone).count()
+    }
+
+    /// Aborts that the peer has not acknowledged yet.
+    pub fn open_aborts(&self) -> usize {
+        self.aborts.len()
+    }
+
+    /// Enters a phase: its lease and the patience with it begin now.
+    fn enter(&mut self, now: Instant, request: RequestId, state: State) {
+        let (deadline, patient_until) = (now + self.config.lease, now + self.config.patience);
+        if matches!(state, State::Offered(_)) {
+            self.pulse.wake(now);
+        }
+        self.sessions.insert(request, Session { state, deadline, patient_until });
+    }
+
+    /// The sender still means to serve these.
+    fn on_alive(&mut self, now: Instant, from: &NodeName, requests: Vec<RequestId>) {
+        for request in requests {
+            if let Some(session) = self.sessions.get_mut(&request)
+                && session.peer() == Some(from)
+                // After `Finish` only pages that land count.
+                && matches!(session.state, State::Expected(_) | State::Offered(_) | State::Landing(_))
+            {
+                session.deadline = (now + self.config.lease).min(session.patient_until);
+            }
+        }
+    }
+
+    /// Tells senders of offers for which this node still looks for blocks.
+    fn show_life(&mut self, now: Instant) {
+        let mut alive: BTreeMap<NodeName, Vec<RequestId>> = BTreeMap::new();
+        for (request, session) in &self.sessions {
+            if let State::Offered(offer) = &session.state {
+                alive.entry(offer.from.clone()).or_default().push(*request);
+            }
+        }
+        if !alive.is_empty() {
+            self.pulse.wake(now);
+        }
+        for (to, requests) in alive {
+            for requests in requests.chunks(MAX_ALIVE) {
+                self.send(to.clone(), ReceiverMsg::Alive { requests: requests.to_vec() });
+            }
+        }
+    }
+
+    fn abort(&mut self, now: Instant, to: NodeName, request: RequestId, reason: String) {
+        self.aborts.said(to.clone(), request, now + self.config.lease, self.config.max_sessions);
+        self.send(to, ReceiverMsg::Abort { request, reason });
     }
 
     /// Where a page must be written, or `None` if it is not wanted: an unknown or aborted transfer, another peer's,
@@ -254,8 +307,7 @@ impl Receiver {
                     self.remember(now, request, reason);
                     return;
                 }
-                let deadline = now + self.config.expect_deadline;
-                self.sessions.insert(request, Session { state: State::Expected(job), deadline });
+                self.enter(now, request, State::Expected(job));
             }
             Step::Enter(Phase::Landing) => {
                 let State::Offered(offer) = self.remove(request) else { unreachable!("{request}: {phase:?}") };
@@ -265,9 +317,8 @@ impl Receiver {
                 }
                 // Somebody else's offer must not keep the right one out.
                 let reason = format!("expected from {}, not from {}", job.from, offer.from);
-                self.send(offer.from, ReceiverMsg::Abort { request, reason });
-                let deadline = now + self.config.expect_deadline;
-                self.sessions.insert(request, Session { state: State::Expected(job), deadline });
+                self.abort(now, offer.from, request, reason);
+                self.enter(now, request, State::Expected(job));
             }
             Step::End => {
                 let State::Gone(reason) = self.remove(request) else { unreachable!("{request}: {phase:?}") };
@@ -283,7 +334,7 @@ impl Receiver {
             Step::Ignore => {}
             Step::Enter(Phase::Gone) => {
                 if let State::Offered(offer) = self.remove(request) {
-                    self.send(offer.from, ReceiverMsg::Abort { request, reason: reason.clone() });
+                    self.abort(now, offer.from, request, reason.clone());
                 } else {
                     self.on_cancelled();
                 }
@@ -294,7 +345,7 @@ impl Receiver {
                     unreachable!("{request}: {phase:?}")
                 };
                 self.on_cancelled();
-                self.send(landing.job.from, ReceiverMsg::Abort { request, reason });
+                self.abort(now, landing.job.from, request, reason);
             }
             other => panic!("{request}: cancelled while {phase:?} ({other:?})"),
         }
@@ -320,14 +371,16 @@ impl Receiver {
                 let State::Landing(landing) = self.remove(request) else { unreachable!("{request}: Finish") };
                 if pages != landing.total() {
                     let reason = format!("finished after {pages} pages of {}", landing.total());
-                    self.give_up(request, from, reason);
+                    self.give_up(now, request, from, reason);
                     return;
                 }
-                let deadline = now + self.config.progress_deadline;
-                self.sessions.insert(request, Session { state: State::Closing(landing, first), deadline });
+                self.enter(now, request, State::Closing(landing, first));
                 self.settle_if_landed(request);
             }
+            SenderMsg::Aborted { request } => self.aborts.acknowledged(&from, request),
+            SenderMsg::Alive { requests } => self.on_alive(now, &from, requests),
             SenderMsg::Abort { request, reason } => {
+                self.send(from.clone(), ReceiverMsg::Aborted { request });
                 if !self.admit(now, &from, request, Cause::PeerAbort) {
                     return;
                 }
@@ -341,21 +394,20 @@ impl Receiver {
         // A live transfer of another peer is not disturbed by this one's offer.
         if self.peer(request).is_some_and(|peer| *peer != offer.from) {
             let reason = "another node's transfer".to_owned();
-            self.send(offer.from, ReceiverMsg::Abort { request, reason });
+            self.abort(now, offer.from, request, reason);
             return;
         }
         match step(phase, Cause::Offer) {
             Step::Enter(Phase::Offered) => {
                 if offer.tokens as usize > limits::MAX_TOKENS || offer.hashes.len() > offer.tokens as usize {
                     let reason = format!("offer of {} tokens with {} hashes", offer.tokens, offer.hashes.len());
-                    self.send(offer.from, ReceiverMsg::Abort { request, reason });
+                    self.abort(now, offer.from, request, reason);
                 } else if self.sessions() >= self.config.max_sessions {
                     let reason = format!("receiver is full: {} transfers", self.config.max_sessions);
-                    self.send(offer.from, ReceiverMsg::Abort { request, reason: reason.clone() });
+                    self.abort(now, offer.from, request, reason.clone());
                     self.remember(now, request, reason);
                 } else {
-                    let deadline = now + self.config.offer_deadline;
-                    self.sessions.insert(request, Session { state: State::Offered(offer), deadline });
+                    self.enter(now, request, State::Offered(offer));
                 }
             }
             Step::Enter(_) => {
@@ -364,7 +416,7 @@ impl Receiver {
             }
             Step::End => {
                 let State::Gone(reason) = self.remove(request) else { unreachable!("{request}: {phase:?}") };
-                self.send(offer.from, ReceiverMsg::Abort { request, reason });
+                self.abort(now, offer.from, request, reason);
             }
             Step::Violation => self.violate(now, request, offer.from, format!("offered while {phase:?}")),
             other => unreachable!("{request}: offered while {phase:?} ({other:?})"),
@@ -383,7 +435,7 @@ impl Receiver {
             at.map(|at| format!("hash of block {at} differs: {:?} here, {:?} there", job.hashes[at], offer.hashes[at]))
         };
         if let Some(reason) = differs {
-            self.give_up(request, job.from, reason);
+            self.give_up(now, request, job.from, reason);
             return;
         }
         let missing = job.blocks.len() as u32 - job.have;
@@ -394,8 +446,7 @@ impl Receiver {
         assert!(credit > 0 || missing == 0, "{request}: a grant without credit");
         let message = ReceiverMsg::Grant { request, first_block: landing.job.have, credit };
         self.send(landing.job.from.clone(), message);
-        let deadline = now + self.config.progress_deadline;
-        self.sessions.insert(request, Session { state: State::Landing(landing), deadline });
+        self.enter(now, request, State::Landing(landing));
     }
 
     fn on_page(&mut self, now: Instant, from: NodeName, request: RequestId, page: Page) {
@@ -414,14 +465,15 @@ impl Receiver {
         });
         if let Some(reason) = refusal {
             self.remove(request);
-            self.give_up(request, from, reason);
+            self.give_up(now, request, from, reason);
             return;
         }
         landing.landed.insert(page.layer, page.index);
         landing.bytes += u64::from(page.bytes);
         self.stats.pages += 1;
         self.stats.bytes += u64::from(page.bytes);
-        session.deadline = now + self.config.progress_deadline;
+        session.deadline = now + self.config.lease;
+        session.patient_until = now + self.config.patience;
         if let Some(pages) = landing.take_credit(self.config.credit_pages) {
             self.send(from, ReceiverMsg::Credit { request, pages });
         }
@@ -484,25 +536,27 @@ impl Receiver {
     fn on_deadline(&mut self, now: Instant, request: RequestId) {
         let phase = self.phase(request);
         assert!(matches!(step(phase, Cause::Deadline), Step::End | Step::Enter(Phase::Gone)), "{request}: {phase:?}");
-        match self.remove(request) {
+        let session = self.sessions.remove(&request).expect("a session ends once");
+        let within = if now >= session.patient_until {
+            format!("within {:?}", self.config.patience)
+        } else {
+            format!("and no sign of life within {:?}", self.config.lease)
+        };
+        match session.state {
             State::Expected(_) => {
-                let reason = format!("no offer within {:?}", self.config.expect_deadline);
+                let reason = format!("no offer {within}");
                 self.fail(request, reason.clone());
                 self.remember(now, request, reason);
             }
             State::Offered(offer) => {
-                let reason = format!("no reservation within {:?}", self.config.offer_deadline);
-                self.send(offer.from, ReceiverMsg::Abort { request, reason: reason.clone() });
+                let reason = format!("no reservation {within}");
+                self.abort(now, offer.from, request, reason.clone());
                 self.remember(now, request, reason);
             }
             State::Landing(landing) | State::Closing(landing, _) => {
-                let reason = format!(
-                    "no page within {:?}, {} of {} landed",
-                    self.config.progress_deadline,
-                    landing.landed.len,
-                    landing.total()
-                );
-                self.give_up(request, landing.job.from, reason);
+                let (landed, total) = (landing.landed.len, landing.total());
+                let reason = format!("no page {within}, {landed} of {total} landed");
+                self.give_up(now, request, landing.job.from, reason);
             }
             State::Gone(_) => {}
         }
@@ -513,24 +567,26 @@ impl Receiver {
         let reason = format!("sender broke the protocol: {reason}");
         match self.remove(request) {
             State::Offered(_) => {
-                self.send(from, ReceiverMsg::Abort { request, reason: reason.clone() });
+                self.abort(now, from, request, reason.clone());
                 self.remember(now, request, reason);
             }
-            _ => self.give_up(request, from, reason),
+            _ => self.give_up(now, request, from, reason),
         }
     }
 
     /// Ends a transfer whose session is already removed: the peer is told, and the scheduler.
-    fn give_up(&mut self, request: RequestId, from: NodeName, reason: String) {
-        self.send(from, ReceiverMsg::Abort { request, reason: reason.clone() });
+    fn give_up(&mut self, now: Instant, request: RequestId, from: NodeName, reason: String) {
+        self.abort(now, from, request, reason.clone());
         self.fail(request, reason);
     }
 
     /// Keeps a failure for the side that has not been heard of yet. Beyond the limit it is told after its deadline.
     fn remember(&mut self, now: Instant, request: RequestId, reason: String) {
         if self.sessions.len() - self.sessions() < self.config.max_sessions {
-            let deadline = now + self.config.expect_deadline.max(self.config.offer_deadline);
-            self.sessions.insert(request, Session { state: State::Gone(reason), deadline });
+            // The other side may take as long to come as it may to wait.
+            let until = now + self.config.patience;
+            self.sessions
+                .insert(request, Session { state: State::Gone(reason), deadline: until, patient_until: until });
         }
     }
 
@@ -647,6 +703,7 @@ impl Machine for Receiver {
                 self.on_page(now, from, request, Page { layer, index, bytes, intact });
             }
             ReceiverInput::PeerLost { peer, reason } => {
+                self.aborts.lost(&peer);
                 let lost: Vec<RequestId> = self
                     .sessions
                     .iter()
@@ -661,6 +718,10 @@ impl Machine for Receiver {
     }
 
     fn handle_timeout(&mut self, now: Instant) {
+        self.stats.unacknowledged += self.aborts.expire(now);
+        if self.pulse.beat(now) {
+            self.show_life(now);
+        }
         let late: Vec<RequestId> =
             self.sessions.iter().filter(|(_, session)| session.deadline <= now).map(|(request, _)| *request).collect();
         for request in late {
@@ -673,7 +734,8 @@ impl Machine for Receiver {
     }
 
     fn poll_timeout(&self) -> Option<Instant> {
-        self.sessions.values().map(|session| session.deadline).min()
+        let sessions = self.sessions.values().map(|session| session.deadline);
+        sessions.chain(self.pulse.next()).chain(self.aborts.next()).min()
     }
 
     fn check_integrity(&self) {

@@ -3,8 +3,9 @@
 //! The prefill scheduler says what is ready; this machine says when it may leave. It never ships a page that is not
 //! ready, that the receiver did not ask for, or for which it has no credit. Read [`SenderInput`], then `step`.
 
+use super::upkeep::{Aborts, MAX_ALIVE, Pulse};
 use super::{PageSet, Step, TransferStats};
-use ridge_protocol::transfer::{KvPeer, Outcome, SendCommand, SendEvent, SendJob};
+use ridge_protocol::transfer::{KvPeer, Outcome, SendCommand, SendEvent, SendJob, TransferTimes};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
 use ridge_protocol::{BlockId, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
 use std::collections::{BTreeMap, VecDeque};
@@ -12,10 +13,11 @@ use std::collections::{BTreeMap, VecDeque};
 /// Limits and deadlines of a [`Sender`].
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct SenderConfig {
-    /// How long an offer waits for its grant. Long enough for the decode node to find free blocks.
-    pub offer_deadline: Duration,
-    /// How long the sender waits for credit when it has none, and for the commit when it has finished.
-    pub progress_deadline: Duration,
+    /// How long the sender waits for a receiver that shows neither progress nor a sign of life (rule K-11).
+    pub lease: Duration,
+    /// How long an offer waits for its grant at most, however alive the receiver is: as long as a sequence may wait
+    /// there for blocks.
+    pub patience: Duration,
     /// Most transfers at once; one more is settled as aborted at once.
     pub max_sessions: usize,
     /// Most credit one transfer may hold. More is a violation: it bounds the pages queued towards one peer.
@@ -27,8 +29,8 @@ pub struct SenderConfig {
 impl Default for SenderConfig {
     fn default() -> Self {
         Self {
-            offer_deadline: Duration::from_secs(600),
-            progress_deadline: Duration::from_secs(60),
+            lease: Duration::from_secs(10),
+            patience: Duration::from_secs(600),
             max_sessions: 1 << 14,
             max_credit: 1024,
             page_bytes: 0,
@@ -70,6 +72,13 @@ pub enum SenderOutput {
         /// What.
         message: SenderMsg,
     },
+    /// Say this to a peer if there is a connection: it would mean nothing on another.
+    Answer {
+        /// To whom.
+        to: NodeName,
+        /// What.
+        message: SenderMsg,
+    },
     /// Read this page from the pool and write it to the peer's page stream.
     Ship {
         /// To whom.
@@ -94,7 +103,9 @@ pub struct Sender {
     sessions: BTreeMap<RequestId, Session>,
     outputs: VecDeque<SenderOutput>,
     stats: TransferStats,
-    /// `Begin`s seen and how they ended, for `check_integrity`.
+    pulse: Pulse,
+    aborts: Aborts,
+    /// `Announce`s seen and how they ended, for `check_integrity`.
     begun: u64,
     ended: u64,
 }
@@ -108,15 +119,21 @@ struct Session {
     ready: PageSet,
     /// Ready ranges not yet shipped, oldest first: (layer, first, end).
     queue: VecDeque<(u32, u32, u32)>,
-    /// The scheduler's last word, once it has said it.
-    first: Option<TokenOut>,
+    /// The scheduler's last word, once it has said it, and when.
+    first: Option<(TokenOut, Instant)>,
+    /// When the first page left.
+    began: Option<Instant>,
     state: State,
     /// When to give up waiting for the peer. `None` while the next move is the scheduler's.
     deadline: Option<Instant>,
+    /// No sign of life renews an offer's lease beyond this.
+    patient_until: Instant,
 }
 
 #[derive(Debug)]
 enum State {
+    /// The prompt waits for its turn here.
+    Announced,
     /// The offer was sent.
     Offered,
     /// The receiver wants `first_block..`; pages leave as they become ready and credit allows.
@@ -129,6 +146,7 @@ enum State {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Phase {
     Absent,
+    Announced,
     Offered,
     Shipping,
     Finished,
@@ -137,6 +155,7 @@ enum Phase {
 /// What can happen to one session.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Cause {
+    Announce,
     Begin,
     Ready,
     Finish,
@@ -155,13 +174,17 @@ enum Cause {
 fn step(phase: Phase, cause: Cause) -> Step<Phase> {
     use Cause::*;
     match (phase, cause) {
-        (Phase::Absent, Begin) => Step::Enter(Phase::Offered),
+        (Phase::Absent, Announce) => Step::Enter(Phase::Announced),
         // The session ended while these were on their way.
-        (Phase::Absent, Ready | Finish | Cancel) => Step::Ignore,
+        (Phase::Absent, Begin | Ready | Finish | Cancel) => Step::Ignore,
         (Phase::Absent, Grant | Credit | Commit | PeerAbort) => Step::Ignore,
         (Phase::Absent, PeerLost | Deadline | AllShipped) => Step::Bug,
 
-        (_, Begin) => Step::Bug,
+        (Phase::Announced, Begin) => Step::Enter(Phase::Offered),
+        (Phase::Announced, Ready | Finish | AllShipped | Deadline) => Step::Bug,
+        (Phase::Announced, Grant | Credit | Commit) => Step::Violation,
+
+        (_, Announce | Begin) => Step::Bug,
         (_, Cancel | PeerAbort | PeerLost | Deadline) => Step::End,
 
         // Before the grant the scheduler already computes: ready pages and the first token are noted.
@@ -186,6 +209,8 @@ impl Sender {
     /// A sender without transfers.
     pub fn new(config: SenderConfig) -> Self {
         Self {
+            pulse: Pulse::new(config.lease),
+            aborts: Aborts::default(),
             config,
             sessions: BTreeMap::new(),
             outputs: VecDeque::new(),
@@ -200,13 +225,19 @@ impl Sender {
         self.stats
     }
 
-    /// Transfers under way.
+    /// Transfers announced or under way.
     pub fn sessions(&self) -> usize {
         self.sessions.len()
     }
 
+    /// Aborts that the peer has not acknowledged yet.
+    pub fn open_aborts(&self) -> usize {
+        self.aborts.len()
+    }
+
     fn on_command(&mut self, now: Instant, command: SendCommand) {
         match command {
+            SendCommand::Announce { request, to } => self.on_announce(now, request, to),
             SendCommand::Begin(job) => self.on_begin(now, job),
             SendCommand::Ready { request, layer, first, end } => {
                 let Some(session) = self.step_own(request, Cause::Ready) else { return };
@@ -217,7 +248,7 @@ impl Sender {
                 let Some(session) = self.step_own(request, Cause::Finish) else { return };
                 assert!(session.first.is_none(), "{request}: finished twice");
                 assert_eq!(session.ready.len, session.pages(), "{request}: finished before every page was ready");
-                session.first = Some(first);
+                session.first = Some((first, now));
                 self.advance(now, request);
             }
             SendCommand::Cancel { request, reason } => {
@@ -226,41 +257,93 @@ impl Sender {
                 }
                 let session = self.end(request);
                 self.stats.aborted += 1;
-                self.outputs
-                    .push_back(SenderOutput::Send { to: session.to, message: SenderMsg::Abort { request, reason } });
+                self.abort(now, session.to, request, reason);
             }
         }
     }
 
-    fn on_begin(&mut self, now: Instant, job: SendJob) {
-        let request = job.request;
-        assert_eq!(step(self.phase(request), Cause::Begin), Step::Enter(Phase::Offered), "{request}: begun twice");
-        assert!(!job.blocks.is_empty(), "{request}: a prompt has at least one block");
-        assert!(job.hashes.len() <= job.blocks.len(), "{request}: more hashes than blocks");
-        assert!(job.layers > 0, "{request}: a model has layers");
+    fn on_announce(&mut self, now: Instant, request: RequestId, to: KvPeer) {
+        assert_eq!(step(self.phase(request), Cause::Announce), Step::Enter(Phase::Announced), "{request}: twice");
         self.begun += 1;
         if self.sessions.len() >= self.config.max_sessions {
             self.ended += 1;
             let reason = format!("sender is full: {} transfers", self.config.max_sessions);
-            let message = SenderMsg::Abort { request, reason: reason.clone() };
-            self.outputs.push_back(SenderOutput::Send { to: job.to, message });
+            self.abort(now, to, request, reason.clone());
             self.settle(request, Outcome::Aborted(reason));
             return;
         }
-        let blocks = u32::try_from(job.blocks.len()).expect("a prompt's blocks are counted in u32");
         let session = Session {
-            ready: PageSet::new(job.layers, blocks),
-            to: job.to.clone(),
-            blocks: job.blocks,
-            layers: job.layers,
+            ready: PageSet::new(0, 0),
+            to: to.clone(),
+            blocks: Vec::new(),
+            layers: 0,
             queue: VecDeque::new(),
             first: None,
-            state: State::Offered,
-            deadline: Some(now + self.config.offer_deadline),
+            began: None,
+            state: State::Announced,
+            deadline: None,
+            patient_until: now,
         };
         self.sessions.insert(request, session);
+        // At once: it dials the peer, if there is no connection, while the prompt waits or is computed.
+        self.outputs.push_back(SenderOutput::Send { to, message: SenderMsg::Alive { requests: vec![request] } });
+        self.pulse.wake(now);
+    }
+
+    fn on_begin(&mut self, now: Instant, job: SendJob) {
+        let request = job.request;
+        assert!(!job.blocks.is_empty(), "{request}: a prompt has at least one block");
+        assert!(job.hashes.len() <= job.blocks.len(), "{request}: more hashes than blocks");
+        assert!(job.layers > 0, "{request}: a model has layers");
+        let (lease, patience) = (self.config.lease, self.config.patience);
+        let Some(session) = self.step_own(request, Cause::Begin) else { return };
+        let blocks = u32::try_from(job.blocks.len()).expect("a prompt's blocks are counted in u32");
+        session.ready = PageSet::new(job.layers, blocks);
+        session.blocks = job.blocks;
+        session.layers = job.layers;
+        session.state = State::Offered;
+        session.deadline = Some(now + lease);
+        session.patient_until = now + patience;
+        let to = session.to.clone();
         let message = SenderMsg::Offer { request, tokens: job.tokens, hashes: job.hashes };
-        self.outputs.push_back(SenderOutput::Send { to: job.to, message });
+        self.outputs.push_back(SenderOutput::Send { to, message });
+    }
+
+    /// The receiver still looks for blocks for these.
+    fn on_alive(&mut self, now: Instant, from: &NodeName, requests: Vec<RequestId>) {
+        for request in requests {
+            if let Some(session) = self.sessions.get_mut(&request)
+                && session.to.name == *from
+                && matches!(session.state, State::Offered)
+            {
+                session.deadline = Some((now + self.config.lease).min(session.patient_until));
+            }
+        }
+    }
+
+    /// Tells receivers of transfers for which this node still works.
+    fn show_life(&mut self, now: Instant) {
+        let mut alive: BTreeMap<&NodeName, (&KvPeer, Vec<RequestId>)> = BTreeMap::new();
+        for (request, session) in &self.sessions {
+            // After `Finish` only pages that land count.
+            if !matches!(session.state, State::Finished { .. }) {
+                alive.entry(&session.to.name).or_insert((&session.to, Vec::new())).1.push(*request);
+            }
+        }
+        if !alive.is_empty() {
+            self.pulse.wake(now);
+        }
+        for (to, requests) in alive.into_values() {
+            for requests in requests.chunks(MAX_ALIVE) {
+                let message = SenderMsg::Alive { requests: requests.to_vec() };
+                self.outputs.push_back(SenderOutput::Send { to: to.clone(), message });
+            }
+        }
+    }
+
+    fn abort(&mut self, now: Instant, to: KvPeer, request: RequestId, reason: String) {
+        self.aborts.said(to.name.clone(), request, now + self.config.lease, self.config.max_sessions);
+        self.outputs.push_back(SenderOutput::Send { to, message: SenderMsg::Abort { request, reason } });
     }
 
     fn on_message(&mut self, now: Instant, from: &NodeName, message: ReceiverMsg) {
@@ -270,21 +353,30 @@ impl Sender {
             ReceiverMsg::Grant { request, .. } => (*request, Cause::Grant),
             ReceiverMsg::Credit { request, .. } => (*request, Cause::Credit),
             ReceiverMsg::Commit { request } => (*request, Cause::Commit),
-            ReceiverMsg::Abort { request, .. } => (*request, Cause::PeerAbort),
+            ReceiverMsg::Abort { request, .. } => {
+                let message = SenderMsg::Aborted { request: *request };
+                self.outputs.push_back(SenderOutput::Answer { to: from.clone(), message });
+                (*request, Cause::PeerAbort)
+            }
+            ReceiverMsg::Aborted { request } => return self.aborts.acknowledged(from, *request),
+            ReceiverMsg::Alive { .. } => {
+                let ReceiverMsg::Alive { requests } = message else { unreachable!("just matched") };
+                return self.on_alive(now, from, requests);
+            }
         };
         // A peer can only speak about its own transfers.
         let own = self.sessions.get(&request).is_some_and(|session| session.to.name == *from);
         let phase = if own { self.phase(request) } else { Phase::Absent };
         match step(phase, cause) {
             Step::Ignore => self.stats.strays += 1,
-            Step::Violation => self.violate(request, format!("{cause:?} while {phase:?}")),
+            Step::Violation => self.violate(now, request, format!("{cause:?} while {phase:?}")),
             Step::Bug => unreachable!("{request}: a message is never our own mistake"),
             Step::End => match message {
                 ReceiverMsg::Abort { reason, .. } => {
                     self.end(request);
                     self.settle(request, Outcome::Aborted(format!("receiver gave up: {reason}")));
                 }
-                _ => self.on_commit(request),
+                _ => self.on_commit(now, request),
             },
             Step::Enter(_) => {
                 let session = self.sessions.get_mut(&request).expect("checked above");
@@ -301,34 +393,37 @@ impl Sender {
                         session.deadline = None;
                         self.advance(now, request);
                     }
-                    Err(reason) => self.violate(request, reason),
+                    Err(reason) => self.violate(now, request, reason),
                 }
             }
         }
     }
 
-    fn on_commit(&mut self, request: RequestId) {
+    fn on_commit(&mut self, now: Instant, request: RequestId) {
         let session = self.end(request);
         let State::Finished { pages } = session.state else { unreachable!("{request}: committed before Finish") };
         let bytes = pages * u64::from(self.config.page_bytes);
-        self.settle(request, Outcome::Committed { pages, bytes });
+        let times = session.times(now);
+        self.stats.times = self.stats.times + times;
+        self.settle(request, Outcome::Committed { pages, bytes, times });
     }
 
     /// Ships what may be shipped, says `Finish` when nothing is left, and sets the deadline of what is waited for.
     fn advance(&mut self, now: Instant, request: RequestId) {
         let session = self.sessions.get_mut(&request).expect("advanced while it lives");
-        if matches!(session.state, State::Offered) {
+        if matches!(session.state, State::Announced | State::Offered) {
             return;
         }
         while let Some((layer, index)) = session.next_page() {
             let block = session.blocks[index as usize];
+            session.began.get_or_insert(now);
             self.stats.pages += 1;
             self.stats.bytes += u64::from(self.config.page_bytes);
             self.outputs.push_back(SenderOutput::Ship { to: session.to.clone(), request, layer, index, block });
         }
         if let Some(pages) = session.all_shipped() {
             assert_eq!(step(session.phase(), Cause::AllShipped), Step::Enter(Phase::Finished), "{request}");
-            let first = session.first.clone().expect("all_shipped needs it");
+            let (first, _) = session.first.clone().expect("all_shipped needs it");
             session.state = State::Finished { pages };
             self.outputs.push_back(SenderOutput::Send {
                 to: session.to.clone(),
@@ -338,7 +433,7 @@ impl Sender {
         if !session.waits_for_peer() {
             session.deadline = None;
         } else if session.deadline.is_none() {
-            session.deadline = Some(now + self.config.progress_deadline);
+            session.deadline = Some(now + self.config.lease);
         }
     }
 
@@ -356,10 +451,9 @@ impl Sender {
     }
 
     /// The peer broke the protocol: tell it, and settle.
-    fn violate(&mut self, request: RequestId, reason: String) {
+    fn violate(&mut self, now: Instant, request: RequestId, reason: String) {
         let session = self.end(request);
-        let message = SenderMsg::Abort { request, reason: reason.clone() };
-        self.outputs.push_back(SenderOutput::Send { to: session.to, message });
+        self.abort(now, session.to, request, reason.clone());
         self.settle(request, Outcome::Aborted(format!("receiver broke the protocol: {reason}")));
     }
 
@@ -380,10 +474,18 @@ impl Sender {
 impl Session {
     fn phase(&self) -> Phase {
         match self.state {
+            State::Announced => Phase::Announced,
             State::Offered => Phase::Offered,
             State::Shipping { .. } => Phase::Shipping,
             State::Finished { .. } => Phase::Finished,
         }
+    }
+
+    /// What of a transfer that is committed now lay behind the computing, and what did not.
+    fn times(&self, now: Instant) -> TransferTimes {
+        let (_, computed) = self.first.as_ref().expect("committed after Finish");
+        let hidden = self.began.map_or(Duration::ZERO, |began| computed.since(began));
+        TransferTimes { hidden_us: hidden.as_micros() as u64, exposed_us: now.since(*computed).as_micros() as u64 }
     }
 
     fn blocks_len(&self) -> u32 {
@@ -452,6 +554,7 @@ impl Session {
     /// Whether the next move is the receiver's.
     fn waits_for_peer(&self) -> bool {
         match self.state {
+            State::Announced => false,
             State::Offered | State::Finished { .. } => true,
             State::Shipping { credit, .. } => credit == 0 && !self.queue.is_empty(),
         }
@@ -461,7 +564,7 @@ impl Session {
         self.ready.check_integrity();
         assert_eq!(self.deadline.is_some(), self.waits_for_peer(), "a wait for the peer has a deadline");
         match self.state {
-            State::Offered => {}
+            State::Announced | State::Offered => {}
             State::Shipping { first_block, credit, shipped } => {
                 assert!(credit <= config.max_credit, "credit is bounded");
                 assert!(shipped <= self.ready.len, "only ready pages are shipped");
@@ -487,11 +590,12 @@ impl Machine for Sender {
             SenderInput::PeerUp(peer) => {
                 for session in self.sessions.values_mut() {
                     if session.to.name == peer && matches!(session.state, State::Offered) {
-                        session.deadline = Some(now + self.config.offer_deadline);
+                        session.deadline = Some(now + self.config.lease);
                     }
                 }
             }
             SenderInput::PeerLost { peer, reason } => {
+                self.aborts.lost(&peer.name);
                 let lost: Vec<RequestId> =
                     self.sessions.iter().filter(|(_, s)| s.to == peer).map(|(request, _)| *request).collect();
                 for request in lost {
@@ -504,6 +608,10 @@ impl Machine for Sender {
     }
 
     fn handle_timeout(&mut self, now: Instant) {
+        self.stats.unacknowledged += self.aborts.expire(now);
+        if self.pulse.beat(now) {
+            self.show_life(now);
+        }
         let late: Vec<RequestId> = self
             .sessions
             .iter()
@@ -515,11 +623,11 @@ impl Machine for Sender {
             assert_eq!(step(phase, Cause::Deadline), Step::End, "{request}");
             let session = self.end(request);
             let reason = match phase {
-                Phase::Offered => format!("no grant within {:?}", self.config.offer_deadline),
-                _ => format!("no progress within {:?}", self.config.progress_deadline),
+                Phase::Offered if now >= session.patient_until => format!("no grant within {:?}", self.config.patience),
+                Phase::Offered => format!("no grant and no sign of life within {:?}", self.config.lease),
+                _ => format!("no progress within {:?}", self.config.lease),
             };
-            let message = SenderMsg::Abort { request, reason: reason.clone() };
-            self.outputs.push_back(SenderOutput::Send { to: session.to, message });
+            self.abort(now, session.to, request, reason.clone());
             self.settle(request, Outcome::Aborted(reason));
         }
     }
@@ -529,7 +637,8 @@ impl Machine for Sender {
     }
 
     fn poll_timeout(&self) -> Option<Instant> {
-        self.sessions.values().filter_map(|session| session.deadline).min()
+        let sessions = self.sessions.values().filter_map(|session| session.deadline);
+        sessions.chain(self.pulse.next()).chain(self.aborts.next()).min()
     }
 
     fn check_integrity(&self) {
@@ -546,6 +655,12 @@ impl Machine for Sender {
 #[cfg(test)]
 pub(super) fn table() -> String {
     use Cause::*;
-    let causes = [Begin, Ready, Finish, Cancel, Grant, Credit, Commit, PeerAbort, PeerLost, Deadline, AllShipped];
-    super::tests::table("sender", &[Phase::Absent, Phase::Offered, Phase::Shipping, Phase::Finished], &causes, step)
+    let causes =
+        [Announce, Begin, Ready, Finish, Cancel, Grant, Credit, Commit, PeerAbort, PeerLost, Deadline, AllShipped];
+    super::tests::table(
+        "sender",
+        &[Phase::Absent, Phase::Announced, Phase::Offered, Phase::Shipping, Phase::Finished],
+        &causes,
+        step,
+    )
 }

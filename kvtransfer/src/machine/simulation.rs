@@ -142,6 +142,7 @@ impl World {
             expected.push(BlockHash([0xff; 16]));
         }
         let mut script = VecDeque::new();
+        script.push_back(SendCommand::Announce { request, to: receiver_peer(to) });
         script.push_back(SendCommand::Begin(SendJob {
             request,
             to: receiver_peer(to),
@@ -220,7 +221,7 @@ impl World {
         let transfer = self.transfers.get_mut(&request).expect("one of ours");
         let Some(command) = transfer.script.pop_front() else { return };
         match &command {
-            SendCommand::Begin(_) => transfer.begun = true,
+            SendCommand::Announce { .. } => transfer.begun = true,
             SendCommand::Ready { layer, first, end, .. } => {
                 transfer.ready.extend((*first..*end).map(|index| (*layer, index)));
             }
@@ -378,6 +379,12 @@ impl World {
                         link.to_receiver.push_back(message);
                     }
                 }
+                SenderOutput::Answer { to, message } => {
+                    let link = self.link(at, &to);
+                    if !link.sender_must_hear {
+                        link.to_receiver.push_back(message);
+                    }
+                }
                 SenderOutput::Ship { to, request, layer, index, block } => {
                     assert_eq!(block, BlockId(100 + index));
                     let transfer = self.transfers.get_mut(&request).expect("one of ours");
@@ -395,7 +402,7 @@ impl World {
                     assert!(transfer.begun, "{request}: settled before it began");
                     transfer.sender_ends += 1;
                     transfer.script.clear();
-                    if let Outcome::Committed { pages, bytes } = outcome {
+                    if let Outcome::Committed { pages, bytes, .. } = outcome {
                         assert!(transfer.has_landed, "{request}: committed before it landed");
                         assert_eq!(pages, transfer.shipped.len() as u64);
                         assert_eq!(bytes, pages * u64::from(PAGE_BYTES));
@@ -473,6 +480,9 @@ impl World {
         }
         assert!(self.senders.iter().all(|sender| sender.sessions() == 0));
         assert!(self.receivers.iter().all(|receiver| receiver.sessions() == 0));
+        let unacknowledged = self.senders.iter().map(|s| s.stats()).chain(self.receivers.iter().map(|r| r.stats()));
+        let unacknowledged: u64 = unacknowledged.map(|stats| stats.unacknowledged).sum();
+        assert!(self.faults.kill > 0 || unacknowledged == 0, "an abort was never acknowledged");
     }
 }
 

@@ -4,7 +4,7 @@ use super::{
     Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput, Sender, SenderConfig, SenderInput, SenderOutput, Step,
 };
 use ridge_protocol::transfer::{
-    KvPeer, Outcome, ReceiveCommand, ReceiveEvent, ReceiveJob, SendCommand, SendEvent, SendJob,
+    KvPeer, Outcome, ReceiveCommand, ReceiveEvent, ReceiveJob, SendCommand, SendEvent, SendJob, TransferTimes,
 };
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
 use ridge_protocol::{BlockHash, BlockId, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
@@ -60,6 +60,10 @@ fn hashes(n: u8) -> Vec<BlockHash> {
     (0..n).map(|at| BlockHash([at; 16])).collect()
 }
 
+fn announce(request: RequestId) -> SenderInput {
+    SenderInput::Command(SendCommand::Announce { request, to: peer() })
+}
+
 /// Four blocks, two layers.
 fn begin(request: RequestId) -> SenderInput {
     let blocks = (10..14).map(BlockId).collect();
@@ -112,8 +116,8 @@ fn at(ms: u64) -> Instant {
 
 fn sender() -> Sender {
     let config = SenderConfig {
-        offer_deadline: Duration::from_millis(100),
-        progress_deadline: Duration::from_millis(50),
+        lease: Duration::from_millis(40),
+        patience: Duration::from_millis(100),
         max_sessions: 2,
         max_credit: 16,
         page_bytes: 8,
@@ -123,9 +127,8 @@ fn sender() -> Sender {
 
 fn receiver() -> Receiver {
     let config = ReceiverConfig {
-        expect_deadline: Duration::from_millis(100),
-        offer_deadline: Duration::from_millis(80),
-        progress_deadline: Duration::from_millis(50),
+        lease: Duration::from_millis(40),
+        patience: Duration::from_millis(100),
         credit_pages: 4,
         max_sessions: 2,
     };
@@ -143,6 +146,21 @@ fn run<M: Machine>(machine: &mut M, inputs: impl IntoIterator<Item = M::Input>) 
 fn outputs<M: Machine>(machine: &mut M) -> Vec<M::Output> {
     machine.check_integrity();
     std::iter::from_fn(|| machine.poll_output()).collect()
+}
+
+/// Fires the sender's alarms from one time to another; only signs of life may come of them, and are counted.
+fn lives(sender: &mut Sender, from: Instant, to: Instant) -> usize {
+    let mut now = from;
+    let mut beats = 0;
+    while let Some(next) = sender.poll_timeout().map(|next| next.max(now)).filter(|next| *next <= to) {
+        now = next;
+        sender.handle_timeout(now);
+        for output in outputs(sender) {
+            assert!(matches!(output, SenderOutput::Send { message: SenderMsg::Alive { .. }, .. }), "{output:?}");
+            beats += 1;
+        }
+    }
+    beats
 }
 
 fn pages_of(outputs: &[SenderOutput]) -> Vec<(u32, u32)> {
@@ -174,20 +192,25 @@ fn failed(outputs: &[ReceiverOutput]) -> &str {
 #[test]
 fn pages_leave_in_ready_order_from_the_first_wanted_block() {
     let mut sender = sender();
-    let out = run(&mut sender, [begin(R), ready(0, 0, 2), ready(1, 0, 2)]);
-    assert!(matches!(&out[..], [SenderOutput::Send { message: SenderMsg::Offer { tokens: 60, .. }, .. }]));
+    let out = run(&mut sender, [announce(R), begin(R), ready(0, 0, 2), ready(1, 0, 2)]);
+    assert!(matches!(
+        &out[..],
+        [
+            SenderOutput::Send { message: SenderMsg::Alive { .. }, .. },
+            SenderOutput::Send { message: SenderMsg::Offer { tokens: 60, .. }, .. }
+        ]
+    ));
     let out = run(&mut sender, [says(ReceiverMsg::Grant { request: R, first_block: 1, credit: 3 })]);
     assert_eq!(pages_of(&out), [(0, 1), (1, 1)]);
-    assert_eq!(sender.poll_timeout(), None, "the next move is the scheduler's");
+    assert_eq!(lives(&mut sender, at(0), at(39)), 3, "the next move is the scheduler's");
     let finish = SenderInput::Command(SendCommand::Finish { request: R, first: first() });
     let out = run(&mut sender, [ready(0, 2, 4), ready(1, 2, 4), finish]);
     assert_eq!(pages_of(&out), [(0, 2)], "credit is used up");
-    assert_eq!(sender.poll_timeout(), Some(at(50)), "waits for credit");
     let out = run(&mut sender, [says(ReceiverMsg::Credit { request: R, pages: 3 })]);
     assert_eq!(pages_of(&out), [(0, 3), (1, 2), (1, 3)]);
     assert!(matches!(out.last(), Some(SenderOutput::Send { message: SenderMsg::Finish { pages: 6, .. }, .. })));
     let out = run(&mut sender, [says(ReceiverMsg::Commit { request: R })]);
-    let committed = Outcome::Committed { pages: 6, bytes: 48 };
+    let committed = Outcome::Committed { pages: 6, bytes: 48, times: TransferTimes::default() };
     assert_eq!(out, [SenderOutput::Event(SendEvent::Settled { request: R, outcome: committed })]);
     assert_eq!(sender.stats().committed, 1);
 }
@@ -197,7 +220,7 @@ fn a_receiver_that_breaks_the_protocol_is_told_and_settled() {
     let grant = |first_block, credit| says(ReceiverMsg::Grant { request: R, first_block, credit });
     let check = |messages: Vec<SenderInput>, reason: &str| {
         let mut sender = sender();
-        run(&mut sender, [begin(R)]);
+        run(&mut sender, [announce(R), begin(R)]);
         let out = run(&mut sender, messages);
         assert!(aborted(&out).contains(reason), "{out:?}");
         assert!(matches!(&out[..], [SenderOutput::Send { message: SenderMsg::Abort { .. }, .. }, _]));
@@ -213,40 +236,119 @@ fn a_receiver_that_breaks_the_protocol_is_told_and_settled() {
 #[test]
 fn a_sender_ignores_other_peers_and_the_dead() {
     let mut sender = sender();
-    run(&mut sender, [begin(R)]);
+    run(&mut sender, [announce(R), begin(R)]);
     let message = ReceiverMsg::Abort { request: R, reason: "mine".into() };
     let stranger = SenderInput::Message { from: NodeName("decode-9".into()), message: message.clone() };
-    assert_eq!(run(&mut sender, [stranger]), []);
+    assert!(matches!(&run(&mut sender, [stranger])[..], [SenderOutput::Answer { to, .. }] if to.0 == "decode-9"));
     assert!(aborted(&run(&mut sender, [says(message.clone())])).contains("mine"));
     let cancel = SenderInput::Command(SendCommand::Cancel { request: R, reason: "late".into() });
-    assert_eq!(run(&mut sender, [says(message), ready(0, 0, 4), cancel]), []);
+    let out = run(&mut sender, [says(message), ready(0, 0, 4), cancel]);
+    assert!(matches!(&out[..], [SenderOutput::Answer { .. }]), "an abort is acknowledged, and nothing else happens");
     assert_eq!(sender.stats().strays, 2);
 }
 
 #[test]
-fn sender_deadlines_are_exact_and_restart_when_the_peer_comes_up() {
+fn a_sender_waits_for_a_lease_from_when_its_peer_comes_up() {
     let mut sender = sender();
-    run(&mut sender, [begin(R)]);
+    run(&mut sender, [announce(R), begin(R)]);
     sender.handle(at(30), SenderInput::PeerUp(peer().name));
-    assert_eq!(sender.poll_timeout(), Some(at(130)));
-    sender.handle_timeout(Instant(at(130).0 - 1));
-    assert_eq!(outputs(&mut sender), []);
-    sender.handle_timeout(at(130));
-    assert!(aborted(&outputs(&mut sender)).contains("no grant"));
-    assert_eq!(sender.poll_timeout(), None);
+    lives(&mut sender, at(30), Instant(at(70).0 - 1));
+    sender.handle_timeout(at(70));
+    assert!(aborted(&outputs(&mut sender)).contains("no sign of life"));
+}
+
+#[test]
+fn signs_of_life_renew_an_offer_as_long_as_patience_lasts() {
+    let mut sender = sender();
+    run(&mut sender, [announce(R), begin(R)]);
+    for ms in [30, 60, 90] {
+        lives(&mut sender, at(ms - 30), at(ms));
+        sender.handle(at(ms), says(ReceiverMsg::Alive { requests: vec![R] }));
+    }
+    lives(&mut sender, at(90), Instant(at(100).0 - 1));
+    sender.handle_timeout(at(100));
+    assert!(aborted(&outputs(&mut sender)).contains("no grant within 100ms"));
+}
+
+#[test]
+fn another_peers_signs_of_life_renew_nothing() {
+    let mut sender = sender();
+    run(&mut sender, [announce(R), begin(R)]);
+    let message = ReceiverMsg::Alive { requests: vec![R] };
+    sender.handle(at(30), SenderInput::Message { from: NodeName("decode-9".into()), message });
+    sender.handle_timeout(at(40));
+    assert!(aborted(&outputs(&mut sender)).contains("no sign of life"));
+}
+
+#[test]
+fn a_prompt_that_waits_is_kept_alive_and_ends_with_its_peer() {
+    let mut sender = sender();
+    run(&mut sender, [announce(R)]);
+    assert_eq!(lives(&mut sender, at(0), at(1000)), 100, "it has no deadline of its own");
+    let lost = SenderInput::PeerLost { peer: peer(), reason: "killed".into() };
+    assert!(aborted(&run(&mut sender, [lost])).contains("killed"));
+    assert_eq!(run(&mut sender, [begin(R), ready(0, 0, 4)]), [], "what was on its way is ignored");
+}
+
+#[test]
+fn an_abort_is_acknowledged_in_every_state() {
+    let abort = || says(ReceiverMsg::Abort { request: R, reason: "mine".into() });
+    let acknowledges = |inputs: Vec<SenderInput>| {
+        let mut sender = sender();
+        run(&mut sender, inputs);
+        for _ in 0..2 {
+            let out = run(&mut sender, [abort()]);
+            assert_eq!(
+                out.first(),
+                Some(&SenderOutput::Answer { to: peer().name, message: SenderMsg::Aborted { request: R } })
+            );
+        }
+    };
+    acknowledges(vec![]);
+    acknowledges(vec![announce(R)]);
+    acknowledges(vec![announce(R), begin(R)]);
+    acknowledges(vec![announce(R), begin(R), says(ReceiverMsg::Grant { request: R, first_block: 0, credit: 1 })]);
+    let abort = || hears(SenderMsg::Abort { request: R, reason: "mine".into() });
+    let acknowledges = |inputs: Vec<ReceiverInput>| {
+        let mut receiver = receiver();
+        run(&mut receiver, inputs);
+        for _ in 0..2 {
+            let message = ReceiverMsg::Aborted { request: R };
+            assert_eq!(run(&mut receiver, [abort()]).first(), Some(&ReceiverOutput::Send { to: from(), message }));
+        }
+    };
+    acknowledges(vec![]);
+    acknowledges(vec![expect(R, 0)]);
+    acknowledges(vec![offer(60, hashes(3))]);
+    acknowledges(vec![expect(R, 0), offer(60, hashes(3))]);
+}
+
+#[test]
+fn aborts_that_nobody_acknowledges_are_counted() {
+    let mut sender = sender();
+    let cancel = || SenderInput::Command(SendCommand::Cancel { request: R, reason: "gone".into() });
+    run(&mut sender, [announce(R), cancel()]);
+    assert_eq!(sender.open_aborts(), 1);
+    run(&mut sender, [says(ReceiverMsg::Aborted { request: R })]);
+    assert_eq!((sender.open_aborts(), sender.stats().unacknowledged), (0, 0));
+    run(&mut sender, [announce(R), cancel()]);
+    lives(&mut sender, at(0), at(40));
+    assert_eq!((sender.open_aborts(), sender.stats().unacknowledged), (0, 1));
+    run(&mut sender, [announce(R), cancel(), SenderInput::PeerLost { peer: peer(), reason: "killed".into() }]);
+    assert_eq!((sender.open_aborts(), sender.stats().unacknowledged), (0, 1), "the dead have forgotten it");
 }
 
 #[test]
 fn a_full_sender_settles_at_once() {
     let mut sender = sender();
-    run(&mut sender, [begin(RequestId(1)), begin(RequestId(2))]);
-    assert!(aborted(&run(&mut sender, [begin(RequestId(3))])).contains("full: 2"));
+    run(&mut sender, [announce(RequestId(1)), begin(RequestId(1)), announce(RequestId(2)), begin(RequestId(2))]);
+    assert!(aborted(&run(&mut sender, [announce(RequestId(3)), begin(RequestId(3))])).contains("full: 2"));
 }
 
 #[test]
 fn a_cancel_reaches_the_peer_and_nobody_else() {
     let mut sender = sender();
-    run(&mut sender, [begin(R)]);
+    run(&mut sender, [announce(R), begin(R)]);
     let out = run(&mut sender, [SenderInput::Command(SendCommand::Cancel { request: R, reason: "gone".into() })]);
     assert!(matches!(&out[..], [SenderOutput::Send { message: SenderMsg::Abort { .. }, .. }]));
     assert_eq!(sender.stats().aborted, 1);
@@ -255,7 +357,7 @@ fn a_cancel_reaches_the_peer_and_nobody_else() {
 #[test]
 #[should_panic(expected = "was ready before")]
 fn a_page_that_is_ready_twice_is_our_own_mistake() {
-    run(&mut sender(), [begin(R), ready(0, 0, 2), ready(0, 1, 3)]);
+    run(&mut sender(), [announce(R), begin(R), ready(0, 0, 2), ready(0, 1, 3)]);
 }
 
 #[test]
@@ -347,12 +449,13 @@ fn a_bad_digest_is_counted_and_fails() {
 fn the_other_side_of_a_failure_is_told_at_once() {
     let mut late_offer = receiver();
     late_offer.handle(at(0), expect(R, 0));
-    assert_eq!(late_offer.poll_timeout(), Some(at(100)));
-    late_offer.handle_timeout(at(100));
+    assert_eq!(late_offer.poll_timeout(), Some(at(40)));
+    late_offer.handle_timeout(at(40));
     let out = outputs(&mut late_offer);
     assert!(matches!(&out[..], [ReceiverOutput::Event(ReceiveEvent::Failed { .. })]));
     let out = run(&mut late_offer, [offer(60, hashes(3))]);
     assert!(matches!(&out[..], [ReceiverOutput::Send { message: ReceiverMsg::Abort { .. }, .. }]));
+    assert_eq!(run(&mut late_offer, [hears(SenderMsg::Aborted { request: R })]), []);
     assert_eq!(late_offer.poll_timeout(), None, "and forgotten");
 
     let mut late_expect = receiver();
@@ -394,13 +497,41 @@ fn a_full_receiver_refuses() {
 }
 
 #[test]
-fn receiver_progress_is_measured_from_the_last_page() {
+fn a_lease_is_renewed_by_pages_and_by_signs_of_life() {
     let mut receiver = receiver();
     run(&mut receiver, [expect(R, 0), offer(60, hashes(3))]);
-    receiver.handle(at(40), page(0, 0));
-    assert_eq!(receiver.poll_timeout(), Some(at(90)));
-    receiver.handle_timeout(Instant(at(90).0 - 1));
+    receiver.handle(at(30), page(0, 0));
+    assert_eq!(receiver.poll_timeout(), Some(at(70)));
+    for ms in [60, 90, 120] {
+        receiver.handle(at(ms), hears(SenderMsg::Alive { requests: vec![R] }));
+    }
+    assert_eq!(receiver.poll_timeout(), Some(at(130)), "patience is measured from the last page");
+    receiver.handle_timeout(Instant(at(130).0 - 1));
     assert_eq!(outputs(&mut receiver), []);
-    receiver.handle_timeout(at(90));
-    assert!(failed(&outputs(&mut receiver)).contains("1 of 8"));
+    receiver.handle_timeout(at(130));
+    assert!(failed(&outputs(&mut receiver)).contains("no page within 100ms, 1 of 8"));
+}
+
+#[test]
+fn after_finish_only_pages_count() {
+    let mut receiver = receiver();
+    let finish = hears(SenderMsg::Finish { request: R, pages: 8, first: first() });
+    run(&mut receiver, [expect(R, 0), offer(60, hashes(3)), finish]);
+    receiver.handle(at(30), hears(SenderMsg::Alive { requests: vec![R] }));
+    receiver.handle_timeout(at(40));
+    assert!(failed(&outputs(&mut receiver)).contains("no sign of life"));
+}
+
+#[test]
+fn a_receiver_that_looks_for_blocks_says_so() {
+    let mut receiver = receiver();
+    run(&mut receiver, [offer(60, hashes(3))]);
+    assert_eq!(receiver.poll_timeout(), Some(at(10)));
+    receiver.handle_timeout(at(10));
+    let message = ReceiverMsg::Alive { requests: vec![R] };
+    assert_eq!(outputs(&mut receiver), [ReceiverOutput::Send { to: from(), message }]);
+    receiver.handle(at(15), expect(R, 0));
+    outputs(&mut receiver);
+    receiver.handle_timeout(at(20));
+    assert_eq!(outputs(&mut receiver), [], "it is granted: pages are the next sign");
 }

@@ -1,13 +1,14 @@
-//! The prefill side's KV connections: one per decode node, dialed when first needed.
+//! The sending side's KV connections: one per decode node, dialed when first needed.
 
 use super::control::{CONTROL_QUEUE, Control, ControlError, ControlHandle};
 use super::endpoint::{CLOSE_DONE, CLOSE_PROTOCOL, Endpoint};
 use super::pages::{PageItem, write_pages};
+use crate::machine::SenderOutput;
 use bytes::Bytes;
-use ridge_protocol::page::PageHeader;
-use ridge_protocol::transfer::KvPeer;
+use ridge_protocol::page::{PageHeader, page_digest};
+use ridge_protocol::transfer::{KvPeer, SendEvent};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
-use ridge_protocol::{ModelIdentity, NodeName};
+use ridge_protocol::{BlockId, ModelIdentity, NodeName};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use tokio::sync::{mpsc, oneshot};
@@ -40,7 +41,7 @@ pub enum KvClientEvent {
     },
 }
 
-/// All KV connections of a prefill node. Its methods never block.
+/// All KV connections of a node that sends. Its methods never block.
 ///
 /// After a `Lost`, messages and pages for that peer are dropped until [`forget`](Self::forget) is called: they
 /// belong to transfers that ended with the connection. The node's loop calls `forget`, then tells its machine.
@@ -73,6 +74,26 @@ impl KvClient {
         Self { endpoint, name, identity, events, peers: BTreeMap::new() }
     }
 
+    /// Does what the sender's machine wants done; an event is the scheduler's. `page` copies a page out of the pool, so
+    /// that its block may go the moment the hand-off is settled.
+    pub fn act(&mut self, output: SenderOutput, page: impl FnOnce(u32, BlockId) -> Bytes) -> Option<SendEvent> {
+        match output {
+            SenderOutput::Send { to, message } => self.send(&to, message),
+            SenderOutput::Answer { to, message } => {
+                if let Some(peer) = self.peers.get_mut(&to) {
+                    peer.say(message);
+                }
+            }
+            SenderOutput::Ship { to, request, layer, index, block } => {
+                let bytes = page(layer, block);
+                let digest = page_digest(request, layer, index, &bytes);
+                self.ship(&to, PageHeader { request, layer, index, len: bytes.len() as u32, digest }, bytes);
+            }
+            SenderOutput::Event(event) => return Some(event),
+        }
+        None
+    }
+
     /// Queues a message, dialing the peer if there is no connection.
     pub fn send(&mut self, to: &KvPeer, message: SenderMsg) {
         let ended = match &message {
@@ -81,9 +102,7 @@ impl KvClient {
             _ => None,
         };
         let peer = self.peer(to);
-        if let Err(mpsc::error::TrySendError::Full(_)) = peer.messages.try_send(message) {
-            peer.fail(ControlError::QueueFull.to_string());
-        }
+        peer.say(message);
         if let Some(item) = ended {
             peer.page(item);
         }
@@ -127,6 +146,12 @@ impl KvClient {
 }
 
 impl Peer {
+    fn say(&mut self, message: SenderMsg) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.messages.try_send(message) {
+            self.fail(ControlError::QueueFull.to_string());
+        }
+    }
+
     fn page(&mut self, item: PageItem) {
         if let Err(mpsc::error::TrySendError::Full(_)) = self.pages.try_send(item) {
             self.fail(format!("page queue is full: {PAGE_QUEUE} pages wait"));

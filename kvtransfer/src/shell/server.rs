@@ -1,4 +1,4 @@
-//! The decode side's KV connections: prefill nodes dial, say who they are, and send.
+//! The decode side's KV connections: nodes that have KV dial, say who they are, and send.
 
 use super::control::{Control, ControlHandle};
 use super::endpoint::{CLOSE_DONE, CLOSE_REFUSED, Endpoint};
@@ -21,14 +21,14 @@ const MAX_PEERS: usize = 1024;
 pub enum KvServerEvent {
     /// The sender spoke. Never `Hello`.
     Message {
-        /// The prefill node, verified.
+        /// The sending node, verified.
         from: NodeName,
         /// What it said.
         message: SenderMsg,
     },
     /// A page came, of the agreed size; its digest is not checked yet.
     Page {
-        /// The prefill node, verified.
+        /// The sending node, verified.
         from: NodeName,
         /// Where it belongs.
         header: PageHeader,
@@ -38,7 +38,7 @@ pub enum KvServerEvent {
     /// The connection is gone. Said once per connection, after everything that came on it and before anything that
     /// comes on the same node's next connection.
     Lost {
-        /// The prefill node.
+        /// The sending node.
         peer: NodeName,
         /// Why.
         reason: String,
@@ -155,7 +155,9 @@ impl Service {
         let SenderMsg::Hello { name, identity } = control.recv(self.deadline).await.map_err(|e| e.to_string())? else {
             return Err("the first message is not Hello".to_owned());
         };
-        control.verify_peer(&name, Role::Prefill).map_err(|e| e.to_string())?;
+        // Prefill nodes send what they computed, decode nodes that drain what they have.
+        let verified = control.verify_peer(&name, Role::Prefill);
+        verified.or_else(|e| control.verify_peer(&name, Role::Decode).map_err(|_| e.to_string()))?;
         match self.identity.mismatch(&identity) {
             None => Ok(name),
             Some(difference) => Err(difference),

@@ -173,10 +173,10 @@ async fn an_impostor_and_a_node_of_another_role_are_refused() {
     prefill.client.send(&not_decode.peer("other"), abort(1));
     contains(&prefill.lost().await, "role decode");
 
-    // A decode node may not send, and nobody may use another's name.
-    let mut wrong_role = Prefill::new(cluster.endpoint("decode-2", Role::Decode), "decode-2", identity());
+    // A router may not send, and nobody may use another's name.
+    let mut wrong_role = Prefill::new(cluster.endpoint("router", Role::Router), "router", identity());
     wrong_role.client.send(&decode.peer("decode-0"), abort(1));
-    contains(&wrong_role.lost().await, "refused: the certificate of decode-2 does not give it the role prefill");
+    contains(&wrong_role.lost().await, "refused: the certificate of router does not give it the role prefill");
     let mut wrong_name = Prefill::new(cluster.endpoint("prefill-3", Role::Prefill), "prefill-0", identity());
     wrong_name.client.send(&decode.peer("decode-0"), abort(1));
     contains(&wrong_name.lost().await, "refused: the peer's certificate is not for node \"prefill-0\"");

@@ -157,8 +157,9 @@ impl PrefillNode {
             RouterToNode::Decode(request) => {
                 self.refuse(request.request, NodeError::Invalid("a prefill node cannot take a decode request".into()))
             }
-            // Greetings are the shell's business, failed transfers a decode node's.
-            RouterToNode::Welcome { .. } | RouterToNode::Refuse { .. } | RouterToNode::TransferFailed { .. } => {}
+            // Greetings are the shell's business; the others are about a decode node's sequences.
+            RouterToNode::Welcome { .. } | RouterToNode::Refuse { .. } => {}
+            RouterToNode::TransferFailed { .. } | RouterToNode::Move { .. } => {}
         }
     }
 
@@ -182,6 +183,9 @@ impl PrefillNode {
             settled: false,
             doomed: false,
         };
+        if let Some(to) = prompt.request.to.clone() {
+            self.outputs.push_back(PrefillOutput::Transfer(SendCommand::Announce { request: id, to }));
+        }
         self.prompts.insert(id, prompt);
         self.waiting.push_back(id);
     }
@@ -206,7 +210,7 @@ impl PrefillNode {
     fn cancel(&mut self, id: RequestId, reason: &str) {
         let in_pass = self.is_in_pass(id);
         let Some(prompt) = self.prompts.get_mut(&id) else { return };
-        if prompt.lease.is_some() && prompt.request.to.is_some() && !prompt.settled {
+        if prompt.request.to.is_some() && !prompt.settled {
             let command = SendCommand::Cancel { request: id, reason: reason.into() };
             self.outputs.push_back(PrefillOutput::Transfer(command));
             prompt.settled = true;
@@ -317,16 +321,20 @@ impl PrefillNode {
         let in_pass = self.is_in_pass(request);
         let Some(prompt) = self.prompts.get_mut(&request) else { return };
         prompt.settled = true;
-        if let Outcome::Aborted(reason) = outcome {
-            // The decode node decides what becomes of the sequence; what is computed so far stays cached.
-            let error = NodeError::Transfer(reason);
-            self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Failed { request, error }));
-            if in_pass {
-                self.prompts.get_mut(&request).expect("looked up above").doomed = true;
-                return;
+        match outcome {
+            Outcome::Committed { times, .. } => {
+                assert!(prompt.finished, "a hand-off cannot be committed before the prompt is computed");
+                self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Shipped { request, times }));
             }
-        } else {
-            assert!(prompt.finished, "a hand-off cannot be committed before the prompt is computed");
+            Outcome::Aborted(reason) => {
+                // The decode node decides what becomes of the sequence; what is computed so far stays cached.
+                let error = NodeError::Transfer(reason);
+                self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Failed { request, error }));
+                if in_pass {
+                    self.prompts.get_mut(&request).expect("looked up above").doomed = true;
+                    return;
+                }
+            }
         }
         self.remove(request);
     }
@@ -477,6 +485,7 @@ impl Machine for PrefillNode {
             PrefillInput::Shutdown => {
                 self.draining = true;
                 self.stopping = true;
+                self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Draining));
             }
             PrefillInput::LayerDone { step, layer } => self.on_layer(step, layer),
             PrefillInput::StepDone { step, outputs, busy } => self.on_step(step, outputs, busy),

@@ -5,12 +5,11 @@ use bytes::Bytes;
 use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
 use ridge_kvtransfer::shell::{ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, NodeTls, TlsError};
-use ridge_kvtransfer::{Sender, SenderConfig, SenderInput, SenderOutput};
+use ridge_kvtransfer::{Sender, SenderConfig, SenderInput};
 use ridge_model::checkpoint::LoadProgress;
 use ridge_model::kv::KvMemory;
 use ridge_model::memory::PassLimits;
 use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
-use ridge_protocol::page::{PageHeader, page_digest};
 use ridge_protocol::wire::{NodeHello, NodeToRouter};
 use ridge_protocol::{Duration, Machine, Role};
 use std::future::Future;
@@ -192,7 +191,10 @@ impl Shell {
             if let Some(output) = self.machine.poll_output() {
                 self.act(output)?;
             } else if let Some(output) = self.sender.poll_output() {
-                self.act_for_sender(output);
+                let page = |layer: u32, block| Bytes::copy_from_slice(&self.kv.read(layer as usize, block));
+                if let Some(event) = self.client.act(output, page) {
+                    self.machine.handle(self.clock.now(), PrefillInput::Transfer(event));
+                }
             } else {
                 return Ok(());
             }
@@ -220,19 +222,5 @@ impl Shell {
             }
         }
         Ok(())
-    }
-
-    fn act_for_sender(&mut self, output: SenderOutput) {
-        match output {
-            SenderOutput::Send { to, message } => self.client.send(&to, message),
-            SenderOutput::Event(event) => self.machine.handle(self.clock.now(), PrefillInput::Transfer(event)),
-            SenderOutput::Ship { to, request, layer, index, block } => {
-                // Copied out of the pool here, so that the block may go the moment the hand-off is settled.
-                let bytes = Bytes::copy_from_slice(&self.kv.read(layer as usize, block));
-                let digest = page_digest(request, layer, index, &bytes);
-                let header = PageHeader { request, layer, index, len: bytes.len() as u32, digest };
-                self.client.ship(&to, header, bytes);
-            }
-        }
     }
 }

@@ -1,6 +1,7 @@
 //! What the router knows about a node.
 
 use ridge_protocol::stats::NodeStats;
+use ridge_protocol::transfer::KvPeer;
 use ridge_protocol::wire::NodeHello;
 use ridge_protocol::{BlockHash, RequestId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +26,12 @@ impl Node {
             in_flight: BTreeMap::new(),
             cached: BTreeSet::new(),
         }
+    }
+
+    /// Where KV for this decode node goes.
+    pub fn kv_peer(&self) -> KvPeer {
+        let addr = self.hello.kv_addr.expect("a decode node without a KV address was refused");
+        KvPeer { name: self.hello.name.clone(), addr }
     }
 
     /// Prompt tokens dispatched and not yet known to be computed.

@@ -31,6 +31,20 @@ pub(super) fn place(
     Some(Placement { prefill, decode })
 }
 
+/// Chooses who continues a sequence of a decode node that drains: the smallest batch, moves under way (`coming`)
+/// included. Its context must not be shorter, or the answer would end earlier than it was to.
+pub(super) fn place_move(
+    nodes: &BTreeMap<NodeId, Node>,
+    from: NodeId,
+    coming: &BTreeMap<NodeId, u64>,
+) -> Option<NodeId> {
+    let context = nodes[&from].hello.max_model_len;
+    let fits = |node: &Node| node.hello.role == Role::Decode && !node.draining && node.hello.max_model_len >= context;
+    let load = |id: &NodeId, node: &Node| node.in_flight.len() as u64 + coming.get(id).copied().unwrap_or(0);
+    let usable = nodes.iter().filter(|(id, node)| **id != from && fits(node));
+    usable.min_by_key(|(id, node)| (load(id, node), **id)).map(|(id, _)| *id)
+}
+
 /// Tokens that stand before this prompt's first token, its own included.
 fn prefill_cost(node: &Node, tokens: usize, hashes: &[BlockHash]) -> u64 {
     node.pending_tokens() + missing_tokens(node, tokens, hashes)

@@ -1,13 +1,12 @@
 //! [`Router`].
 
 use super::node::Node;
-use super::placement::{missing_tokens, place};
-use super::sequence::{Arrival, Dispatch, Early, Sequence};
+use super::placement::{missing_tokens, place, place_move};
+use super::sequence::{Arrival, Dispatch, Early, Moving, Sequence};
 use super::types::{
     ClientId, NodeView, ReplyEvent, RouterConfig, RouterError, RouterInput, RouterOutput, RouterStats, Submit, Usage,
 };
 use ridge_blocks::hash_blocks;
-use ridge_protocol::transfer::KvPeer;
 use ridge_protocol::wire::{
     DecodeRequest, FinishReason, NodeError, NodeHello, NodeToRouter, PrefillRequest, RouterToNode,
 };
@@ -135,10 +134,7 @@ impl Router {
             self.outputs.push_back(RouterOutput::Send { node: decode, message });
         }
         if let Some(prefill) = placement.prefill {
-            let to = decode.map(|id| {
-                let hello = &self.nodes[&id].hello;
-                KvPeer { name: hello.name.clone(), addr: hello.kv_addr.expect("decode nodes have a KV address") }
-            });
+            let to = decode.map(|id| self.nodes[&id].kv_peer());
             let (tokens, params) = (tokens.clone(), params.clone());
             let message = RouterToNode::Prefill(PrefillRequest { request, to, tokens, prompt_len, salt, params });
             self.outputs.push_back(RouterOutput::Send { node: prefill, message });
@@ -148,7 +144,8 @@ impl Router {
             let work = if Some(id) == placement.prefill { missing_tokens(node, tokens.len(), &hashes) } else { 0 };
             node.in_flight.insert(request, work);
         }
-        sequence.dispatch = Some(Dispatch { request, prefill: placement.prefill, decode, handed_over: false });
+        sequence.dispatch =
+            Some(Dispatch { request, prefill: placement.prefill, decode, handed_over: false, moving: None });
         let deadline = sequence.deadline;
         self.expect_by(deadline);
         self.requests.insert(request, client);
@@ -158,12 +155,17 @@ impl Router {
     fn recall(&mut self, client: ClientId) {
         let sequence = self.sequences.get_mut(&client).expect("a recalled sequence is kept");
         let Some(dispatch) = sequence.dispatch.take() else { return };
-        self.requests.remove(&dispatch.request);
+        self.leave(&dispatch);
         for id in dispatch.prefill.into_iter().chain(dispatch.decode) {
-            let Some(node) = self.nodes.get_mut(&id) else { continue };
-            node.in_flight.remove(&dispatch.request);
-            let message = RouterToNode::Cancel { request: dispatch.request };
-            self.outputs.push_back(RouterOutput::Send { node: id, message });
+            if !self.nodes.contains_key(&id) {
+                continue;
+            }
+            // A decode node may have begun to move it, and knows it by the next number then.
+            let next = dispatch.moving.filter(|_| dispatch.decode == Some(id)).map(|moving| moving.next);
+            for request in [dispatch.request].into_iter().chain(next) {
+                let message = RouterToNode::Cancel { request };
+                self.outputs.push_back(RouterOutput::Send { node: id, message });
+            }
         }
     }
 
@@ -264,6 +266,7 @@ impl Router {
         assert!(self.nodes.insert(node, Node::new(hello)).is_none(), "node numbers are never reused");
         self.outputs.push_back(RouterOutput::Send { node, message: RouterToNode::Welcome { node } });
         self.dispatch_waiting(now);
+        self.move_sequences();
     }
 
     /// What keeps a node's model from being this cluster's, if anything (rule P-4).
@@ -324,6 +327,18 @@ impl Router {
                 node.on_cache_changed(added, removed, self.config.max_prefix_hashes);
             }
             NodeToRouter::Drained => node.draining = true,
+            NodeToRouter::Draining => {
+                node.draining = true;
+                self.move_sequences();
+            }
+            NodeToRouter::Shipped { request, times } => {
+                let Some(&client) = self.requests.get(&request) else { return };
+                let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
+                if sequence.dispatch.as_ref().is_some_and(|dispatch| dispatch.prefill == Some(id)) {
+                    sequence.usage.receipt.times = sequence.usage.receipt.times + times;
+                }
+            }
+            NodeToRouter::Moving { request, len } => self.on_moving(now, id, request, len),
             NodeToRouter::Hello(_) => {
                 let reason = "a second hello on one connection".to_string();
                 self.outputs.push_back(RouterOutput::Close { node: id, reason: reason.clone() });
@@ -416,6 +431,96 @@ impl Router {
         }
     }
 
+    fn on_drain_node(&mut self, id: NodeId) {
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        node.draining = true;
+        self.outputs.push_back(RouterOutput::Send { node: id, message: RouterToNode::Drain });
+        self.move_sequences();
+    }
+
+    /// Tells draining decode nodes to move what they have, as far as there is another node to take it. What cannot
+    /// move ends where it is.
+    fn move_sequences(&mut self) {
+        let draining = |(_, node): &(&NodeId, &Node)| node.draining && node.hello.role == Role::Decode;
+        let from: Vec<(NodeId, Vec<RequestId>)> = self
+            .nodes
+            .iter()
+            .filter(draining)
+            .map(|(id, node)| (*id, node.in_flight.keys().copied().collect()))
+            .collect();
+        // Moves under way count as load, so that not all of them choose the same node.
+        let mut coming: BTreeMap<NodeId, u64> = BTreeMap::new();
+        for moving in self.sequences.values().filter_map(|s| s.dispatch.as_ref()?.moving) {
+            *coming.entry(moving.to).or_default() += 1;
+        }
+        for (from, requests) in from {
+            for request in requests {
+                let client = self.requests[&request];
+                let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
+                let dispatch = sequence.dispatch.as_mut().expect("a dispatch in flight is kept");
+                if dispatch.decode != Some(from) || dispatch.moving.is_some() {
+                    continue;
+                }
+                let Some(to) = place_move(&self.nodes, from, &coming) else { break };
+                let next = RequestId(self.next_request);
+                self.next_request += 1;
+                dispatch.moving = Some(Moving { next, to });
+                *coming.entry(to).or_default() += 1;
+                let message = RouterToNode::Move { request, next, to: self.nodes[&to].kv_peer() };
+                self.outputs.push_back(RouterOutput::Send { node: from, message });
+            }
+        }
+    }
+
+    /// A sequence has left its decode node, which now plays the prefill node's part towards the next one.
+    fn on_moving(&mut self, now: Instant, id: NodeId, request: RequestId, len: u32) {
+        let Some(&client) = self.requests.get(&request) else { return };
+        let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
+        let dispatch = sequence.dispatch.as_mut().expect("a dispatch in flight is kept");
+        let Some(Moving { next, to }) = dispatch.moving.filter(|_| dispatch.decode == Some(id)) else { return };
+        // A node says its tokens and this on one stream, in order: whatever it generated is here.
+        let known = sequence.tokens.len() as u32 == len && sequence.next_index() > 0;
+        let Some(target) = self.nodes.get(&to).filter(|node| known && !node.draining) else {
+            return self.retry(now, client, Some(id), "its decode node drains");
+        };
+        let context = target.hello.max_model_len.min(self.nodes[&id].hello.max_model_len);
+        let from = self.nodes[&id].hello.name.clone();
+        let dispatch = sequence.dispatch.take().expect("looked up above");
+        sequence.drop_early();
+        let message = RouterToNode::Decode(DecodeRequest {
+            request: next,
+            from: Some(from),
+            // As after a prefill: the KV that comes, then the first token, which is said again.
+            tokens: sequence.tokens[..len as usize - 1].to_vec(),
+            prompt_len: sequence.prompt_len,
+            salt: sequence.salt,
+            params: SamplingParams {
+                max_tokens: sequence.params.max_tokens.min(context - sequence.prompt_len),
+                ..sequence.params.clone()
+            },
+        });
+        sequence.deadline = now + self.config.progress_deadline;
+        sequence.dispatch =
+            Some(Dispatch { request: next, prefill: Some(id), decode: Some(to), handed_over: false, moving: None });
+        self.leave(&dispatch);
+        self.requests.insert(next, client);
+        for node in [id, to] {
+            self.nodes.get_mut(&node).expect("both are connected").in_flight.insert(next, 0);
+        }
+        self.stats.moved += 1;
+        self.outputs.push_back(RouterOutput::Send { node: to, message });
+    }
+
+    /// Takes a dispatch that is over out of the accounts.
+    fn leave(&mut self, dispatch: &Dispatch) {
+        self.requests.remove(&dispatch.request);
+        for id in dispatch.prefill.iter().chain(&dispatch.decode) {
+            if let Some(node) = self.nodes.get_mut(id) {
+                node.in_flight.remove(&dispatch.request);
+            }
+        }
+    }
+
     fn on_client_gone(&mut self, client: ClientId) {
         if self.sequences.contains_key(&client) {
             self.recall(client);
@@ -444,6 +549,7 @@ impl Machine for Router {
             RouterInput::NodeLost { node, reason } => self.on_node_lost(now, node, &reason),
             RouterInput::Node { node, message } => self.on_node(now, node, message),
             RouterInput::Drain => self.draining = true,
+            RouterInput::DrainNode(node) => self.on_drain_node(node),
         }
         self.say_drained();
     }

@@ -14,6 +14,16 @@ pub(super) struct Dispatch {
     pub decode: Option<NodeId>,
     /// The decode node has said something: the prefill node's part is over.
     pub handed_over: bool,
+    /// The decode node was told to move it.
+    pub moving: Option<Moving>,
+}
+
+/// Where a sequence goes whose decode node drains.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Moving {
+    /// The dispatch there.
+    pub next: RequestId,
+    pub to: NodeId,
 }
 
 #[derive(Debug)]
@@ -121,7 +131,7 @@ impl Sequence {
         if ready.is_empty() { Arrival::Nothing } else { Arrival::InOrder(ready) }
     }
 
-    /// Forgets tokens of a dispatch that is over.
+    /// Forgets tokens of a dispatch that is over. What nodes say of the prompt's KV from now on is not about the client's.
     pub fn drop_early(&mut self) {
         self.early.clear();
         self.failed_over |= self.next_index() > 0;
@@ -129,11 +139,20 @@ impl Sequence {
 
     /// Takes a node's account of where the prompt's KV came from.
     pub fn on_receipt(&mut self, from_decode: bool, receipt: Receipt) {
+        let so_far = self.usage.receipt;
         if self.failed_over {
-            return; // After a failover a node may find its own earlier work in its cache: no saving of the client's.
+            // What a node finds in its cache now may be its own earlier work: no saving of the client's. What it
+            // computes, the client waits for a second time.
+            self.usage.receipt = Receipt {
+                recomputed: so_far.recomputed + receipt.computed + receipt.recomputed,
+                transferred: so_far.transferred + receipt.transferred,
+                transfer_bytes: so_far.transfer_bytes + receipt.transfer_bytes,
+                ..so_far
+            };
+            return;
         }
         if from_decode {
-            self.usage.receipt = receipt;
+            self.usage.receipt = Receipt { times: so_far.times, ..receipt };
             if receipt.transferred == 0 {
                 self.usage.cached_tokens = self.usage.cached_tokens.max(receipt.cached);
             }

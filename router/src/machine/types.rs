@@ -94,6 +94,8 @@ pub enum RouterInput {
     },
     /// Accept nothing new; [`RouterOutput::Drained`] follows when nothing is in flight.
     Drain,
+    /// Give this node nothing new and move its sequences elsewhere. It stays connected until it is stopped.
+    DrainNode(NodeId),
 }
 
 /// What the router wants done.
@@ -204,8 +206,10 @@ pub struct RouterStats {
     pub failed: u64,
     /// Ended because the client left.
     pub gone: u64,
-    /// Dispatches after the first of a sequence.
+    /// Dispatches after the first of a sequence, moves not counted.
     pub redispatched: u64,
+    /// Sequences that went from one decode node to another with their KV.
+    pub moved: u64,
     /// Sequences in flight or waiting now.
     pub in_flight: u64,
     /// Prompt tokens of finished sequences.

@@ -1,10 +1,10 @@
 //! The HTTP side's handle on the router's loop: submit a sequence, read its events, see the cluster.
 
 use crate::machine::{ClientId, NodeView, ReplyEvent, RouterError, RouterStats, Submit};
-use ridge_protocol::{SamplingParams, TokenId};
+use ridge_protocol::{NodeName, SamplingParams, TokenId};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Events buffered per sequence before the router's loop drops a reader that does not keep up.
 pub const REPLY_BUFFER: usize = 4096;
@@ -16,6 +16,8 @@ pub enum GatewayRequest {
     Submit(Submit, mpsc::Sender<ReplyEvent>),
     /// Nobody reads that sequence's events any more.
     Gone(ClientId),
+    /// Drain the node of that name; says whether there is one.
+    DrainNode(NodeName, oneshot::Sender<bool>),
 }
 
 /// The state of the cluster, republished by the router's loop about every 100 ms.
@@ -53,6 +55,15 @@ impl Gateway {
             .try_send(GatewayRequest::Submit(Submit { client, tokens, params, salt }, sender))
             .map_err(|_| RouterError::Overloaded("the router's queue is full".into()))?;
         Ok(Submission { client, events, requests: self.requests.clone(), over: false })
+    }
+
+    /// Asks for a node to be drained. `false`: no node of that name is connected.
+    pub async fn drain_node(&self, node: NodeName) -> Result<bool, RouterError> {
+        let (answer, answered) = oneshot::channel();
+        self.requests
+            .try_send(GatewayRequest::DrainNode(node, answer))
+            .map_err(|_| RouterError::Overloaded("the router's queue is full".into()))?;
+        answered.await.map_err(|_| RouterError::Unavailable("the router stopped".into()))
     }
 
     /// The cluster as last published.

@@ -212,6 +212,15 @@ impl Shell {
                 self.readers.remove(&client);
                 self.machine.handle(now, RouterInput::ClientGone(client));
             }
+            GatewayRequest::DrainNode(name, answer) => {
+                let node = self.machine.nodes().into_iter().find(|node| node.hello.name == name);
+                if let Some(node) = &node {
+                    tracing::info!(%name, in_flight = node.in_flight, "draining a node");
+                    self.machine.handle(now, RouterInput::DrainNode(node.node));
+                }
+                // Whoever asked may have left.
+                let _ = answer.send(node.is_some());
+            }
         }
     }
 

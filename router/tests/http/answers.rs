@@ -174,7 +174,10 @@ async fn a_receipt_comes_on_request() {
     let server = Server::start(say("x")).await;
     let request = reqwest::Client::new().post(server.url(CHAT)).header("X-Ridge-Receipt", "1").json(&ask(json!({})));
     let answer: Value = request.send().await.unwrap().json().await.unwrap();
-    let receipt = json!({ "cached": 2, "computed": 1, "transferred": 3, "recomputed": 0, "transfer_bytes": 4096 });
+    let receipt = json!({
+        "cached": 2, "computed": 1, "transferred": 3, "recomputed": 0, "transfer_bytes": 4096,
+        "times": { "hidden_us": 70, "exposed_us": 5 },
+    });
     assert_eq!(answer["ridge"], json!({ "receipt": receipt }));
 }
 

@@ -1,6 +1,7 @@
 //! A byte-level model, a scripted cluster, and a server between them.
 
 use ridge_protocol::stats::{BlockCounts, NodeStats};
+use ridge_protocol::transfer::TransferTimes;
 use ridge_protocol::wire::{FinishReason, NodeHello, Receipt};
 use ridge_protocol::{ModelIdentity, NodeId, NodeName, Role, SamplingParams, TokenId, TokenOut};
 use ridge_router::machine::{NodeView, ReplyEvent, RouterError, RouterStats, Submit, Usage};
@@ -157,7 +158,14 @@ pub fn fail(error: RouterError) -> Script {
     script(vec![Do::Fail(error)])
 }
 
-pub const RECEIPT: Receipt = Receipt { cached: 2, computed: 1, transferred: 3, recomputed: 0, transfer_bytes: 4096 };
+pub const RECEIPT: Receipt = Receipt {
+    cached: 2,
+    computed: 1,
+    transferred: 3,
+    recomputed: 0,
+    transfer_bytes: 4096,
+    times: TransferTimes { hidden_us: 70, exposed_us: 5 },
+};
 
 #[derive(Default)]
 pub struct Log {
@@ -247,6 +255,7 @@ async fn cluster_loop(mut inbox: mpsc::Receiver<GatewayRequest>, script: Script,
                 tokio::spawn(act(actions, events, prompt_tokens, log.clone()));
             }
             GatewayRequest::Gone(_) => log.lock().unwrap().gone += 1,
+            GatewayRequest::DrainNode(name, answer) => drop(answer.send(name.0 == "decode-0")),
         }
     }
 }

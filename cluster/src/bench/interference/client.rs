@@ -81,14 +81,7 @@ impl Client {
 
     /// What the server serves.
     pub fn models(&self) -> anyhow::Result<Vec<ListedModel>> {
-        const PATH: &str = "/v1/models";
-        let request = self.agent.get(self.url(PATH));
-        let request = match &self.key {
-            Some(key) => request.header("Authorization", format!("Bearer {key}")),
-            None => request,
-        };
-        let response = request.call().map_err(|error| self.error("GET", PATH, error))?;
-        let listed = self.json("GET", PATH, response)?;
+        let listed = self.get_json("/v1/models")?;
         let models = listed["data"].as_array().into_iter().flatten().filter_map(|model| {
             let max_model_len = model["max_model_len"].as_u64().and_then(|len| usize::try_from(len).ok());
             Some(ListedModel { name: model["id"].as_str()?.to_owned(), max_model_len })
@@ -100,8 +93,7 @@ impl Client {
     pub fn tokenize(&self, model: &str, text: &str) -> anyhow::Result<Vec<u32>> {
         const PATH: &str = "/tokenize";
         let body = json!({"model": model, "prompt": text, "content": text, "add_special_tokens": false});
-        let response = self.post(PATH, &body)?;
-        let answer = self.json("POST", PATH, response)?;
+        let answer = self.post_json(PATH, &body)?;
         let ids = answer["tokens"].as_array().into_iter().flatten().map(|id| u32::try_from(id.as_u64()?).ok());
         let ids: Option<Vec<u32>> = ids.collect();
         ids.filter(|ids| !ids.is_empty()).with_context(|| format!("{}: POST {PATH} answered no token ids", self.base))
@@ -144,6 +136,23 @@ impl Client {
         bail!("{}: the stream of POST {PATH} broke after {tokens} tokens: {why:#}", self.base)
     }
 
+    /// What a path answers, if it answers 200 and JSON.
+    pub fn get_json(&self, path: &str) -> anyhow::Result<Value> {
+        let request = self.agent.get(self.url(path));
+        let request = match &self.key {
+            Some(key) => request.header("Authorization", format!("Bearer {key}")),
+            None => request,
+        };
+        let response = request.call().map_err(|error| self.error("GET", path, error))?;
+        self.json("GET", path, response)
+    }
+
+    /// What a path answers to a body, if it answers success and JSON.
+    pub fn post_json(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        let response = self.post(path, body)?;
+        self.json("POST", path, response)
+    }
+
     fn url(&self, path: &str) -> String {
         format!("{}{path}", self.base)
     }
@@ -158,7 +167,7 @@ impl Client {
     }
 
     fn json(&self, method: &str, path: &str, mut response: Response<Body>) -> anyhow::Result<Value> {
-        if response.status() != 200 {
+        if !response.status().is_success() {
             return Err(self.refused(method, path, response));
         }
         let text = response.body_mut().with_config().limit(BODY_BYTES_MAX).read_to_string();

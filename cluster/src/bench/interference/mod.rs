@@ -13,9 +13,10 @@ mod prompts;
 mod report;
 
 pub use args::InterferenceArgs;
+pub use client::Client;
 
 use anyhow::{Context, ensure};
-use client::{Client, ListedModel};
+use client::ListedModel;
 use load::{Plan, Target, run_phase, warm_up};
 use local::{Cluster, Mode};
 use prompts::Prompts;

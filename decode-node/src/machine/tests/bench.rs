@@ -3,7 +3,7 @@
 
 use crate::machine::{DecodeConfig, DecodeInput, DecodeNode, DecodeOutput};
 use ridge_protocol::stats::{BlockCounts, NodeStats};
-use ridge_protocol::transfer::{ReceiveCommand, ReceiveEvent};
+use ridge_protocol::transfer::{KvPeer, Outcome, ReceiveCommand, ReceiveEvent, SendCommand, SendEvent, TransferTimes};
 use ridge_protocol::wire::{DecodeRequest, NodeToRouter, Receipt, RouterToNode};
 use ridge_protocol::{
     BatchPlan, Duration, Instant, Machine, NodeName, PlanItem, RequestId, SamplingParams, TokenId, TokenOut,
@@ -70,7 +70,7 @@ pub(super) fn show_plan(plan: &BatchPlan) -> String {
 
 /// The parts that are not zero.
 pub(super) fn show_receipt(receipt: Receipt) -> String {
-    let Receipt { cached, computed, transferred, recomputed, transfer_bytes } = receipt;
+    let Receipt { cached, computed, transferred, recomputed, transfer_bytes, .. } = receipt;
     let parts = [
         (u64::from(cached), "cached"),
         (u64::from(computed), "computed"),
@@ -100,7 +100,21 @@ pub(super) fn show(output: DecodeOutput) -> Option<String> {
             format!("receipt {request}: {}", show_receipt(receipt))
         }
         DecodeOutput::ToRouter(NodeToRouter::Failed { request, error }) => format!("failed {request}: {error}"),
+        DecodeOutput::ToRouter(NodeToRouter::Draining) => "draining".into(),
+        DecodeOutput::ToRouter(NodeToRouter::Shipped { request, .. }) => format!("shipped {request}"),
         DecodeOutput::ToRouter(NodeToRouter::Drained) => "drained".into(),
+        DecodeOutput::ToRouter(NodeToRouter::Moving { request, len }) => format!("moving {request} of {len} tokens"),
+        DecodeOutput::Send(SendCommand::Announce { .. }) => return None,
+        DecodeOutput::Send(SendCommand::Begin(job)) => {
+            assert_eq!((job.layers, job.hashes.len()), (2, job.tokens as usize / 4));
+            let blocks: Vec<u32> = job.blocks.iter().map(|b| b.0).collect();
+            format!("offer {} to {}: {} tokens in {blocks:?}", job.request, job.to.name, job.tokens)
+        }
+        DecodeOutput::Send(SendCommand::Ready { request, layer, first, end }) => {
+            format!("ready {request} layer {layer}: {first}..{end}")
+        }
+        DecodeOutput::Send(SendCommand::Finish { request, first }) => format!("sent {request} before {}", first.token),
+        DecodeOutput::Send(SendCommand::Cancel { request, reason }) => format!("keep {request}: {reason}"),
         DecodeOutput::ToRouter(NodeToRouter::Stats(_) | NodeToRouter::CacheChanged { .. }) => return None,
         DecodeOutput::ToRouter(NodeToRouter::Hello(_)) => panic!("greetings are the shell's"),
     })
@@ -165,6 +179,22 @@ impl Bench {
     /// The router says that the transfer failed.
     pub fn no_transfer(&mut self, id: u64) {
         self.router(RouterToNode::TransferFailed { request: RequestId(id), reason: "link down".into() });
+    }
+
+    /// The router wants `id` to go on elsewhere, as `next`.
+    pub fn moves(&mut self, id: u64, next: u64) {
+        let to = KvPeer { name: NodeName("d2".into()), addr: "127.0.0.1:1".parse().expect("an address") };
+        self.router(RouterToNode::Move { request: RequestId(id), next: RequestId(next), to });
+    }
+
+    /// What was moved under this number has arrived, or has not.
+    pub fn settles(&mut self, next: u64, arrived: bool) {
+        let outcome = if arrived {
+            Outcome::Committed { pages: 2, bytes: 99, times: TransferTimes::default() }
+        } else {
+            Outcome::Aborted("link down".into())
+        };
+        self.feed(DecodeInput::Sent(SendEvent::Settled { request: RequestId(next), outcome }));
     }
 
     /// The running pass ends.

@@ -3,6 +3,7 @@
 
 mod admission;
 mod bench;
+mod moves;
 
 use super::{DecodeConfig, DecodeInput, DecodeOutput};
 use bench::*;
@@ -577,7 +578,7 @@ fn no_router_calls_off_a_shutdown() {
     bench.seen.clear();
     bench.feed(DecodeInput::Shutdown);
     bench.send(remote(2, 3));
-    bench.says(&["failed r2: draining"]);
+    bench.says(&["draining", "failed r2: draining"]);
     bench.feed(DecodeInput::RouterLost);
     bench.feed(DecodeInput::RouterUp);
     bench.send(remote(3, 3));

@@ -3,7 +3,7 @@
 
 use crate::machine::{PrefillConfig, PrefillInput, PrefillNode, PrefillOutput};
 use ridge_protocol::stats::{BlockCounts, NodeStats};
-use ridge_protocol::transfer::{KvPeer, Outcome, SendCommand, SendEvent};
+use ridge_protocol::transfer::{KvPeer, Outcome, SendCommand, SendEvent, TransferTimes};
 use ridge_protocol::wire::{NodeToRouter, PrefillRequest, RouterToNode};
 use ridge_protocol::{
     BatchPlan, Duration, Instant, Machine, NodeName, PlanItem, RequestId, SamplingParams, TokenId, TokenOut,
@@ -68,6 +68,7 @@ pub(super) fn show_plan(plan: &BatchPlan) -> String {
 
 pub(super) fn show_command(command: SendCommand) -> String {
     match command {
+        SendCommand::Announce { .. } => unreachable!("not shown"),
         SendCommand::Begin(job) => {
             let blocks: Vec<u32> = job.blocks.iter().map(|b| b.0).collect();
             let (hashes, layers) = (job.hashes.len(), job.layers);
@@ -83,6 +84,7 @@ pub(super) fn show_command(command: SendCommand) -> String {
 pub(super) fn show(output: PrefillOutput) -> Option<String> {
     Some(match output {
         PrefillOutput::Run(plan) => format!("run {}", show_plan(&plan)),
+        PrefillOutput::Transfer(SendCommand::Announce { .. }) => return None,
         PrefillOutput::Transfer(command) => show_command(command),
         PrefillOutput::ToRouter(NodeToRouter::Token { request, index, out, finish }) => {
             let finish = finish.map_or(String::new(), |reason| format!(", {reason:?}"));
@@ -93,8 +95,11 @@ pub(super) fn show(output: PrefillOutput) -> Option<String> {
             format!("receipt {request}: {} cached, {} computed", receipt.cached, receipt.computed)
         }
         PrefillOutput::ToRouter(NodeToRouter::Failed { request, error }) => format!("failed {request}: {error}"),
+        PrefillOutput::ToRouter(NodeToRouter::Draining) => "draining".into(),
+        PrefillOutput::ToRouter(NodeToRouter::Shipped { request, .. }) => format!("shipped {request}"),
         PrefillOutput::ToRouter(NodeToRouter::Drained) => "drained".into(),
         PrefillOutput::ToRouter(NodeToRouter::Stats(_) | NodeToRouter::CacheChanged { .. }) => return None,
+        PrefillOutput::ToRouter(NodeToRouter::Moving { .. }) => panic!("only a decode node moves sequences"),
         PrefillOutput::ToRouter(NodeToRouter::Hello(_)) => panic!("greetings are the shell's"),
     })
 }
@@ -159,7 +164,7 @@ impl Bench {
     }
 
     pub fn committed(&mut self, id: u64) {
-        self.settled(id, Outcome::Committed { pages: 1, bytes: 1 });
+        self.settled(id, Outcome::Committed { pages: 1, bytes: 1, times: TransferTimes::default() });
     }
 
     pub fn aborted(&mut self, id: u64) {

@@ -106,7 +106,7 @@ fn blocks_that_come_back_during_a_pass_are_given_at_once() {
     bench.queues(1, 1, 20);
     bench.seen.clear();
     bench.committed(1);
-    bench.says(&["begin r3 to d1: 16 tokens in [5, 6, 7, 3], 4 hashes, 2 layers"]);
+    bench.says(&["shipped r1", "begin r3 to d1: 16 tokens in [5, 6, 7, 3], 4 hashes, 2 layers"]);
     bench.queues(0, 2, 20);
     assert_eq!(bench.passes(), ["r2 0..4*", "r3 0..8", "r3 8..16*"]);
 }
@@ -156,7 +156,7 @@ fn each_layer_is_shipped_when_it_is_done() {
     bench.step();
     bench.says(&["receipt r1: 0 cached, 9 computed", "token r1 #0 42", "finish r1 with 42"]);
     bench.committed(1);
-    bench.says(&[]);
+    bench.says(&["shipped r1"]);
     assert!(bench.node.is_idle());
 }
 
@@ -415,7 +415,7 @@ fn cancelled_while_waiting() {
     bench.send(prompt(2, 5));
     bench.seen.clear();
     bench.cancel(2);
-    bench.says(&[]);
+    bench.says(&["cancel r2: cancelled by the router"]);
     bench.queues(0, 1, 5);
     assert_eq!(bench.passes(), ["r1 0..5*"]);
 }
@@ -578,7 +578,7 @@ fn a_full_queue_refuses() {
     bench.says(&["failed r4: overloaded: 2 prompts are waiting"]);
     bench.cancel(2);
     bench.send(prompt(4, 3));
-    bench.says(&[]);
+    bench.says(&["cancel r2: cancelled by the router"]);
     bench.queues(2, 1, 9);
 }
 
@@ -602,7 +602,8 @@ fn without_its_router_a_node_forgets_everything() {
     bench.blocks([6, 0, 1, 1]);
     bench.seen.clear();
     bench.feed(PrefillInput::RouterLost);
-    bench.says(&["cancel r1: the router's connection is gone", "cancel r2: the router's connection is gone"]);
+    let cancelled = |id| format!("cancel r{id}: the router's connection is gone");
+    bench.says(&[&cancelled(1), &cancelled(2), &cancelled(3)]);
     bench.queues(0, 1, 3);
     bench.blocks([7, 0, 1, 0]);
     bench.step();
@@ -625,7 +626,7 @@ fn a_draining_node_finishes_what_it_has() {
     bench.report();
     bench.says(&[]); // r1 is still held.
     bench.committed(1);
-    bench.says(&["drained"]);
+    bench.says(&["shipped r1", "drained"]);
 }
 
 #[test]
@@ -653,7 +654,7 @@ fn no_router_calls_off_a_shutdown() {
     bench.seen.clear();
     bench.feed(PrefillInput::Shutdown);
     bench.send(prompt(2, 3));
-    bench.says(&["failed r2: draining"]);
+    bench.says(&["draining", "failed r2: draining"]);
     bench.feed(PrefillInput::RouterLost);
     bench.feed(PrefillInput::RouterUp);
     bench.send(prompt(3, 3));

@@ -66,6 +66,7 @@ pub(super) fn show_message(message: RouterToNode) -> String {
         RouterToNode::Refuse { reason } => format!("refuse: {reason}"),
         RouterToNode::Drain => "drain".into(),
         RouterToNode::TransferFailed { request, reason } => format!("transfer of {request} failed: {reason}"),
+        RouterToNode::Move { request, next, to } => format!("move {request} to {} as {next}", to.name),
     }
 }
 
@@ -163,6 +164,16 @@ impl Bench {
 
     pub fn receipt(&mut self, node: &str, request: u64, receipt: Receipt) {
         self.node(node, NodeToRouter::Receipt { request: RequestId(request), receipt });
+    }
+
+    /// A decode node says that a sequence has left it.
+    pub fn moving(&mut self, node: &str, request: u64, len: u32) {
+        self.node(node, NodeToRouter::Moving { request: RequestId(request), len });
+    }
+
+    /// An operator wants a node to be drained.
+    pub fn drains(&mut self, node: &str) {
+        self.feed(RouterInput::DrainNode(number(node)));
     }
 
     pub fn lost(&mut self, node: &str) {

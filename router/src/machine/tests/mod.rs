@@ -1,6 +1,7 @@
 //! What the router's machine does, case by case. Placement has tests of its own beside it. Read `bench` first.
 
 mod bench;
+mod moves;
 mod nodes;
 
 use super::{ClientId, ReplyEvent, RouterConfig, RouterInput, RouterOutput, RouterStats, Submit, Usage};

@@ -81,6 +81,18 @@ impl ApiError {
         }
     }
 
+    /// 403: a router that has keys, or can be reached from elsewhere, shows its nodes to admins only.
+    pub fn no_admin_key() -> Self {
+        let message = "This router has no admin key. Start it with --admin-key (or RIDGE_ADMIN_KEY) to allow this.";
+        Self::new(StatusCode::FORBIDDEN, message, Some("no_admin_key"))
+    }
+
+    /// 404: no node of that name is connected.
+    pub fn node_not_found(name: &str) -> Self {
+        let message = format!("No node `{name}` is connected. GET /v1/nodes lists those that are.");
+        Self::new(StatusCode::NOT_FOUND, message, Some("node_not_found"))
+    }
+
     /// 404: no such path.
     pub fn unknown_path(method: &str, path: &str) -> Self {
         Self::new(StatusCode::NOT_FOUND, format!("Unknown path: {method} {path}"), Some("unknown_url"))

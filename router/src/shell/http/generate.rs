@@ -13,6 +13,7 @@ use crate::machine::{ReplyEvent, Usage};
 use crate::shell::gateway::Submission;
 use futures_util::stream::{self, AbortHandle, BoxStream, SelectAll, StreamExt};
 use ridge_protocol::TokenId;
+use ridge_protocol::transfer::TransferTimes;
 use ridge_protocol::wire::Receipt;
 use std::sync::Arc;
 use std::time::Instant;
@@ -170,7 +171,27 @@ impl Generation {
             transferred: a.transferred + b.transferred,
             recomputed: a.recomputed + b.recomputed,
             transfer_bytes: a.transfer_bytes + b.transfer_bytes,
+            times: a.times + b.times,
         })
+    }
+
+    /// Says in the log how the prompts' KV came, for whoever looks into one answer.
+    pub(super) fn log_receipt(&self, id: &str) {
+        let Some(Receipt { cached, computed, transferred, recomputed, transfer_bytes, times }) = self.receipt() else {
+            return;
+        };
+        let TransferTimes { hidden_us, exposed_us } = times;
+        tracing::info!(
+            id,
+            cached,
+            computed,
+            transferred,
+            recomputed,
+            transfer_bytes,
+            hidden_us,
+            exposed_us,
+            "answer complete"
+        );
     }
 }
 

@@ -114,10 +114,13 @@ fn nodes(page: &mut Page, nodes: &[NodeView]) {
         ("ridge_requests_running", "Requests in the running batch.", |n| n.stats.running.into()),
         ("ridge_requests_in_flight", "Sequences dispatched to the node and not over.", |n| n.in_flight.into()),
     ];
-    let counters: [(&str, &str, Read); 9] = [
+    let counters: [(&str, &str, Read); 10] = [
         ("ridge_kv_transfers_committed_total", "Hand-offs committed.", |n| n.stats.transfers_committed),
         ("ridge_kv_transfers_aborted_total", "Hand-offs aborted by either side.", |n| n.stats.transfers_aborted),
         ("ridge_kv_digest_failures_total", "KV pages whose digest did not match.", |n| n.stats.digest_failures),
+        ("ridge_kv_aborts_unacknowledged_total", "Aborted hand-offs that a connected peer never acknowledged.", |n| {
+            n.stats.aborts_unacknowledged
+        }),
         ("ridge_preemptions_total", "Sequences pushed out of the batch for want of blocks.", |n| n.stats.preemptions),
         ("ridge_recomputed_tokens_total", "Prompt tokens computed again after preemption or a failed transfer.", |n| {
             n.stats.recomputed_tokens
@@ -137,6 +140,15 @@ fn nodes(page: &mut Page, nodes: &[NodeView]) {
     page.family("ridge_engine_busy_seconds_total", "counter", "Time spent in engine passes.");
     for node in nodes {
         page.sample("ridge_engine_busy_seconds_total", &labels(node), node.stats.busy_us as f64 / 1e6);
+    }
+    let name = "ridge_kv_transfer_seconds_total";
+    page.family(name, "counter", "Time of hand-offs sent: hidden behind computing, and exposed after it.");
+    for node in nodes {
+        let [name_label, role] = labels(node);
+        let times = node.stats.transfer_times;
+        for (part, us) in [("hidden", times.hidden_us), ("exposed", times.exposed_us)] {
+            page.sample(name, &[name_label, role, ("part", part)], us as f64 / 1e6);
+        }
     }
     let transfers: [(&str, &str, Read); 2] = [
         ("ridge_kv_transfer_bytes_total", "KV page bytes sent or received.", |n| n.stats.transfer_bytes),
@@ -168,6 +180,8 @@ fn router(page: &mut Page, ready: bool, stats: &RouterStats) {
     page.sample("ridge_router_requests_in_flight", &[], stats.in_flight);
     page.family("ridge_router_redispatched_total", "counter", "Dispatches after the first of a sequence.");
     page.sample("ridge_router_redispatched_total", &[], stats.redispatched);
+    page.family("ridge_router_moved_total", "counter", "Sequences moved between decode nodes with their KV.");
+    page.sample("ridge_router_moved_total", &[], stats.moved);
 }
 
 fn http(page: &mut Page, metrics: &Metrics) {

@@ -20,6 +20,7 @@ mod logprobs;
 mod messages;
 mod metrics;
 mod models;
+mod nodes;
 mod params;
 mod request;
 mod respond;
@@ -58,6 +59,8 @@ pub struct HttpConfig {
     pub served_model_names: Vec<String>,
     /// Keys that are let in; none lets everybody in.
     pub api_keys: Vec<String>,
+    /// Keys of those who may see and drain nodes.
+    pub admin_keys: Vec<String>,
     /// `/metrics` needs a key too.
     pub guard_metrics: bool,
     /// Browsers on any site may call.
@@ -84,6 +87,7 @@ impl Default for HttpConfig {
             bind: (Ipv4Addr::LOCALHOST, 8000).into(),
             served_model_names: vec!["default".into()],
             api_keys: Vec::new(),
+            admin_keys: Vec::new(),
             guard_metrics: false,
             cors_any_origin: false,
             max_model_len: 4096,
@@ -103,6 +107,7 @@ struct App {
     model: Arc<dyn TextModel>,
     gateway: Gateway,
     keys: Keys,
+    admins: Keys,
     metrics: Arc<Metrics>,
     /// Turns true when answers are no longer waited for.
     closing: watch::Receiver<bool>,
@@ -129,11 +134,12 @@ impl App {
             return refuse("max_connections and max_tokenizing must be at least 1");
         }
         // An empty key would be matched by an empty header.
-        if config.api_keys.iter().any(|key| key.is_empty()) {
+        if config.api_keys.iter().chain(&config.admin_keys).any(|key| key.is_empty()) {
             return refuse("an API key must not be empty");
         }
         Ok(Self {
             keys: Keys::new(&config.api_keys),
+            admins: Keys::new(&config.admin_keys),
             metrics: Arc::default(),
             tokenizing: Arc::new(Semaphore::new(config.max_tokenizing)),
             started_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
@@ -171,6 +177,8 @@ fn router(app: Shared) -> Router {
         .route("/v1/completions", post(completions::create))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
+        .route("/v1/nodes", get(nodes::list))
+        .route("/v1/nodes/{name}/drain", post(nodes::drain))
         .route("/tokenize", post(tokenize::tokenize))
         .route("/detokenize", post(tokenize::detokenize))
         .route("/health", get(health::ready))

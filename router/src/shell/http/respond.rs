@@ -89,6 +89,7 @@ async fn whole(app: &App, caller: &Caller, mut generation: Generation, head: Hea
         answers[index].scored.extend(delta.scored);
         answers[index].finish = delta.finish;
     }
+    generation.log_receipt(&head.id);
     let ridge = caller.wants_receipt.then(|| RidgeBody { receipt: generation.receipt() });
     Ok(Json(head.whole(app.model.as_ref(), &answers, generation.usage(), ridge)).into_response())
 }

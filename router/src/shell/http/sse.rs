@@ -110,6 +110,7 @@ impl Writer {
 
     fn write_tail(&mut self, out: &mut Vec<u8>) {
         let EventStream { generation, head, delivery, wants_receipt, .. } = &self.stream;
+        generation.log_receipt(&head.id);
         let usage = delivery.include_usage.then(|| generation.usage());
         let ridge = wants_receipt.then(|| RidgeBody { receipt: generation.receipt() });
         if usage.is_some() || ridge.is_some() {
