@@ -91,6 +91,9 @@ fn a_drained_nodes_streams_move_on() {
     let model = tiny_llama();
     let cluster = Cluster::start(binary(), &model, &["--decode", "2"]);
     check_streams(&cluster, &model, || {
+        // Asked for at once: before the command has started, the answers of so small a model may be over.
+        let asked = cluster.client.post("/v1/nodes/decode-0/drain", &json!({})).expect("an answer");
+        assert_eq!(asked.status, 202, "{asked:?}");
         let output = drain(&cluster, "decode-0").output().expect("runs");
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
