@@ -12,6 +12,7 @@ pub mod ids;
 pub mod limits;
 pub mod machine;
 pub mod model;
+pub mod pace;
 pub mod page;
 pub mod plan;
 pub mod sampling;

@@ -1,5 +1,6 @@
 //! What a node reports to the router about itself, for placement and for `/metrics`.
 
+use crate::pace::Pace;
 use crate::transfer::TransferTimes;
 use serde::{Deserialize, Serialize};
 
@@ -61,4 +62,6 @@ pub struct NodeStats {
     pub steps: u64,
     /// Time spent in engine passes, in microseconds.
     pub busy_us: u64,
+    /// How fast the node is.
+    pub pace: Pace,
 }

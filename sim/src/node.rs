@@ -31,6 +31,7 @@ pub struct SimNode {
     pub kv: SimKv,
     /// The pass in the engine.
     pub plan: Option<BatchPlan>,
+    pub pass_began: Instant,
     pub alive: bool,
     /// It was asked to stop, and goes when it is drained.
     pub stopping: bool,
@@ -77,6 +78,7 @@ impl SimNode {
                     max_model_len,
                     max_num_seqs: scenario.max_num_seqs,
                     max_prefill_tokens: scenario.local_chunk,
+                    max_step_stretch: 2,
                     max_waiting: scenario.max_waiting,
                     headroom_blocks: scenario.headroom_blocks,
                     prefix_caching: scenario.prefix_caching,
@@ -108,6 +110,7 @@ impl SimNode {
             sender,
             kv: SimKv::new(scenario.layers, blocks, scenario.block_size),
             plan: None,
+            pass_began: Instant(0),
             alive: true,
             stopping: false,
             control: None,

@@ -43,6 +43,8 @@ pub struct Outcome {
     pub redispatched: u64,
     /// Sequences that went from one decode node to another with their KV, as the last router counts them.
     pub moved: u64,
+    /// Prompts that the last router left to a decode node although there was a prefill node.
+    pub local_prefills: u64,
     /// Tokens computed again.
     pub recomputed: u64,
     /// Prompt tokens found in a cache.
@@ -401,7 +403,7 @@ impl World {
                 let node = &mut self.nodes[life.place];
                 let plan = node.plan.take().expect("a pass is running");
                 let outputs = node.kv.sample(&plan);
-                let busy = Duration::from_micros(1);
+                let busy = now.since(node.pass_began);
                 match &mut node.machines {
                     Machines::Prefill(m) => m.handle(now, PrefillInput::StepDone { step, outputs, busy }),
                     Machines::Decode(m, _) => m.handle(now, DecodeInput::StepDone { step, outputs, busy }),
@@ -451,7 +453,8 @@ impl World {
             gone: false,
         };
         self.clients.insert(id, client);
-        self.router.handle(self.now, RouterInput::Submit(Submit { client: id, tokens, params, salt }));
+        self.router
+            .handle(self.now, RouterInput::Submit(Submit { client: id, tokens, params, salt, whole_path: false }));
     }
 
     fn leave(&mut self, id: ClientId) {
@@ -648,6 +651,7 @@ impl World {
         }
         at = at + Duration::from_micros(1 + self.random.pick(500)) * slowness;
         self.at(at, Event::Step { life, step });
+        self.nodes[place].pass_began = self.now;
         assert!(self.nodes[place].plan.replace(plan).is_none(), "two passes at a time");
     }
 
@@ -683,6 +687,7 @@ impl World {
         let mut outcome = Outcome {
             redispatched: self.router.stats().redispatched,
             moved: self.router.stats().moved,
+            local_prefills: self.router.stats().local_prefills,
             events: self.next_event,
             happened: std::mem::take(&mut self.happened),
             settled_in: self.now.since(over),

@@ -28,6 +28,7 @@ impl Sum {
             ("preemption", outcome.preemptions),
             ("dispatch repeated", outcome.redispatched),
             ("sequence moved", outcome.moved),
+            ("prompt left to its decode node", outcome.local_prefills),
             ("token recomputed", outcome.recomputed),
             ("prompt token cached", outcome.cached),
             ("hand-off committed", outcome.committed),

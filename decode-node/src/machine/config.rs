@@ -17,9 +17,11 @@ pub struct DecodeConfig {
     pub max_model_len: u32,
     /// Sequences decoded in one pass. More raise throughput and the time between tokens.
     pub max_num_seqs: usize,
-    /// Prompt tokens that one pass may compute beside the decoding sequences, when a prompt is computed here.
-    /// Larger shortens that prompt's wait; smaller protects everybody's inter-token latency.
+    /// Prompt tokens that one pass may compute at most, when prompts are computed here.
     pub max_prefill_tokens: u32,
+    /// How many times longer a pass beside decoding sequences may take for the prompt tokens in it. Larger shortens that
+    /// prompt's wait; smaller protects everybody's inter-token latency. At 1, a prompt gets one token a pass.
+    pub max_step_stretch: u32,
     /// Sequences waiting for blocks or a place; one more is refused as overloaded.
     pub max_waiting: usize,
     /// Blocks left free at admission, per running sequence, so that a newcomer does not cause a preemption at once.
@@ -41,6 +43,7 @@ impl Default for DecodeConfig {
             max_model_len: 0,
             max_num_seqs: 64,
             max_prefill_tokens: 256,
+            max_step_stretch: 2,
             max_waiting: 4096,
             headroom_blocks: 1,
             prefix_caching: true,

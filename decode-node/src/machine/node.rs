@@ -15,6 +15,8 @@ use std::collections::{BTreeMap, VecDeque};
 const MAX_REPORTED_HASHES: usize = 1 << 15;
 /// Between two reports.
 const MIN_REPORT_INTERVAL: Duration = Duration::from_millis(20);
+/// Prompt tokens beside decoding sequences in a pass, while it is not known what they cost.
+const FIRST_PROMPT_TOKENS: u32 = 16;
 
 /// What can happen to a decode node.
 #[derive(Clone, PartialEq, Debug)]
@@ -291,6 +293,7 @@ impl DecodeNode {
         assert_eq!(running, step, "the pass that ended is the one that ran");
         self.stats.steps += 1;
         self.stats.busy_us += busy.as_micros() as u64;
+        self.learn_pace(&items, busy);
         let mut outputs: BTreeMap<RequestId, TokenOut> = outputs.into_iter().collect();
         for (id, take) in items {
             let sequence = self.sequences.get_mut(&id).expect("a sequence in a pass is kept");
@@ -370,6 +373,23 @@ impl DecodeNode {
             Outcome::Aborted(reason) => NodeToRouter::Failed { request, error: NodeError::Transfer(reason) },
         });
         self.remove(request);
+    }
+
+    fn learn_pace(&mut self, items: &[(RequestId, u32)], busy: Duration) {
+        let prompt = items.iter().map(|(_, take)| *take).filter(|take| *take > 1).sum();
+        let decoding = items.iter().filter(|(_, take)| *take == 1).count() as u32;
+        self.stats.pace.learn(prompt, decoding, busy);
+    }
+
+    /// Prompt tokens that the next pass may compute: fewer beside others, who must not wait for their tokens much longer
+    /// than without.
+    fn prompt_budget(&self) -> u32 {
+        let most = self.config.max_prefill_tokens;
+        if self.running.iter().all(|id| self.sequences[id].remaining() > 1) {
+            return most;
+        }
+        let within = self.stats.pace.tokens_within(self.config.max_step_stretch).unwrap_or(FIRST_PROMPT_TOKENS.into());
+        within.clamp(1, most.into()) as u32
     }
 
     /// Admits waiting sequences, oldest first, while blocks and places last.
@@ -469,7 +489,7 @@ impl DecodeNode {
         self.grow();
         self.admit();
         let block_size = self.config.block_size;
-        let mut budget = self.config.max_prefill_tokens;
+        let mut budget = self.prompt_budget();
         let mut chosen = Vec::new();
         let mut items = Vec::new();
         for &id in &self.running {

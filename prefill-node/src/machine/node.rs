@@ -16,6 +16,8 @@ use std::sync::Arc;
 const MAX_REPORTED_HASHES: usize = 1 << 15;
 /// Between two reports.
 const MIN_REPORT_INTERVAL: Duration = Duration::from_millis(20);
+/// A pass of fewer prompt tokens is none to judge the node's speed by.
+const MIN_PACE_TOKENS: u32 = 64;
 
 /// What can happen to a prefill node.
 #[derive(Clone, PartialEq, Debug)]
@@ -261,6 +263,11 @@ impl PrefillNode {
         assert_eq!(running, step, "the pass that ended is the one that ran");
         self.stats.steps += 1;
         self.stats.busy_us += busy.as_micros() as u64;
+        let tokens = chunks.iter().map(|chunk| chunk.end - chunk.start).sum();
+        // Short passes say little about prompts: they wait for the weights.
+        if tokens >= MIN_PACE_TOKENS || self.stats.pace.prompt_token_ns == 0 {
+            self.stats.pace.learn(tokens, 0, busy);
+        }
         let mut outputs: BTreeMap<RequestId, TokenOut> = outputs.into_iter().collect();
         for chunk in chunks {
             let prompt = self.prompts.get_mut(&chunk.request).expect("a prompt in a pass is kept");

@@ -8,6 +8,10 @@ use std::collections::BTreeMap;
 /// batch takes next to a token of prefill.
 const SEQUENCE_COST_TOKENS: u64 = 64;
 
+/// How many times faster a prompt must be computed on the decode node to be computed there although there is a prefill
+/// node: what comes next would rather find the decode node free.
+const LOCAL_MARGIN: u64 = 4;
+
 /// A prefill node (none if there is none to be had) and a decode node.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Placement {
@@ -15,12 +19,14 @@ pub(super) struct Placement {
     pub decode: NodeId,
 }
 
-/// Chooses nodes for a prompt, leaving out `avoid` as long as another can be had.
+/// Chooses nodes for a prompt, leaving out `avoid` as long as another can be had. With `whole_path`, a prefill node takes
+/// part if there is one, whatever it costs.
 pub(super) fn place(
     nodes: &BTreeMap<NodeId, Node>,
     tokens: usize,
     hashes: &[BlockHash],
     avoid: &[NodeId],
+    whole_path: bool,
 ) -> Option<Placement> {
     let pick = |role: Role, cost: &dyn Fn(&Node) -> u64| {
         let usable = nodes.iter().filter(|(_, n)| n.hello.role == role && !n.draining);
@@ -28,7 +34,22 @@ pub(super) fn place(
     };
     let decode = pick(Role::Decode, &|node| decode_cost(node, tokens, hashes))?;
     let prefill = pick(Role::Prefill, &|node| prefill_cost(node, tokens, hashes));
+    let prefill = prefill.filter(|id| whole_path || !local_pays(&nodes[id], &nodes[&decode], tokens, hashes));
     Some(Placement { prefill, decode })
+}
+
+/// Whether the decode node would have computed a prompt long before the prefill node has: because that one has a queue, or
+/// because this one has most of it in its cache. Everybody in the batch waits for each prompt token computed here.
+fn local_pays(prefill: &Node, decode: &Node, tokens: usize, hashes: &[BlockHash]) -> bool {
+    let (there, here) = (prefill.stats.pace.prompt_token_ns, decode.stats.pace.prompt_token_ns);
+    if there == 0 {
+        return false; // It has not shown yet how fast it is.
+    }
+    let here = if here == 0 { there } else { here };
+    let waiting = 1 + decode.in_flight.len() as u64;
+    let local = (decode.pending_tokens() + missing_tokens(decode, tokens, hashes)) * here * waiting;
+    let remote = prefill_cost(prefill, tokens, hashes) * there;
+    local * LOCAL_MARGIN < remote
 }
 
 /// Chooses who continues a sequence of a decode node that drains: the smallest batch, moves under way (`coming`)
@@ -117,7 +138,7 @@ mod tests {
     fn check(nodes: Vec<Node>, avoid: &[u32], want: Option<(Option<u32>, u32)>) {
         let nodes = nodes.into_iter().enumerate().map(|(at, node)| (NodeId(at as u32), node)).collect();
         let avoid: Vec<NodeId> = avoid.iter().copied().map(NodeId).collect();
-        let placement = place(&nodes, PROMPT.len(), &hash_blocks(0, 2, &PROMPT), &avoid);
+        let placement = place(&nodes, PROMPT.len(), &hash_blocks(0, 2, &PROMPT), &avoid, false);
         assert_eq!(placement.map(|p| (p.prefill.map(|id| id.0), p.decode.0)), want);
     }
 
@@ -153,6 +174,36 @@ mod tests {
         check(vec![decode(), prefill(), busy(warm(prefill(), 2), &[4])], &[], Some((Some(1), 0)));
         check(vec![decode(), warm(decode(), 2)], &[], Some((None, 1)));
         check(vec![decode(), busy(warm(decode(), 2), &[0])], &[], Some((None, 0)));
+    }
+
+    /// Needing so many nanoseconds for a prompt token.
+    fn paced(mut node: Node, prompt_token_ns: u64) -> Node {
+        node.stats.pace.prompt_token_ns = prompt_token_ns;
+        node
+    }
+
+    #[test]
+    fn a_decode_node_computes_a_prompt_where_that_is_much_faster() {
+        let check_local = |prefill: Node, decode: Node, local: bool| {
+            check(vec![decode, prefill], &[], Some(((!local).then_some(1), 0)));
+        };
+        // Five tokens here against a queue there: more than four times as long, or not.
+        check_local(busy(paced(prefill(), 10), &[16]), decode(), true);
+        check_local(busy(paced(prefill(), 10), &[15]), decode(), false);
+        check_local(busy(paced(prefill(), 10), &[16]), paced(decode(), 11), false);
+        check_local(busy(paced(prefill(), 10), &[99]), paced(decode(), 50), true);
+        // Somebody in the batch would wait too.
+        check_local(busy(paced(prefill(), 10), &[16]), busy(decode(), &[0]), false);
+        check_local(busy(paced(prefill(), 10), &[36]), busy(decode(), &[0]), true);
+        // One token is missing here, five there.
+        check_local(paced(prefill(), 10), warm(decode(), 2), true);
+        check_local(warm(paced(prefill(), 10), 1), warm(decode(), 2), false);
+        // Nothing is known of its speed.
+        check_local(busy(prefill(), &[999]), decode(), false);
+        let nodes = [decode(), busy(paced(prefill(), 10), &[999])].into_iter().enumerate();
+        let nodes = nodes.map(|(at, node)| (NodeId(at as u32), node)).collect();
+        let placement = place(&nodes, PROMPT.len(), &hash_blocks(0, 2, &PROMPT), &[], true);
+        assert_eq!(placement.and_then(|p| p.prefill), Some(NodeId(1)), "the whole path was asked for");
     }
 
     #[test]

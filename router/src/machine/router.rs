@@ -103,7 +103,10 @@ impl Router {
         assert!(sequence.dispatch.is_none(), "a sequence has one dispatch at a time");
         let Some(block_size) = self.nodes.values().next().map(|n| n.hello.identity.block_size) else { return };
         let hashes = hash_blocks(sequence.salt, block_size as usize, &sequence.tokens);
-        let Some(placement) = place(&self.nodes, sequence.tokens.len(), &hashes, &sequence.avoid) else { return };
+        let Some(placement) = place(&self.nodes, sequence.tokens.len(), &hashes, &sequence.avoid, sequence.whole_path)
+        else {
+            return;
+        };
         // Both nodes must come to the same end: the shorter context counts, and it counts for both.
         let chosen = placement.prefill.into_iter().chain([placement.decode]);
         let context = chosen.map(|id| self.nodes[&id].hello.max_model_len).min().expect("a decode node is chosen");
@@ -116,6 +119,8 @@ impl Router {
                 self.fail(client, RouterError::Invalid(error))
             };
         }
+        let could_choose = self.nodes.values().any(|node| node.hello.role == Role::Prefill && !node.draining);
+        self.stats.local_prefills += u64::from(placement.prefill.is_none() && could_choose);
         let request = RequestId(self.next_request);
         self.next_request += 1;
         sequence.attempts += 1;
@@ -141,7 +146,8 @@ impl Router {
         }
         for id in placement.prefill.into_iter().chain(decode) {
             let node = self.nodes.get_mut(&id).expect("placed on a connected node");
-            let work = if Some(id) == placement.prefill { missing_tokens(node, tokens.len(), &hashes) } else { 0 };
+            let computes = id == placement.prefill.unwrap_or(placement.decode);
+            let work = if computes { missing_tokens(node, tokens.len(), &hashes) } else { 0 };
             node.in_flight.insert(request, work);
         }
         sequence.dispatch =
@@ -366,14 +372,15 @@ impl Router {
         if dispatch.decode == Some(id) {
             dispatch.handed_over = true;
         }
-        if let Some(prefill) = dispatch.prefill
-            && let Some(node) = self.nodes.get_mut(&prefill)
-            && let Some(work) = node.in_flight.get_mut(&request)
-        {
-            *work = 0; // The prompt is computed.
-            if dispatch.handed_over {
-                node.in_flight.remove(&request);
+        for node in dispatch.prefill.iter().chain(&dispatch.decode) {
+            if let Some(work) = self.nodes.get_mut(node).and_then(|node| node.in_flight.get_mut(&request)) {
+                *work = 0; // The prompt is computed.
             }
+        }
+        if dispatch.handed_over
+            && let Some(node) = dispatch.prefill.and_then(|prefill| self.nodes.get_mut(&prefill))
+        {
+            node.in_flight.remove(&request);
         }
         match sequence.arrive(id, index, out, finish) {
             Arrival::Nothing => {}

@@ -34,6 +34,7 @@ pub(super) struct Sequence {
     pub prompt_len: u32,
     pub params: SamplingParams,
     pub salt: u64,
+    pub whole_path: bool,
     pub dispatch: Option<Dispatch>,
     pub attempts: u32,
     /// Nodes that failed it.
@@ -82,6 +83,7 @@ impl Sequence {
             prompt_len,
             params: submit.params,
             salt: submit.salt,
+            whole_path: submit.whole_path,
             dispatch: None,
             attempts: 0,
             avoid: Vec::new(),

@@ -62,6 +62,8 @@ pub struct Submit {
     pub params: SamplingParams,
     /// Salt of the tenant's prefix hashes.
     pub salt: u64,
+    /// It is to pass through a prefill node if there is one, whatever placement thinks of it: a probe.
+    pub whole_path: bool,
 }
 
 /// What can happen to the router.
@@ -208,6 +210,8 @@ pub struct RouterStats {
     pub gone: u64,
     /// Dispatches after the first of a sequence, moves not counted.
     pub redispatched: u64,
+    /// Dispatches that left the prompt to the decode node although there was a prefill node: that was faster.
+    pub local_prefills: u64,
     /// Sequences that went from one decode node to another with their KV.
     pub moved: u64,
     /// Sequences in flight or waiting now.

@@ -52,7 +52,7 @@ impl Gateway {
         let client = ClientId(self.next_client.fetch_add(1, Ordering::Relaxed));
         let (sender, events) = mpsc::channel(REPLY_BUFFER);
         self.requests
-            .try_send(GatewayRequest::Submit(Submit { client, tokens, params, salt }, sender))
+            .try_send(GatewayRequest::Submit(Submit { client, tokens, params, salt, whole_path: false }, sender))
             .map_err(|_| RouterError::Overloaded("the router's queue is full".into()))?;
         Ok(Submission { client, events, requests: self.requests.clone(), over: false })
     }

@@ -61,7 +61,7 @@ impl Probe {
         self.next -= 1;
         self.in_flight = Some(client);
         let params = SamplingParams { ignore_eos: true, ..SamplingParams::greedy(2) };
-        Some(Submit { client, tokens: self.tokens.clone(), params, salt })
+        Some(Submit { client, tokens: self.tokens.clone(), params, salt, whole_path: true })
     }
 
     /// Takes a reply to a probe. Says whether the cluster has just become ready.

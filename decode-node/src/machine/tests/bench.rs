@@ -199,10 +199,15 @@ impl Bench {
 
     /// The running pass ends.
     pub fn step(&mut self) {
+        self.step_in(Duration::from_micros(5));
+    }
+
+    /// The same after so much time.
+    pub fn step_in(&mut self, busy: Duration) {
         let plan = self.pass.take().expect("a pass runs");
         let sampled = plan.items.iter().filter(|item| item.sample.is_some());
         let outputs = sampled.map(|item| (item.request, out(42))).collect();
-        self.feed(DecodeInput::StepDone { step: plan.step, outputs, busy: Duration::from_micros(5) });
+        self.feed(DecodeInput::StepDone { step: plan.step, outputs, busy });
     }
 
     /// Sequences of `len` tokens numbered up to `last`, the lower number older. The first is in the running pass.

@@ -300,6 +300,22 @@ fn prompt_work_beside_decode_steps_is_bounded() {
 }
 
 #[test]
+fn beside_others_a_prompt_gets_what_keeps_their_tokens_coming() {
+    let mut bench = Bench::new(DecodeConfig { max_prefill_tokens: 20, blocks: 16, ..config() });
+    bench.batch(1, 4);
+    bench.step_in(Duration::from_millis(100));
+    bench.send(local(2, 31));
+    bench.runs("r1 5..6*");
+    bench.step_in(Duration::from_millis(100));
+    bench.runs("r1 6..7*, r2 0..16"); // Nothing is known of prompts yet.
+    bench.step_in(Duration::from_millis(420)); // 20 ms each: in twice the time of a step there is room for five.
+    bench.runs("r1 7..8*, r2 16..21");
+    bench.cancel(1);
+    bench.step_in(Duration::from_millis(200));
+    bench.runs("r2 21..31*"); // Nobody waits.
+}
+
+#[test]
 fn prompts_share_the_budget() {
     let mut bench = Bench::new(config());
     bench.send(local(1, 1));

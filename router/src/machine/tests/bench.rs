@@ -48,7 +48,8 @@ pub(super) fn hello(name: &str) -> NodeHello {
 }
 
 pub(super) fn submit(client: u64, tokens: &[TokenId], max_tokens: u32) -> Submit {
-    Submit { client: ClientId(client), tokens: tokens.to_vec(), params: SamplingParams::greedy(max_tokens), salt: 0 }
+    let params = SamplingParams::greedy(max_tokens);
+    Submit { client: ClientId(client), tokens: tokens.to_vec(), params, salt: 0, whole_path: false }
 }
 
 pub(super) fn show_message(message: RouterToNode) -> String {

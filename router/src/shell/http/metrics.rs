@@ -180,6 +180,9 @@ fn router(page: &mut Page, ready: bool, stats: &RouterStats) {
     page.sample("ridge_router_requests_in_flight", &[], stats.in_flight);
     page.family("ridge_router_redispatched_total", "counter", "Dispatches after the first of a sequence.");
     page.sample("ridge_router_redispatched_total", &[], stats.redispatched);
+    let name = "ridge_router_local_prefills_total";
+    page.family(name, "counter", "Prompts left to a decode node, because that was faster than the prefill nodes.");
+    page.sample(name, &[], stats.local_prefills);
     page.family("ridge_router_moved_total", "counter", "Sequences moved between decode nodes with their KV.");
     page.sample("ridge_router_moved_total", &[], stats.moved);
 }
