@@ -12,6 +12,8 @@ mod dirs;
 mod generate;
 mod logging;
 mod network;
+mod record;
+mod replay;
 mod roles;
 mod sim;
 mod size;
@@ -36,6 +38,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Roofline(args) => bench::run_roofline(&args),
         Command::Sim(args) => sim::run(&args),
+        Command::Replay(args) => replay::run(&args),
         Command::Ca(args) => ca::run(args),
     };
     match done {

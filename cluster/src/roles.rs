@@ -51,6 +51,7 @@ pub fn router(args: RouterArgs) -> anyhow::Result<()> {
         max_model_len: args.max_model_len,
         machine,
         expect_prefill: !args.decode_only,
+        record: args.record.options(),
     };
     block_on(&args.supervision, |shutdown| ridge_router::shell::run(options, shutdown))
 }
@@ -73,6 +74,7 @@ pub fn prefill(args: NodeArgs) -> anyhow::Result<()> {
         engine: node_engine(&args),
         machine,
         sender: ridge_kvtransfer::SenderConfig::default(),
+        record: args.record.options(),
     };
     block_on(&args.supervision, |shutdown| ridge_prefill_node::shell::run(options, shutdown))
 }
@@ -95,6 +97,7 @@ pub fn decode(args: NodeArgs) -> anyhow::Result<()> {
         engine: node_engine(&args),
         machine,
         receiver: ridge_kvtransfer::ReceiverConfig::default(),
+        record: args.record.options(),
     };
     block_on(&args.supervision, |shutdown| ridge_decode_node::shell::run(options, shutdown))
 }

@@ -14,6 +14,7 @@ pub mod machine;
 pub mod model;
 pub mod page;
 pub mod plan;
+pub mod record;
 pub mod sampling;
 pub mod stats;
 pub mod time;

@@ -56,4 +56,6 @@ pub struct NodeStats {
     pub steps: u64,
     /// Time spent in engine passes, in microseconds.
     pub busy_us: u64,
+    /// Recordings of this process (`--record`) that were given up.
+    pub recordings_stopped: u32,
 }

@@ -18,7 +18,7 @@ pub struct KvPeer {
 }
 
 /// From the prefill scheduler to the sender.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum SendCommand {
     /// Offer a prompt's blocks to a decode node.
     Begin(SendJob),
@@ -50,7 +50,7 @@ pub enum SendCommand {
 }
 
 /// What is offered.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct SendJob {
     /// The transfer.
     pub request: RequestId,
@@ -67,7 +67,7 @@ pub struct SendJob {
 }
 
 /// From the sender to the prefill scheduler.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum SendEvent {
     /// The transfer is over and its blocks may go. Said exactly once per `Begin` that was not cancelled.
     Settled {
@@ -79,7 +79,7 @@ pub enum SendEvent {
 }
 
 /// From the decode scheduler to the receiver.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum ReceiveCommand {
     /// Blocks are reserved for this transfer.
     Expect(ReceiveJob),
@@ -93,7 +93,7 @@ pub enum ReceiveCommand {
 }
 
 /// What is expected.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ReceiveJob {
     /// The transfer.
     pub request: RequestId,
@@ -112,7 +112,7 @@ pub struct ReceiveJob {
 }
 
 /// From the receiver to the decode scheduler.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum ReceiveEvent {
     /// Every granted page landed and verified: the reservation may be committed.
     Landed {
@@ -135,7 +135,7 @@ pub enum ReceiveEvent {
 }
 
 /// How a transfer ended on the sender's side.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Outcome {
     /// The receiver verified and committed everything.
     Committed {

@@ -7,6 +7,7 @@ use ridge_protocol::stats::NodeStats;
 use ridge_protocol::transfer::{ReceiveCommand, ReceiveEvent, ReceiveJob};
 use ridge_protocol::wire::{DecodeRequest, FinishReason, NodeError, NodeToRouter, RouterToNode};
 use ridge_protocol::{BatchPlan, Duration, Instant, Machine, RequestId, TokenOut};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Hashes in one message about the prefix cache.
@@ -15,7 +16,7 @@ const MAX_REPORTED_HASHES: usize = 1 << 15;
 const MIN_REPORT_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What can happen to a decode node.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum DecodeInput {
     /// The router said something.
     Router(RouterToNode),
@@ -39,7 +40,7 @@ pub enum DecodeInput {
 }
 
 /// What a decode node wants done.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub enum DecodeOutput {
     /// Tell the router.
     ToRouter(NodeToRouter),

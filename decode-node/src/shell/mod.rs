@@ -4,6 +4,7 @@ use crate::machine::{DecodeConfig, DecodeInput, DecodeNode, DecodeOutput};
 use bytes::Bytes;
 use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
+use ridge_kvtransfer::shell::record::{RecordError, RecordOptions, Recorded};
 use ridge_kvtransfer::shell::{ControlHandle, Endpoint, EndpointError, KvServer, KvServerEvent, NodeTls, TlsError};
 use ridge_kvtransfer::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput};
 use ridge_model::checkpoint::LoadProgress;
@@ -33,6 +34,8 @@ pub struct DecodeOptions {
     pub machine: DecodeConfig,
     /// Its half of the hand-off.
     pub receiver: ReceiverConfig,
+    /// Where its machines are recorded, if they are.
+    pub record: Option<RecordOptions>,
 }
 
 /// Why a decode node stopped.
@@ -47,6 +50,9 @@ pub enum NodeRunError {
     /// The socket could not be had.
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
+    /// The recording that was asked for could not be begun.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// The engine is gone.
     #[error(transparent)]
     Worker(#[from] WorkerDied),
@@ -100,18 +106,13 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
     });
     let (kv_events, mut from_kv) = mpsc::channel(KV_EVENTS);
     let server = KvServer::new(endpoint.clone(), loaded.identity, kv_events);
+    let (name, record) = (&options.link.name, options.record.as_ref());
+    let machine = Recorded::start(name, config, record)?;
+    let receiver = Recorded::start(name, options.receiver, record)?;
     let mut from_link = link::start(endpoint.clone(), &options.link, hello);
     Status::Ready { role: Role::Decode, name: &options.link.name, addr: endpoint.local_addr(), http: None }.print();
-    let mut shell = Shell {
-        clock: Clock::start(),
-        machine: DecodeNode::new(config),
-        receiver: Receiver::new(options.receiver),
-        worker,
-        server,
-        kv: loaded.kv,
-        router: None,
-        drained: false,
-    };
+    let mut shell =
+        Shell { clock: Clock::start(), machine, receiver, worker, server, kv: loaded.kv, router: None, drained: false };
     let mut shutdown = std::pin::pin!(shutdown);
     let mut drain_until = None;
     loop {
@@ -171,8 +172,8 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
 /// The machines and what their outputs act on.
 struct Shell {
     clock: Clock,
-    machine: DecodeNode,
-    receiver: Receiver,
+    machine: Recorded<DecodeNode>,
+    receiver: Recorded<Receiver>,
     worker: Worker,
     server: KvServer,
     kv: Arc<KvMemory>,
@@ -221,7 +222,11 @@ impl Shell {
             }
             DecodeOutput::ToRouter(mut message) => {
                 match &mut message {
-                    NodeToRouter::Stats(stats) => self.receiver.stats().report(stats),
+                    NodeToRouter::Stats(stats) => {
+                        self.receiver.stats().report(stats);
+                        let stopped = [self.machine.recordings_stopped(), self.receiver.recordings_stopped()];
+                        stats.recordings_stopped = stopped.iter().sum();
+                    }
                     NodeToRouter::Drained => self.drained = true,
                     _ => {}
                 }

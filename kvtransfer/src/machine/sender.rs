@@ -7,10 +7,11 @@ use super::{PageSet, Step, TransferStats};
 use ridge_protocol::transfer::{KvPeer, Outcome, SendCommand, SendEvent, SendJob};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
 use ridge_protocol::{BlockId, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Limits and deadlines of a [`Sender`].
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SenderConfig {
     /// How long an offer waits for its grant. Long enough for the decode node to find free blocks.
     pub offer_deadline: Duration,
@@ -37,7 +38,7 @@ impl Default for SenderConfig {
 }
 
 /// What can happen to a sender.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum SenderInput {
     /// The scheduler speaks.
     Command(SendCommand),
@@ -61,7 +62,7 @@ pub enum SenderInput {
 }
 
 /// What a sender wants done.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize)]
 pub enum SenderOutput {
     /// Say this to a peer.
     Send {

@@ -9,6 +9,7 @@ use ridge_protocol::{
     BatchPlan, BlockHash, Duration, Instant, Machine, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId,
     TokenOut,
 };
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
@@ -18,7 +19,7 @@ const MAX_REPORTED_HASHES: usize = 1 << 15;
 const MIN_REPORT_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What can happen to a prefill node.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum PrefillInput {
     /// The router said something.
     Router(RouterToNode),
@@ -49,7 +50,7 @@ pub enum PrefillInput {
 }
 
 /// What a prefill node wants done.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub enum PrefillOutput {
     /// Tell the router.
     ToRouter(NodeToRouter),
