@@ -113,7 +113,7 @@ impl<'a, W: Write> Report<'a, W> {
                 writeln!(out, "  recording was given up: {reason}")?;
                 "the rest of the run is not in it"
             }
-            End::Unsaid => "it breaks off: the process was killed",
+            End::Unsaid => "it breaks off: the process was killed, or its disk was full",
             End::Wanted => "as far as was asked for",
             End::Panicked(message) => {
                 writeln!(out, "  the machine panics: {message}")?;
