@@ -6,6 +6,8 @@ use crate::bench::{BenchArgs, RooflineArgs};
 use crate::drain::DrainArgs;
 use crate::logging::LogFormat;
 use crate::network::NetworkArgs;
+use crate::record::RecordArgs;
+use crate::replay::ReplayArgs;
 use crate::sim::SimArgs;
 use crate::size::{parse_bytes, parse_count};
 use crate::synth::{Preset, SynthDType};
@@ -48,6 +50,8 @@ pub enum Command {
     Roofline(Box<RooflineArgs>),
     /// Run whole clusters under virtual time, with faults.
     Sim(SimArgs),
+    /// Make the decisions of recorded processes (--record) again and compare them with what was recorded.
+    Replay(ReplayArgs),
     /// Create the cluster's certificate authority or issue a node's certificate, for clusters of several machines.
     Ca(CaArgs),
 }
@@ -91,6 +95,9 @@ pub struct UpArgs {
     /// How the processes talk with one another.
     #[command(flatten)]
     pub network: NetworkArgs,
+    /// Whether decisions are recorded.
+    #[command(flatten)]
+    pub record: RecordArgs,
     /// Write the log of each process to a file in this folder instead of to stderr.
     #[arg(long, value_name = "DIR")]
     pub log_dir: Option<PathBuf>,
@@ -248,6 +255,9 @@ pub struct RouterArgs {
     /// How it talks with the others.
     #[command(flatten)]
     pub network: NetworkArgs,
+    /// Whether decisions are recorded.
+    #[command(flatten)]
+    pub record: RecordArgs,
     /// How it is looked after.
     #[command(flatten)]
     pub supervision: SupervisionArgs,
@@ -310,6 +320,9 @@ pub struct NodeArgs {
     /// How it talks with the others.
     #[command(flatten)]
     pub network: NetworkArgs,
+    /// Whether decisions are recorded.
+    #[command(flatten)]
+    pub record: RecordArgs,
     /// How it is looked after.
     #[command(flatten)]
     pub supervision: SupervisionArgs,

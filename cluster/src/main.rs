@@ -13,6 +13,8 @@ mod drain;
 mod generate;
 mod logging;
 mod network;
+mod record;
+mod replay;
 mod roles;
 mod sim;
 mod size;
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Roofline(args) => bench::run_roofline(&args),
         Command::Sim(args) => sim::run(&args),
+        Command::Replay(args) => replay::run(&args),
         Command::Ca(args) => ca::run(args),
     };
     match done {

@@ -52,6 +52,7 @@ pub fn router(args: RouterArgs) -> anyhow::Result<()> {
         max_model_len: args.max_model_len,
         machine,
         expect_prefill: !args.decode_only,
+        record: args.record.options(),
     };
     block_on(&args.supervision, |shutdown| ridge_router::shell::run(options, shutdown))
 }
@@ -74,6 +75,7 @@ pub fn prefill(args: NodeArgs) -> anyhow::Result<()> {
         engine: node_engine(&args),
         machine,
         sender: ridge_kvtransfer::SenderConfig::default(),
+        record: args.record.options(),
     };
     block_on(&args.supervision, |shutdown| ridge_prefill_node::shell::run(options, shutdown))
 }
@@ -97,6 +99,7 @@ pub fn decode(args: NodeArgs) -> anyhow::Result<()> {
         machine,
         receiver: ridge_kvtransfer::ReceiverConfig::default(),
         sender: ridge_kvtransfer::SenderConfig::default(),
+        record: args.record.options(),
     };
     block_on(&args.supervision, |shutdown| ridge_decode_node::shell::run(options, shutdown))
 }

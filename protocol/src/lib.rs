@@ -15,6 +15,7 @@ pub mod model;
 pub mod pace;
 pub mod page;
 pub mod plan;
+pub mod record;
 pub mod sampling;
 pub mod stats;
 pub mod time;

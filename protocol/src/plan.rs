@@ -2,11 +2,11 @@
 
 use crate::ids::{BlockId, RequestId, TokenId};
 use crate::sampling::SamplingParams;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use std::sync::Arc;
 
 /// One forward pass over a ragged batch: prefill chunks and decode steps are the same thing with other lengths.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct BatchPlan {
     /// Counts plans of one node; comes back with the result.
     pub step: u64,
@@ -15,7 +15,7 @@ pub struct BatchPlan {
 }
 
 /// One sequence's part of a pass.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct PlanItem {
     /// Whose it is.
     pub request: RequestId,
@@ -30,9 +30,10 @@ pub struct PlanItem {
 }
 
 /// How to sample after a plan item's last token.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub struct SampleSpec {
     /// The sequence's parameters.
+    #[serde(serialize_with = "serialize_shared")]
     pub params: Arc<SamplingParams>,
     /// Prompt and generated tokens so far, in order; empty unless `params.needs_history()`.
     pub history: Vec<TokenId>,
@@ -40,6 +41,10 @@ pub struct SampleSpec {
     pub prompt_len: u32,
     /// Position of the token to be drawn (the counter of the generator): the number of tokens before it.
     pub position: u32,
+}
+
+fn serialize_shared<S: Serializer>(params: &Arc<SamplingParams>, serializer: S) -> Result<S::Ok, S::Error> {
+    params.as_ref().serialize(serializer)
 }
 
 /// A sampled token.

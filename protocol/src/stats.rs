@@ -64,4 +64,6 @@ pub struct NodeStats {
     pub busy_us: u64,
     /// How fast the node is.
     pub pace: Pace,
+    /// Recordings of this process (`--record`) that were given up.
+    pub recordings_stopped: u32,
 }

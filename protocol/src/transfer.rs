@@ -18,7 +18,7 @@ pub struct KvPeer {
 }
 
 /// From the scheduler that has the KV to the sender.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum SendCommand {
     /// A prompt waits here that is to be sent: its peer learns that somebody works for it. Before every `Begin`.
     Announce {
@@ -57,7 +57,7 @@ pub enum SendCommand {
 }
 
 /// What is offered.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct SendJob {
     /// The transfer.
     pub request: RequestId,
@@ -74,7 +74,7 @@ pub struct SendJob {
 }
 
 /// From the sender to the scheduler that has the KV.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum SendEvent {
     /// The transfer is over and its blocks may go. Said exactly once per `Announce` that was not cancelled.
     Settled {
@@ -86,7 +86,7 @@ pub enum SendEvent {
 }
 
 /// From the decode scheduler to the receiver.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum ReceiveCommand {
     /// Blocks are reserved for this transfer.
     Expect(ReceiveJob),
@@ -100,7 +100,7 @@ pub enum ReceiveCommand {
 }
 
 /// What is expected.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ReceiveJob {
     /// The transfer.
     pub request: RequestId,
@@ -119,7 +119,7 @@ pub struct ReceiveJob {
 }
 
 /// From the receiver to the decode scheduler.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum ReceiveEvent {
     /// Every granted page landed and verified: the reservation may be committed.
     Landed {
@@ -159,7 +159,7 @@ impl std::ops::Add for TransferTimes {
 }
 
 /// How a transfer ended on the sender's side.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum Outcome {
     /// The receiver verified and committed everything.
     Committed {

@@ -465,6 +465,23 @@ pub fn decode<M: Message>(body: &[u8]) -> Result<M, WireError> {
     Ok(message)
 }
 
+/// Appends any value, for a file: integers take the bytes they need. What crosses a wire goes through [`encode`].
+pub fn pack<T: Serialize>(value: &T, out: &mut Vec<u8>) {
+    bincode::serde::encode_into_std_write(value, out, bincode::config::standard())
+        .expect("derived types can be packed, and a Vec takes everything");
+}
+
+/// Reads a value that [`pack`] has written; every byte string yields a value or an error.
+pub fn unpack<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
+    // Bounds bincode's allocations, as in `decode`.
+    let config = bincode::config::standard().with_limit::<{ crate::record::MAX_FRAME_BYTES }>();
+    let (value, used) = bincode::serde::decode_from_slice(bytes, config).map_err(|e| WireError::Body(e.to_string()))?;
+    if used != bytes.len() {
+        return Err(WireError::Trailing(bytes.len() - used));
+    }
+    Ok(value)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

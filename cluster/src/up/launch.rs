@@ -66,6 +66,10 @@ impl Launch {
         if let Some(folder) = &args.log_dir {
             std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         }
+        if let Some(folder) = &args.record.record {
+            dirs::create_private(folder)?;
+            eprintln!("note: recordings in {} hold users' prompts and answers", folder.display());
+        }
         let data = match &args.data_dir {
             Some(folder) => folder.clone(),
             None => dirs::data()?,
@@ -87,6 +91,7 @@ impl Launch {
         line.flag("--tls-dir", &self.run_dir.path().join(&member.name).display());
         line.flag("--model", &self.model.path);
         line.0.extend(self.args.network.flags());
+        line.0.extend(self.args.record.flags());
         let engine = &self.args.engine;
         line.option("--max-model-len", engine.max_model_len);
         if member.role == Role::Router {

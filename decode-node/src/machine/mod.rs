@@ -4,6 +4,7 @@
 
 mod config;
 mod node;
+mod record;
 mod sequence;
 #[cfg(test)]
 mod tests;

@@ -9,6 +9,7 @@ use ridge_protocol::transfer::{
 };
 use ridge_protocol::wire::{DecodeRequest, FinishReason, NodeError, NodeToRouter, RouterToNode};
 use ridge_protocol::{BatchPlan, Duration, Instant, Machine, RequestId, TokenOut};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Hashes in one message about the prefix cache.
@@ -19,7 +20,7 @@ const MIN_REPORT_INTERVAL: Duration = Duration::from_millis(20);
 const FIRST_PROMPT_TOKENS: u32 = 16;
 
 /// What can happen to a decode node.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum DecodeInput {
     /// The router said something.
     Router(RouterToNode),
@@ -45,7 +46,7 @@ pub enum DecodeInput {
 }
 
 /// What a decode node wants done.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub enum DecodeOutput {
     /// Tell the router.
     ToRouter(NodeToRouter),

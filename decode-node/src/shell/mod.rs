@@ -4,6 +4,7 @@ use crate::machine::{DecodeConfig, DecodeInput, DecodeNode, DecodeOutput};
 use bytes::Bytes;
 use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
+use ridge_kvtransfer::shell::record::{RecordError, RecordOptions, Recorded};
 use ridge_kvtransfer::shell::{
     ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, KvServer, KvServerEvent, NodeTls, TlsError,
 };
@@ -37,6 +38,8 @@ pub struct DecodeOptions {
     pub receiver: ReceiverConfig,
     /// The half by which they leave when the node drains.
     pub sender: SenderConfig,
+    /// Where its machines are recorded, if they are.
+    pub record: Option<RecordOptions>,
 }
 
 /// Why a decode node stopped.
@@ -51,6 +54,9 @@ pub enum NodeRunError {
     /// The socket could not be had.
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
+    /// The recording that was asked for could not be begun.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// The engine is gone.
     #[error(transparent)]
     Worker(#[from] WorkerDied),
@@ -109,13 +115,17 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
     let client = KvClient::new(endpoint.clone(), name, loaded.identity.clone(), sent_events);
     let server = KvServer::new(endpoint.clone(), loaded.identity, kv_events);
     let page_bytes = loaded.kv.page_bytes() as u32;
+    let (name, record) = (&options.link.name, options.record.as_ref());
+    let machine = Recorded::start(name, config, record)?;
+    let receiver = Recorded::start(name, options.receiver, record)?;
+    let sender = Recorded::start(name, SenderConfig { page_bytes, ..options.sender }, record)?;
     let mut from_link = link::start(endpoint.clone(), &options.link, hello);
     Status::Ready { role: Role::Decode, name: &options.link.name, addr: endpoint.local_addr(), http: None }.print();
     let mut shell = Shell {
         clock: Clock::start(),
-        machine: DecodeNode::new(config),
-        receiver: Receiver::new(options.receiver),
-        sender: Sender::new(SenderConfig { page_bytes, ..options.sender }),
+        machine,
+        receiver,
+        sender,
         worker,
         server,
         client,
@@ -193,9 +203,9 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
 /// The machines and what their outputs act on.
 struct Shell {
     clock: Clock,
-    machine: DecodeNode,
-    receiver: Receiver,
-    sender: Sender,
+    machine: Recorded<DecodeNode>,
+    receiver: Recorded<Receiver>,
+    sender: Recorded<Sender>,
     worker: Worker,
     server: KvServer,
     client: KvClient,
@@ -251,7 +261,15 @@ impl Shell {
             DecodeOutput::Send(command) => self.sender.handle(self.clock.now(), SenderInput::Command(command)),
             DecodeOutput::ToRouter(mut message) => {
                 match &mut message {
-                    NodeToRouter::Stats(stats) => (self.receiver.stats() + self.sender.stats()).report(stats),
+                    NodeToRouter::Stats(stats) => {
+                        (self.receiver.stats() + self.sender.stats()).report(stats);
+                        let stopped = [
+                            self.machine.recordings_stopped(),
+                            self.receiver.recordings_stopped(),
+                            self.sender.recordings_stopped(),
+                        ];
+                        stats.recordings_stopped = stopped.iter().sum();
+                    }
                     NodeToRouter::Drained => self.drained = true,
                     _ => {}
                 }

@@ -17,6 +17,7 @@
 //! table with `transitions.txt` beside this file.
 
 pub mod receiver;
+mod record;
 pub mod sender;
 #[cfg(test)]
 mod simulation;

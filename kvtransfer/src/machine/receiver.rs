@@ -9,10 +9,11 @@ use super::{PageSet, Step, TransferStats};
 use ridge_protocol::transfer::{ReceiveCommand, ReceiveEvent, ReceiveJob};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
 use ridge_protocol::{BlockHash, BlockId, Duration, Instant, Machine, NodeName, RequestId, TokenOut, limits};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Limits and deadlines of a [`Receiver`].
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ReceiverConfig {
     /// How long the receiver waits for a sender that shows neither progress nor a sign of life (rule K-11).
     pub lease: Duration,
@@ -37,7 +38,7 @@ impl Default for ReceiverConfig {
 }
 
 /// What can happen to a receiver.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum ReceiverInput {
     /// The scheduler speaks.
     Command(ReceiveCommand),
@@ -73,7 +74,7 @@ pub enum ReceiverInput {
 }
 
 /// What a receiver wants done.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize)]
 pub enum ReceiverOutput {
     /// Say this to a peer.
     Send {

@@ -8,10 +8,11 @@ use super::{PageSet, Step, TransferStats};
 use ridge_protocol::transfer::{KvPeer, Outcome, SendCommand, SendEvent, SendJob, TransferTimes};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
 use ridge_protocol::{BlockId, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Limits and deadlines of a [`Sender`].
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SenderConfig {
     /// How long the sender waits for a receiver that shows neither progress nor a sign of life (rule K-11).
     pub lease: Duration,
@@ -39,7 +40,7 @@ impl Default for SenderConfig {
 }
 
 /// What can happen to a sender.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum SenderInput {
     /// The scheduler speaks.
     Command(SendCommand),
@@ -63,7 +64,7 @@ pub enum SenderInput {
 }
 
 /// What a sender wants done.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize)]
 pub enum SenderOutput {
     /// Say this to a peer.
     Send {

@@ -12,6 +12,7 @@ pub mod endpoint;
 pub mod link;
 pub mod pages;
 pub mod process;
+pub mod record;
 pub mod registry;
 pub mod server;
 pub mod socket;

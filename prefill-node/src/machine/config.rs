@@ -1,9 +1,10 @@
 //! Limits of the prefill node's machine.
 
 use ridge_protocol::Duration;
+use serde::{Deserialize, Serialize};
 
 /// Everything the machine needs to know about its node. The shell fills in what the model decides.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct PrefillConfig {
     /// Blocks in the pool.
     pub blocks: u32,

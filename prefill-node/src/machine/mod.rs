@@ -5,6 +5,7 @@
 
 mod config;
 mod node;
+mod record;
 #[cfg(test)]
 mod tests;
 

@@ -9,6 +9,7 @@ use ridge_protocol::{
     BatchPlan, BlockHash, Duration, Instant, Machine, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId,
     TokenOut,
 };
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ const MIN_REPORT_INTERVAL: Duration = Duration::from_millis(20);
 const MIN_PACE_TOKENS: u32 = 64;
 
 /// What can happen to a prefill node.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum PrefillInput {
     /// The router said something.
     Router(RouterToNode),
@@ -51,7 +52,7 @@ pub enum PrefillInput {
 }
 
 /// What a prefill node wants done.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize)]
 pub enum PrefillOutput {
     /// Tell the router.
     ToRouter(NodeToRouter),

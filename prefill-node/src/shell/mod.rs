@@ -4,6 +4,7 @@ use crate::machine::{PrefillConfig, PrefillInput, PrefillNode, PrefillOutput};
 use bytes::Bytes;
 use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
+use ridge_kvtransfer::shell::record::{RecordError, RecordOptions, Recorded};
 use ridge_kvtransfer::shell::{ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, NodeTls, TlsError};
 use ridge_kvtransfer::{Sender, SenderConfig, SenderInput};
 use ridge_model::checkpoint::LoadProgress;
@@ -32,6 +33,8 @@ pub struct PrefillOptions {
     pub machine: PrefillConfig,
     /// Its half of the hand-off.
     pub sender: SenderConfig,
+    /// Where its machines are recorded, if they are.
+    pub record: Option<RecordOptions>,
 }
 
 /// Why a prefill node stopped.
@@ -46,6 +49,9 @@ pub enum NodeRunError {
     /// The socket could not be had.
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
+    /// The recording that was asked for could not be begun.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// The engine is gone.
     #[error(transparent)]
     Worker(#[from] WorkerDied),
@@ -101,18 +107,14 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
     let (kv_events, mut from_kv) = mpsc::channel(KV_EVENTS);
     let client = KvClient::new(endpoint.clone(), options.link.name.clone(), loaded.identity, kv_events);
     let page_bytes = loaded.kv.page_bytes();
+    let (name, record) = (&options.link.name, options.record.as_ref());
+    let machine = Recorded::start(name, config, record)?;
+    let sender = SenderConfig { page_bytes: page_bytes as u32, ..options.sender };
+    let sender = Recorded::start(name, sender, record)?;
     let mut from_link = link::start(endpoint.clone(), &options.link, hello);
     Status::Ready { role: Role::Prefill, name: &options.link.name, addr: endpoint.local_addr(), http: None }.print();
-    let mut shell = Shell {
-        clock: Clock::start(),
-        machine: PrefillNode::new(config),
-        sender: Sender::new(SenderConfig { page_bytes: page_bytes as u32, ..options.sender }),
-        worker,
-        client,
-        kv: loaded.kv,
-        router: None,
-        drained: false,
-    };
+    let mut shell =
+        Shell { clock: Clock::start(), machine, sender, worker, client, kv: loaded.kv, router: None, drained: false };
     let mut shutdown = std::pin::pin!(shutdown);
     let mut drain_until = None;
     loop {
@@ -175,8 +177,8 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
 /// The machines and what their outputs act on.
 struct Shell {
     clock: Clock,
-    machine: PrefillNode,
-    sender: Sender,
+    machine: Recorded<PrefillNode>,
+    sender: Recorded<Sender>,
     worker: Worker,
     client: KvClient,
     kv: Arc<KvMemory>,
@@ -209,7 +211,11 @@ impl Shell {
             }
             PrefillOutput::ToRouter(mut message) => {
                 match &mut message {
-                    NodeToRouter::Stats(stats) => self.sender.stats().report(stats),
+                    NodeToRouter::Stats(stats) => {
+                        self.sender.stats().report(stats);
+                        let stopped = [self.machine.recordings_stopped(), self.sender.recordings_stopped()];
+                        stats.recordings_stopped = stopped.iter().sum();
+                    }
                     NodeToRouter::Drained => self.drained = true,
                     _ => {}
                 }

@@ -4,6 +4,7 @@
 
 mod node;
 mod placement;
+mod record;
 mod router;
 mod sequence;
 #[cfg(test)]

@@ -3,13 +3,14 @@
 use ridge_protocol::stats::NodeStats;
 use ridge_protocol::wire::{FinishReason, NodeHello, NodeToRouter, Receipt, RouterToNode};
 use ridge_protocol::{Duration, NodeId, SamplingParams, TokenId, TokenOut};
+use serde::{Deserialize, Serialize};
 
 /// One submitted sequence as the HTTP side numbers it. A request with `n = 3` is three of them.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 pub struct ClientId(pub u64);
 
 /// Limits and deadlines of the router's machine.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct RouterConfig {
     /// Sequences that may be in flight or waiting for a node; one more is refused as overloaded.
     pub max_in_flight: usize,
@@ -28,7 +29,7 @@ pub struct RouterConfig {
 }
 
 /// What a model is recognised by.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ModelDigests {
     /// Of the weights.
     pub weights: [u8; 32],
@@ -52,7 +53,7 @@ impl Default for RouterConfig {
 }
 
 /// A sequence to be served.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Submit {
     /// Chosen by the HTTP side, never reused.
     pub client: ClientId,
@@ -67,7 +68,7 @@ pub struct Submit {
 }
 
 /// What can happen to the router.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum RouterInput {
     /// The HTTP side wants a sequence served.
     Submit(Submit),
@@ -101,7 +102,7 @@ pub enum RouterInput {
 }
 
 /// What the router wants done.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize)]
 pub enum RouterOutput {
     /// Tell a node.
     Send {
@@ -130,7 +131,7 @@ pub enum RouterOutput {
 
 /// What a client's answer is made of: any number of tokens in order without a gap or duplicate, then exactly one
 /// `Finished` or `Failed`.
-#[derive(Clone, PartialEq, Debug)]
+#[derive(Clone, PartialEq, Debug, Serialize)]
 pub enum ReplyEvent {
     /// The next token of the answer.
     Token {
@@ -153,7 +154,7 @@ pub enum ReplyEvent {
 }
 
 /// Token counts of one sequence.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct Usage {
     /// Prompt length.
     pub prompt_tokens: u32,
@@ -166,7 +167,7 @@ pub struct Usage {
 }
 
 /// Why a sequence was not served.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, thiserror::Error)]
 pub enum RouterError {
     /// The request can never be served as it stands (HTTP 400).
     #[error("{0}")]

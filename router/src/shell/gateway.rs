@@ -31,6 +31,8 @@ pub struct ClusterView {
     pub nodes: Vec<NodeView>,
     /// The router's own counters.
     pub router: RouterStats,
+    /// Recordings of the router (`--record`) that were given up.
+    pub recordings_stopped: u32,
 }
 
 /// A cloneable handle on the router's loop.

@@ -6,6 +6,7 @@ use super::probe::Probe;
 use super::served::Served;
 use crate::machine::{ClientId, ModelDigests, ReplyEvent, Router, RouterConfig, RouterInput, RouterOutput};
 use ridge_kvtransfer::shell::process::{Clock, Status};
+use ridge_kvtransfer::shell::record::{RecordError, RecordOptions, Recorded};
 use ridge_kvtransfer::shell::{
     ConnId, ControlServer, ControlServerEvent, Endpoint, EndpointError, NodeTls, TlsError, TransportOptions,
 };
@@ -51,6 +52,8 @@ pub struct RouterOptions {
     pub machine: RouterConfig,
     /// The cluster is meant to have prefill nodes: without one it is not ready.
     pub expect_prefill: bool,
+    /// Where its machine is recorded, if it is.
+    pub record: Option<RecordOptions>,
 }
 
 /// Why a router stopped.
@@ -65,6 +68,9 @@ pub enum RouterRunError {
     /// The UDP socket could not be had.
     #[error(transparent)]
     Endpoint(#[from] EndpointError),
+    /// The recording that was asked for could not be begun.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// The HTTP port could not be had.
     #[error("cannot listen on {addr}: {error}; choose another with --port, or stop what uses it")]
     Listen {
@@ -110,6 +116,9 @@ pub async fn run(options: RouterOptions, shutdown: impl Future<Output = ()>) -> 
         }),
         ..options.machine
     };
+    // Dispatch numbers of a restarted router lie above its predecessor's: one per nanosecond cannot be reached.
+    let first_request = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64);
+    let machine = Recorded::start(&options.name, (machine, first_request), options.record.as_ref())?;
     let probe = Probe::new(golden_prompt(&checkpoint), options.expect_prefill);
 
     let (requests, mut from_gateway) = mpsc::channel(REQUESTS);
@@ -126,11 +135,9 @@ pub async fn run(options: RouterOptions, shutdown: impl Future<Output = ()>) -> 
     let addr = endpoint.local_addr();
     Status::Ready { role: Role::Router, name: &options.name, addr, http: Some(http_addr) }.print();
 
-    // Dispatch numbers of a restarted router lie above its predecessor's: one per nanosecond cannot be reached.
-    let first_request = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_nanos() as u64);
     let mut shell = Shell {
         clock: Clock::start(),
-        machine: Router::new(machine, first_request),
+        machine,
         server,
         connections: BTreeMap::new(),
         next_node: 0,
@@ -188,7 +195,7 @@ fn golden_prompt(checkpoint: &Checkpoint) -> Vec<TokenId> {
 /// The machine and what its outputs act on.
 struct Shell {
     clock: Clock,
-    machine: Router,
+    machine: Recorded<Router>,
     server: ControlServer,
     /// Connections by node number.
     connections: BTreeMap<NodeId, ConnId>,
@@ -309,7 +316,13 @@ impl Shell {
         let mut nodes = self.machine.nodes();
         nodes.sort_by(|a, b| a.hello.name.cmp(&b.hello.name));
         let (ready, reason) = self.probe.state();
-        ClusterView { ready, not_ready_reason: reason.into(), nodes, router: self.machine.stats() }
+        ClusterView {
+            ready,
+            not_ready_reason: reason.into(),
+            nodes,
+            router: self.machine.stats(),
+            recordings_stopped: self.machine.recordings_stopped(),
+        }
     }
 }
 

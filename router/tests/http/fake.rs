@@ -325,5 +325,6 @@ fn cluster() -> ClusterView {
         not_ready_reason: String::new(),
         nodes: vec![node(1, "decode-0", Role::Decode), node(2, "prefill-0", Role::Prefill)],
         router: RouterStats { finished: 5, ..RouterStats::default() },
+        recordings_stopped: 0,
     }
 }

@@ -2,7 +2,7 @@
 //! the latencies that clients see.
 
 use super::Shared;
-use crate::machine::{NodeView, RouterStats};
+use crate::machine::NodeView;
 use crate::shell::gateway::ClusterView;
 use axum::extract::State;
 use axum::http::header;
@@ -93,14 +93,14 @@ fn render(view: &ClusterView, metrics: &Metrics, version: &str) -> String {
     page.family("ridge_build_info", "gauge", "Always 1; the label is the version.");
     page.sample("ridge_build_info", &[("version", version)], 1);
     nodes(&mut page, &view.nodes);
-    router(&mut page, view.ready, &view.router);
+    router(&mut page, view);
     http(&mut page, metrics);
     page.0
 }
 
 fn nodes(page: &mut Page, nodes: &[NodeView]) {
     type Read = fn(&NodeView) -> u64;
-    let gauges: [(&str, &str, Read); 10] = [
+    let gauges: [(&str, &str, Read); 11] = [
         ("ridge_kv_blocks_total", "KV blocks in the pool.", |n| n.stats.blocks.total.into()),
         ("ridge_kv_blocks_free", "KV blocks without content.", |n| n.stats.blocks.free.into()),
         ("ridge_kv_blocks_cached", "KV blocks kept for prefix reuse, evictable.", |n| n.stats.blocks.cached.into()),
@@ -113,6 +113,9 @@ fn nodes(page: &mut Page, nodes: &[NodeView]) {
         ("ridge_requests_waiting", "Requests waiting for blocks or for a batch.", |n| n.stats.waiting.into()),
         ("ridge_requests_running", "Requests in the running batch.", |n| n.stats.running.into()),
         ("ridge_requests_in_flight", "Sequences dispatched to the node and not over.", |n| n.in_flight.into()),
+        ("ridge_recordings_stopped", "Recordings of the node's machines (--record) that were given up.", |n| {
+            n.stats.recordings_stopped.into()
+        }),
     ];
     let counters: [(&str, &str, Read); 10] = [
         ("ridge_kv_transfers_committed_total", "Hand-offs committed.", |n| n.stats.transfers_committed),
@@ -168,9 +171,10 @@ fn labels(node: &NodeView) -> [(&'static str, &str); 2] {
     [("node", &node.hello.name.0), ("role", node.hello.role.name())]
 }
 
-fn router(page: &mut Page, ready: bool, stats: &RouterStats) {
+fn router(page: &mut Page, view: &ClusterView) {
+    let stats = &view.router;
     page.family("ridge_ready", "gauge", "Whether a prompt passed through the whole cluster since it last changed.");
-    page.sample("ridge_ready", &[], u8::from(ready));
+    page.sample("ridge_ready", &[], u8::from(view.ready));
     let name = "ridge_router_requests_total";
     page.family(name, "counter", "Sequences by how they ended.");
     for (outcome, count) in [("finished", stats.finished), ("failed", stats.failed), ("gone", stats.gone)] {
@@ -185,6 +189,9 @@ fn router(page: &mut Page, ready: bool, stats: &RouterStats) {
     page.sample(name, &[], stats.local_prefills);
     page.family("ridge_router_moved_total", "counter", "Sequences moved between decode nodes with their KV.");
     page.sample("ridge_router_moved_total", &[], stats.moved);
+    let name = "ridge_router_recordings_stopped";
+    page.family(name, "gauge", "Recordings of the router's machine (--record) that were given up.");
+    page.sample(name, &[], view.recordings_stopped);
 }
 
 fn http(page: &mut Page, metrics: &Metrics) {
