@@ -3,7 +3,7 @@
 
 use super::Shared;
 use crate::machine::{NodeView, RouterStats};
-use crate::shell::gateway::ClusterView;
+use crate::shell::gateway::{ClusterView, Health};
 use axum::extract::State;
 use axum::http::header;
 use axum::response::IntoResponse;
@@ -93,7 +93,8 @@ fn render(view: &ClusterView, metrics: &Metrics, version: &str) -> String {
     page.family("ridge_build_info", "gauge", "Always 1; the label is the version.");
     page.sample("ridge_build_info", &[("version", version)], 1);
     nodes(&mut page, &view.nodes);
-    router(&mut page, view.ready, &view.router);
+    health(&mut page, &view.health);
+    router(&mut page, &view.router);
     http(&mut page, metrics);
     page.0
 }
@@ -156,9 +157,14 @@ fn labels(node: &NodeView) -> [(&'static str, &str); 2] {
     [("node", &node.hello.name.0), ("role", node.hello.role.name())]
 }
 
-fn router(page: &mut Page, ready: bool, stats: &RouterStats) {
-    page.family("ridge_ready", "gauge", "Whether a prompt passed through the whole cluster since it last changed.");
-    page.sample("ridge_ready", &[], u8::from(ready));
+fn health(page: &mut Page, health: &Health) {
+    page.family("ridge_ready", "gauge", "Whether /health answers 200: a prompt would be answered.");
+    page.sample("ridge_ready", &[], u8::from(!matches!(health, Health::Unavailable(_))));
+    page.family("ridge_degraded", "gauge", "Whether prompts are answered although a part of the cluster is missing.");
+    page.sample("ridge_degraded", &[], u8::from(matches!(health, Health::Degraded(_))));
+}
+
+fn router(page: &mut Page, stats: &RouterStats) {
     let name = "ridge_router_requests_total";
     page.family(name, "counter", "Sequences by how they ended.");
     for (outcome, count) in [("finished", stats.finished), ("failed", stats.failed), ("gone", stats.gone)] {
