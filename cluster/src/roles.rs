@@ -42,6 +42,7 @@ pub fn router(args: RouterArgs) -> anyhow::Result<()> {
         http: HttpConfig {
             bind: SocketAddr::new(args.http.host, args.http.port),
             api_keys: args.http.keys(),
+            resume: args.http.resume.config(),
             served_model_names: args.http.served_model_name,
             ..HttpConfig::default()
         },

@@ -15,6 +15,7 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 pub struct Client {
     addr: SocketAddr,
     key: Option<String>,
+    headers: Vec<(String, String)>,
 }
 
 /// An answer, complete.
@@ -44,12 +45,19 @@ impl Response {
 impl Client {
     /// For the server at `addr`.
     pub fn new(addr: SocketAddr) -> Self {
-        Self { addr, key: None }
+        Self { addr, key: None, headers: Vec::new() }
     }
 
     /// The same with an API key.
     pub fn with_key(&self, key: &str) -> Self {
         Self { key: Some(key.to_owned()), ..self.clone() }
+    }
+
+    /// The same with another header on every request.
+    pub fn with_header(&self, name: &str, value: &str) -> Self {
+        let mut headers = self.headers.clone();
+        headers.push((name.to_owned(), value.to_owned()));
+        Self { headers, ..self.clone() }
     }
 
     /// `GET path`.
@@ -64,7 +72,15 @@ impl Client {
 
     /// `POST path`, answer to be read as server-sent events.
     pub fn stream(&self, path: &str, body: &Value) -> std::io::Result<Events> {
-        let open = self.send("POST", path, &body.to_string())?;
+        Self::events(self.send("POST", path, &body.to_string())?)
+    }
+
+    /// `GET path`, answer to be read as server-sent events.
+    pub fn get_stream(&self, path: &str) -> std::io::Result<Events> {
+        Self::events(self.send("GET", path, "")?)
+    }
+
+    fn events(open: Open) -> std::io::Result<Events> {
         if open.status != 200 {
             let response = open.read_all()?;
             return Err(std::io::Error::other(format!("status {}: {}", response.status, response.body)));
@@ -77,8 +93,9 @@ impl Client {
         socket.set_read_timeout(Some(TIMEOUT))?;
         socket.set_nodelay(true)?;
         let key = self.key.as_ref().map_or_else(String::new, |key| format!("Authorization: Bearer {key}\r\n"));
+        let headers: String = self.headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
         let request = format!(
-            "{method} {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Type: application/json\r\n{key}\
+            "{method} {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Type: application/json\r\n{key}{headers}\
              Content-Length: {}\r\n\r\n{body}",
             self.addr,
             body.len()
@@ -192,7 +209,12 @@ impl Events {
     }
 
     /// Calls `each` with the data of every event until it returns false (then hangs up) or the stream ends.
-    pub fn for_each(mut self, mut each: impl FnMut(&str) -> bool) -> std::io::Result<()> {
+    pub fn for_each(self, mut each: impl FnMut(&str) -> bool) -> std::io::Result<()> {
+        self.for_each_event(|_, data| each(data))
+    }
+
+    /// The same with the id of every event, which is empty if it has none.
+    pub fn for_each_event(mut self, mut each: impl FnMut(&str, &str) -> bool) -> std::io::Result<()> {
         let mut pending = Vec::new();
         loop {
             let bytes = self.open.read_some()?;
@@ -203,10 +225,10 @@ impl Events {
             while let Some(end) = pending.windows(2).position(|w| w == b"\n\n") {
                 let event: Vec<u8> = pending.drain(..end + 2).collect();
                 let event = String::from_utf8_lossy(&event);
-                for data in event.lines().filter_map(|line| line.strip_prefix("data:")) {
-                    if !each(data.trim_start()) {
-                        return Ok(());
-                    }
+                let field = |name: &str| event.lines().find_map(|line| line.strip_prefix(name)).map(str::trim_start);
+                let Some(data) = field("data:") else { continue };
+                if !each(field("id:").unwrap_or_default(), data) {
+                    return Ok(());
                 }
             }
         }

@@ -2,6 +2,7 @@
 //! the latencies that clients see.
 
 use super::Shared;
+use super::resume::StreamCounts;
 use crate::machine::{NodeView, RouterStats};
 use crate::shell::gateway::{ClusterView, Health};
 use axum::extract::State;
@@ -84,11 +85,11 @@ impl Histogram {
 
 /// `GET /metrics`
 pub(super) async fn show(State(app): State<Shared>) -> impl IntoResponse {
-    let text = render(&app.gateway.view(), &app.metrics, &app.config.version);
+    let text = render(&app.gateway.view(), &app.metrics, app.streams.counts(), &app.config.version);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 
-fn render(view: &ClusterView, metrics: &Metrics, version: &str) -> String {
+fn render(view: &ClusterView, metrics: &Metrics, resumable: StreamCounts, version: &str) -> String {
     let mut page = Page::default();
     page.family("ridge_build_info", "gauge", "Always 1; the label is the version.");
     page.sample("ridge_build_info", &[("version", version)], 1);
@@ -96,6 +97,7 @@ fn render(view: &ClusterView, metrics: &Metrics, version: &str) -> String {
     health(&mut page, &view.health);
     router(&mut page, &view.router);
     http(&mut page, metrics);
+    streams(&mut page, resumable);
     page.0
 }
 
@@ -192,6 +194,18 @@ fn http(page: &mut Page, metrics: &Metrics) {
     for (name, help, histogram) in histograms {
         page.family(name, "histogram", help);
         page.histogram(name, histogram);
+    }
+}
+
+fn streams(page: &mut Page, counts: StreamCounts) {
+    let families = [
+        ("ridge_streams_resumed_total", "counter", "Connections that continued a stream.", counts.resumed),
+        ("ridge_streams_expired_total", "counter", "Streams nobody came back for in time.", counts.expired),
+        ("ridge_streams_detached", "gauge", "Streams kept for clients that are not connected.", counts.detached),
+    ];
+    for (name, kind, help, value) in families {
+        page.family(name, kind, help);
+        page.sample(name, &[], value);
     }
 }
 
