@@ -9,11 +9,13 @@ use crate::network::NetworkArgs;
 use crate::record::RecordArgs;
 use crate::replay::ReplayArgs;
 use crate::sim::SimArgs;
-use crate::size::{parse_bytes, parse_count};
+use crate::size::{parse_bytes, parse_count, parse_duration};
 use crate::synth::{Preset, SynthDType};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ridge_router::shell::http::ResumeConfig;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Ridge: a prefill/decode disaggregated LLM serving cluster.
 #[derive(Parser, Debug)]
@@ -131,6 +133,43 @@ pub struct HttpArgs {
     /// Name of the model in the API; may be given several times, the first is what answers carry.
     #[arg(long, env = "RIDGE_SERVED_MODEL_NAME", value_delimiter = ',', value_name = "NAME")]
     pub served_model_name: Vec<String>,
+    /// Streams that outlive their connection.
+    #[command(flatten)]
+    pub resume: ResumeArgs,
+}
+
+/// What is kept for streaming clients that ask for it (`X-Ridge-Resumable`) when their connection breaks.
+#[derive(Args, Debug, Clone)]
+pub struct ResumeArgs {
+    /// Longest time that a stream is kept for a client to come back, such as 90s. With 0, no stream is kept.
+    #[arg(long, env = "RIDGE_RESUME_GRACE", value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    pub resume_grace: Duration,
+    /// Streams kept at a time. Where there are several API keys, each has half of them at most.
+    #[arg(long, env = "RIDGE_RESUME_STREAMS", value_name = "N", default_value = "512", value_parser = parse_count)]
+    pub resume_streams: usize,
+    /// Memory for the events of one stream. One that its client does not read is cancelled when they take more.
+    #[arg(long, env = "RIDGE_RESUME_BUFFER", value_name = "SIZE", default_value = "1MiB", value_parser = parse_bytes)]
+    pub resume_buffer: u64,
+}
+
+impl ResumeArgs {
+    /// As the HTTP server takes it.
+    pub fn config(&self) -> ResumeConfig {
+        ResumeConfig {
+            max_grace: self.resume_grace,
+            max_streams: self.resume_streams,
+            max_bytes: usize::try_from(self.resume_buffer).unwrap_or(usize::MAX),
+        }
+    }
+
+    /// The same as flags, for a child process.
+    pub fn flags(&self) -> Vec<String> {
+        vec![
+            format!("--resume-grace={}us", self.resume_grace.as_micros()),
+            format!("--resume-streams={}", self.resume_streams),
+            format!("--resume-buffer={}", self.resume_buffer),
+        ]
+    }
 }
 
 /// What an engine is to be like.
@@ -511,6 +550,23 @@ mod tests {
         check("4-6,2,5", "2,4-6");
         for bad in ["", "a", "3-1", "0-999999", "1,,2"] {
             assert!(bad.parse::<CoreList>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_router_keeps_streams_as_up_was_told() {
+        for flags in [&[][..], &["--resume-grace", "0.5s", "--resume-streams", "7", "--resume-buffer", "64KiB"]] {
+            let parse = |command: &[&str], flags: &[String]| {
+                let line = command.iter().map(|word| word.to_string()).chain(flags.iter().cloned());
+                Cli::try_parse_from(line).expect("good flags").command
+            };
+            let flags: Vec<String> = flags.iter().map(|flag| flag.to_string()).collect();
+            let Command::Up(up) = parse(&["cluster", "up", "--local"], &flags) else { panic!("up") };
+            let child = ["cluster", "router", "--tls-dir", "x", "--model", "x"];
+            let Command::Router(router) = parse(&child, &up.http.resume.flags()) else { panic!("router") };
+            let config = router.http.resume.config();
+            assert_eq!(config, up.http.resume.config());
+            assert_eq!(config == ResumeConfig::default(), flags.is_empty());
         }
     }
 

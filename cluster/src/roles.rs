@@ -43,6 +43,7 @@ pub fn router(args: RouterArgs) -> anyhow::Result<()> {
             bind: SocketAddr::new(args.http.host, args.http.port),
             api_keys: args.http.keys(),
             admin_keys: args.http.admin_keys(),
+            resume: args.http.resume.config(),
             served_model_names: args.http.served_model_name,
             ..HttpConfig::default()
         },

@@ -2,11 +2,15 @@
 
 mod support;
 
-use ridge_tests::cluster::Cluster;
+use ridge_tests::cluster::{Cluster, within};
 use ridge_tests::model::prompt;
 use ridge_tests::process::{Kill, signal};
 use serde_json::{Value, json};
+use std::time::Duration;
 use support::{binary, completion, oracle, tiny_llama};
+
+/// The router looks at its nodes ten times a second.
+const SETTLE: Duration = Duration::from_secs(30);
 
 /// Streams a completion and sends a signal to a node when `after` pieces have come.
 fn stream_and_signal(
@@ -80,6 +84,10 @@ fn a_stalled_node_is_noticed_and_its_streams_go_on_elsewhere() {
         // A new request does not wait for it either.
         let answer = cluster.client.post("/v1/completions", &completion(&prompt, 20)).expect("an answer");
         assert_eq!(answer.status, 200, "{node} stalled: {answer:?}");
+        if node == "prefill-0" {
+            let health = || cluster.client.get("/health").expect("the router answers");
+            assert!(within(SETTLE, || health().ok()["status"] == "degraded"), "{:?}", health());
+        }
         signal(stalled, Kill::Continue);
         cluster.wait_healthy();
         cluster.wait_idle();

@@ -2,7 +2,7 @@
 //!
 //! Read [`Cluster`]. Dropping one stops it with Ctrl-C and checks that no process is left.
 
-use crate::http::Client;
+use crate::http::{Client, Response};
 use crate::metrics::Metrics;
 use crate::process::{Kill, Process, signal};
 use std::io::{BufRead, BufReader, Read};
@@ -99,9 +99,10 @@ impl Cluster {
         Metrics::parse(&response.body).expect("is Prometheus text")
     }
 
-    /// Waits until `/health` says 200.
+    /// Waits until `/health` says that nothing is missing.
     pub fn wait_healthy(&self) {
-        let healthy = || self.client.get("/health").is_ok_and(|response| response.status == 200);
+        let ready = |response: Response| response.status == 200 && response.json()["status"] == "ready";
+        let healthy = || self.client.get("/health").is_ok_and(ready);
         assert!(within(SETTLE_TIMEOUT, healthy), "not healthy again\n{}", self.output());
     }
 

@@ -72,7 +72,15 @@ impl Client {
 
     /// `POST path`, answer to be read as server-sent events.
     pub fn stream(&self, path: &str, body: &Value) -> std::io::Result<Events> {
-        let open = self.send("POST", path, &body.to_string())?;
+        Self::events(self.send("POST", path, &body.to_string())?)
+    }
+
+    /// `GET path`, answer to be read as server-sent events.
+    pub fn get_stream(&self, path: &str) -> std::io::Result<Events> {
+        Self::events(self.send("GET", path, "")?)
+    }
+
+    fn events(open: Open) -> std::io::Result<Events> {
         if open.status != 200 {
             let response = open.read_all()?;
             return Err(std::io::Error::other(format!("status {}: {}", response.status, response.body)));
@@ -200,7 +208,12 @@ impl Events {
     }
 
     /// Calls `each` with the data of every event until it returns false (then hangs up) or the stream ends.
-    pub fn for_each(mut self, mut each: impl FnMut(&str) -> bool) -> std::io::Result<()> {
+    pub fn for_each(self, mut each: impl FnMut(&str) -> bool) -> std::io::Result<()> {
+        self.for_each_event(|_, data| each(data))
+    }
+
+    /// The same with the id of every event, which is empty if it has none.
+    pub fn for_each_event(mut self, mut each: impl FnMut(&str, &str) -> bool) -> std::io::Result<()> {
         let mut pending = Vec::new();
         loop {
             let bytes = self.open.read_some()?;
@@ -211,10 +224,10 @@ impl Events {
             while let Some(end) = pending.windows(2).position(|w| w == b"\n\n") {
                 let event: Vec<u8> = pending.drain(..end + 2).collect();
                 let event = String::from_utf8_lossy(&event);
-                for data in event.lines().filter_map(|line| line.strip_prefix("data:")) {
-                    if !each(data.trim_start()) {
-                        return Ok(());
-                    }
+                let field = |name: &str| event.lines().find_map(|line| line.strip_prefix(name)).map(str::trim_start);
+                let Some(data) = field("data:") else { continue };
+                if !each(field("id:").unwrap_or_default(), data) {
+                    return Ok(());
                 }
             }
         }

@@ -99,6 +99,7 @@ impl Launch {
             line.flag("--host", &self.args.http.host);
             line.flag("--port", &http.map_or(self.args.http.port, |http| http.port()));
             self.names.iter().for_each(|name| line.flag("--served-model-name", name));
+            line.0.extend(self.args.http.resume.flags());
             if self.args.prefill == 0 {
                 line.0.push("--decode-only".into());
             }

@@ -107,8 +107,11 @@ impl Router {
         else {
             return;
         };
-        // Both nodes must come to the same end: the shorter context counts, and it counts for both.
         let chosen = placement.prefill.into_iter().chain([placement.decode]);
+        if sequence.pause.is_some_and(|until| now < until) && chosen.clone().any(|id| sequence.avoid.contains(&id)) {
+            return; // Nobody else can be asked, and whoever had no room needs time to make some.
+        }
+        // Both nodes must come to the same end: the shorter context counts, and it counts for both.
         let context = chosen.map(|id| self.nodes[&id].hello.max_model_len).min().expect("a decode node is chosen");
         if sequence.tokens.len() >= context as usize {
             let (given, started) = (sequence.tokens.len(), sequence.next_index() > 0);
@@ -125,6 +128,7 @@ impl Router {
         self.next_request += 1;
         sequence.attempts += 1;
         sequence.drop_early();
+        sequence.pause = None;
         sequence.deadline = now + self.config.progress_deadline;
         let max_tokens = sequence.params.max_tokens.min(context - sequence.prompt_len);
         let only_first = sequence.next_index() + 1 >= max_tokens;
@@ -199,9 +203,9 @@ impl Router {
             let error = RouterError::Failed(format!("gave up after {attempts} attempts: {reason}"));
             return self.fail(client, error);
         }
-        sequence.deadline = now + self.config.placement_deadline;
-        let deadline = sequence.deadline;
-        self.expect_by(deadline);
+        sequence.deadline = sequence.pause.unwrap_or(now) + self.config.placement_deadline;
+        let due = sequence.due();
+        self.expect_by(due);
         self.stats.redispatched += 1;
         self.dispatch(now, client);
     }
@@ -427,10 +431,12 @@ impl Router {
                 self.retry(now, client, Some(id), "the node is draining");
             }
             NodeError::Overloaded(reason) => {
-                let attempts = self.sequences[&client].attempts;
-                if attempts >= self.config.max_attempts {
+                let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
+                if sequence.attempts >= self.config.max_attempts {
                     self.fail(client, RouterError::Overloaded(reason));
                 } else {
+                    let doublings = (sequence.attempts - 1).min(5);
+                    sequence.pause = Some(now + self.config.overload_backoff * (1 << doublings));
                     self.retry(now, client, Some(id), &reason);
                 }
             }
@@ -565,9 +571,12 @@ impl Machine for Router {
         if self.next_check.is_none_or(|check| now < check) {
             return;
         }
-        let late: Vec<ClientId> = self.sequences.values().filter(|s| s.deadline <= now).map(|s| s.client).collect();
+        let late: Vec<ClientId> = self.sequences.values().filter(|s| s.due() <= now).map(|s| s.client).collect();
         for client in late {
-            if self.sequences[&client].dispatch.is_none() {
+            let sequence = self.sequences.get_mut(&client).expect("it was found late");
+            if sequence.pause.take().is_some() {
+                self.dispatch(now, client);
+            } else if sequence.dispatch.is_none() {
                 let waited = self.config.placement_deadline.as_secs();
                 let error = format!("no decode node could be had for {waited} s");
                 self.fail(client, RouterError::Unavailable(error));
@@ -577,7 +586,7 @@ impl Machine for Router {
                 self.retry(now, client, owing, "no sign of life from its nodes");
             }
         }
-        self.next_check = self.sequences.values().map(|s| s.deadline).min();
+        self.next_check = self.sequences.values().map(Sequence::due).min();
         self.say_drained();
     }
 

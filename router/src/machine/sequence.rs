@@ -39,6 +39,8 @@ pub(super) struct Sequence {
     pub attempts: u32,
     /// Nodes that failed it.
     pub avoid: Vec<NodeId>,
+    /// Until then it goes to none of `avoid`: a node had no room for it.
+    pub pause: Option<Instant>,
     /// When to give up waiting: for a node, or for a sign of life.
     pub deadline: Instant,
     /// Tokens that arrived before their turn: the prefill and the decode node speak over different connections.
@@ -87,6 +89,7 @@ impl Sequence {
             dispatch: None,
             attempts: 0,
             avoid: Vec::new(),
+            pause: None,
             deadline,
             early: BTreeMap::new(),
             failed_over: false,
@@ -97,6 +100,11 @@ impl Sequence {
     /// Index of the next token the client waits for.
     pub fn next_index(&self) -> u32 {
         self.tokens.len() as u32 - self.prompt_len
+    }
+
+    /// When it wants to be looked at: no later than its deadline.
+    pub fn due(&self) -> Instant {
+        self.pause.unwrap_or(self.deadline)
     }
 
     /// Takes a token of the present dispatch.

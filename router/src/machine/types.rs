@@ -21,6 +21,8 @@ pub struct RouterConfig {
     pub progress_deadline: Duration,
     /// Dispatches of one sequence before it fails.
     pub max_attempts: u32,
+    /// Pause before a sequence goes to a node again that had no room for it. It doubles with each attempt, up to 32-fold.
+    pub overload_backoff: Duration,
     /// Hashes remembered per node for prefix-aware placement.
     pub max_prefix_hashes: usize,
     /// Digests of the model whose tokenizer the HTTP side uses; a node with another one is refused. `None` takes the
@@ -46,6 +48,7 @@ impl Default for RouterConfig {
             placement_deadline: Duration::from_secs(30),
             progress_deadline: Duration::from_secs(900),
             max_attempts: 4,
+            overload_backoff: Duration::from_millis(100),
             max_prefix_hashes: 1 << 20,
             model: None,
         }

@@ -23,16 +23,31 @@ pub enum GatewayRequest {
 /// The state of the cluster, republished by the router's loop about every 100 ms.
 #[derive(Clone, Debug, Default)]
 pub struct ClusterView {
-    /// A real prompt has passed through prefill, transfer and decode since the topology last changed.
-    pub ready: bool,
-    /// Why not, for `/health`.
-    pub not_ready_reason: String,
+    /// What `/health` says.
+    pub health: Health,
     /// Connected nodes, by name.
     pub nodes: Vec<NodeView>,
     /// The router's own counters.
     pub router: RouterStats,
     /// Recordings of the router (`--record`) that were given up.
     pub recordings_stopped: u32,
+}
+
+/// Whether a prompt would be answered now.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Health {
+    /// Yes, by way of every kind of node that the cluster is meant to have.
+    Ready,
+    /// Yes, but this is missing.
+    Degraded(String),
+    /// No, for this reason.
+    Unavailable(String),
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self::Unavailable("the router has only just started".into())
+    }
 }
 
 /// A cloneable handle on the router's loop.

@@ -1,15 +1,28 @@
-//! The golden prompt: `/health` says ready only after a real prompt has passed through prefill, transfer and decode.
+//! The golden prompt: `/health` says what a real prompt has shown, not what is connected.
+//!
+//! Ready is a cluster through which one has passed by way of prefill, transfer and decode. A decode node serves without
+//! the others too: then the cluster is degraded.
 
-use crate::machine::{ClientId, NodeView, ReplyEvent, Submit};
+use super::gateway::Health;
+use crate::machine::{ClientId, NodeView, ReplyEvent, RouterError, Submit};
 use ridge_protocol::{Role, SamplingParams, TokenId};
+
+/// Said until the first answer.
+const NOT_YET: &str = "no golden prompt has passed yet";
 
 /// Decides when to send a golden prompt and what its answer means.
 #[derive(Debug)]
 pub struct Probe {
     tokens: Vec<TokenId>,
     expect_prefill: bool,
-    ready: bool,
-    reason: String,
+    /// A kind of node of which there is none.
+    missing: Option<Role>,
+    /// A prompt was answered since there is a decode node.
+    serves: bool,
+    /// A prompt passed through every kind of node since none is missing.
+    whole: bool,
+    /// Why the last prompt did not.
+    shortfall: String,
     in_flight: Option<ClientId>,
     /// Probes count down from the top, clients up from one.
     next: u64,
@@ -21,16 +34,24 @@ impl Probe {
         Self {
             tokens,
             expect_prefill,
-            ready: false,
-            reason: "no node has joined".into(),
+            missing: Some(Role::Decode),
+            serves: false,
+            whole: false,
+            shortfall: NOT_YET.into(),
             in_flight: None,
             next: u64::MAX,
         }
     }
 
-    /// Whether the cluster serves, and why not.
-    pub fn state(&self) -> (bool, &str) {
-        (self.ready, &self.reason)
+    /// Whether the cluster serves, and what is wrong.
+    pub fn health(&self) -> Health {
+        match self.missing {
+            Some(Role::Decode) => Health::Unavailable("no decode node is connected".into()),
+            _ if self.serves && self.whole => Health::Ready,
+            _ if !self.serves => Health::Unavailable(self.shortfall.clone()),
+            Some(role) => Health::Degraded(format!("no {role} node is connected: decode nodes compute prompts")),
+            None => Health::Degraded(self.shortfall.clone()),
+        }
     }
 
     /// Whether a reply is for a probe.
@@ -38,7 +59,8 @@ impl Probe {
         client.0 > self.next
     }
 
-    /// A probe to submit now, if one is due; called when a node joins and about every 100 ms. `salt` must be fresh, so that no prefix cache can answer for the wire.
+    /// A probe to submit now, if one is due; called when a node joins and about every 100 ms. `salt` must be fresh, so
+    /// that no prefix cache can answer for the wire.
     pub fn poll(&mut self, nodes: &[NodeView], salt: u64) -> Option<Submit> {
         let has = |role: Role| nodes.iter().any(|n| n.hello.role == role && !n.draining);
         let missing = if !has(Role::Decode) {
@@ -48,15 +70,20 @@ impl Probe {
         } else {
             None
         };
-        if let Some(role) = missing {
-            self.ready = false;
-            self.reason = format!("no {role} node is connected");
+        if missing != self.missing {
+            self.shortfall = NOT_YET.into();
+        }
+        self.missing = missing;
+        self.serves &= missing != Some(Role::Decode);
+        self.whole &= missing.is_none();
+        let nothing_to_learn = match missing {
+            Some(Role::Decode) => true,
+            Some(_) => self.serves,
+            None => self.serves && self.whole,
+        };
+        if nothing_to_learn || self.in_flight.is_some() {
             return None;
         }
-        if self.ready || self.in_flight.is_some() {
-            return None;
-        }
-        self.reason = "the first prompt has not passed yet".into();
         let client = ClientId(self.next);
         self.next -= 1;
         self.in_flight = Some(client);
@@ -71,24 +98,27 @@ impl Probe {
         }
         match event {
             ReplyEvent::Token { .. } => return false,
-            ReplyEvent::Finished { usage, .. } if usage.receipt.transferred > 0 || !self.expect_prefill => {
-                self.ready = true;
-                self.reason.clear();
+            ReplyEvent::Finished { usage, .. } => {
+                self.serves = true;
+                self.whole = usage.receipt.transferred > 0 || !self.expect_prefill;
+                self.shortfall = "the last golden prompt was answered without a KV transfer".into();
             }
-            ReplyEvent::Finished { .. } => {
-                self.reason = "the first prompt was answered without a KV transfer".into();
+            // A cluster that is full of other people's prompts does serve.
+            ReplyEvent::Failed(RouterError::Overloaded(_)) if self.serves => {}
+            ReplyEvent::Failed(error) => {
+                self.serves = false;
+                self.shortfall = format!("the last golden prompt failed: {error}");
             }
-            ReplyEvent::Failed(error) => self.reason = format!("the first prompt failed: {error}"),
         }
         self.in_flight = None;
-        self.ready
+        self.serves && self.whole
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::{RouterError, Usage};
+    use crate::machine::Usage;
     use ridge_protocol::stats::NodeStats;
     use ridge_protocol::wire::{FinishReason, NodeHello, Receipt};
     use ridge_protocol::{ModelIdentity, NodeId, NodeName, TokenOut};
@@ -127,22 +157,33 @@ mod tests {
         (probe, submit.client)
     }
 
+    fn unavailable(reason: &str) -> Health {
+        Health::Unavailable(reason.into())
+    }
+
+    fn degraded(reason: &str) -> Health {
+        Health::Degraded(reason.into())
+    }
+
+    const NO_PREFILL: &str = "no prefill node is connected: decode nodes compute prompts";
+    const NO_TRANSFER: &str = "the last golden prompt was answered without a KV transfer";
+
     #[test]
-    fn no_prompt_is_sent_before_the_nodes_are_there() {
-        let check = |expect_prefill: bool, nodes: &[NodeView], want: Option<&str>| {
+    fn no_prompt_is_sent_before_a_decode_node_is_there() {
+        let check = |expect_prefill: bool, nodes: &[NodeView], sent: bool| {
             let mut probe = Probe::new(vec![1], expect_prefill);
-            assert_eq!(probe.state(), (false, "no node has joined"));
-            assert_eq!(probe.poll(nodes, 7).is_none(), want.is_some());
-            assert_eq!(probe.state(), (false, want.unwrap_or("the first prompt has not passed yet")));
+            assert_eq!(probe.health(), unavailable("no decode node is connected"));
+            assert_eq!(probe.poll(nodes, 7).is_some(), sent);
+            assert_eq!(probe.health(), unavailable(if sent { NOT_YET } else { "no decode node is connected" }));
         };
         let draining = |role| NodeView { draining: true, ..node(role) };
-        check(true, &[], Some("no decode node is connected"));
-        check(true, &[node(Role::Prefill)], Some("no decode node is connected"));
-        check(true, &[node(Role::Decode)], Some("no prefill node is connected"));
-        check(true, &[node(Role::Prefill), draining(Role::Decode)], Some("no decode node is connected"));
-        check(true, &[draining(Role::Prefill), node(Role::Decode)], Some("no prefill node is connected"));
-        check(true, &both(), None);
-        check(false, &[node(Role::Decode)], None);
+        check(true, &[], false);
+        check(true, &[node(Role::Prefill)], false);
+        check(true, &[node(Role::Prefill), draining(Role::Decode)], false);
+        check(true, &[node(Role::Decode)], true);
+        check(true, &[draining(Role::Prefill), node(Role::Decode)], true);
+        check(true, &both(), true);
+        check(false, &[node(Role::Decode)], true);
     }
 
     #[test]
@@ -165,32 +206,74 @@ mod tests {
 
     #[test]
     fn a_prompt_that_passed_makes_ready() {
-        let check = |expect_prefill: bool, event: ReplyEvent, want: (bool, &str)| {
+        let check = |expect_prefill: bool, event: ReplyEvent, want: Health| {
             let (mut probe, client) = sent(expect_prefill);
             let out = TokenOut { token: 1, logprob: None, top: vec![] };
             assert!(!probe.on_reply(client, &ReplyEvent::Token { index: 0, out, usage: Usage::default() }));
-            assert_eq!(probe.on_reply(client, &event), want.0);
-            assert_eq!(probe.state(), want);
-            // Another try follows unless it passed.
-            assert_eq!(probe.poll(&both(), 8).is_none(), want.0);
+            assert_eq!(probe.on_reply(client, &event), want == Health::Ready);
+            assert_eq!(probe.health(), want);
+            // Another try follows unless it passed, and the reason stays until that has an answer.
+            assert_eq!(probe.poll(&both(), 8).is_none(), want == Health::Ready);
+            assert_eq!(probe.health(), want);
         };
-        check(true, finished(3), (true, ""));
-        check(true, finished(0), (false, "the first prompt was answered without a KV transfer"));
-        check(false, finished(0), (true, ""));
+        check(true, finished(3), Health::Ready);
+        check(true, finished(0), degraded(NO_TRANSFER));
+        check(false, finished(0), Health::Ready);
         let failed = ReplyEvent::Failed(RouterError::Failed("gave up".into()));
-        check(true, failed, (false, "the first prompt failed: gave up"));
+        check(true, failed, unavailable("the last golden prompt failed: gave up"));
     }
 
     #[test]
-    fn a_lost_node_ends_readiness_until_a_prompt_passes_again() {
+    fn a_lost_decode_node_ends_service_until_a_prompt_passes_again() {
         let (mut probe, client) = sent(true);
         probe.on_reply(client, &finished(3));
         assert!(probe.poll(&[node(Role::Prefill)], 8).is_none());
-        assert_eq!(probe.state(), (false, "no decode node is connected"));
+        assert_eq!(probe.health(), unavailable("no decode node is connected"));
         let again = probe.poll(&both(), 9).expect("every node is there").client;
         assert_ne!(again, client);
-        assert!(!probe.state().0);
+        assert_eq!(probe.health(), unavailable(NOT_YET));
         assert!(probe.on_reply(again, &finished(3)));
+    }
+
+    #[test]
+    fn without_its_prefill_node_a_cluster_is_degraded() {
+        let (mut probe, client) = sent(true);
+        probe.on_reply(client, &finished(3));
+        // It was served a moment ago: no prompt is needed to know that it still is.
+        assert!(probe.poll(&[node(Role::Decode)], 8).is_none());
+        assert_eq!(probe.health(), degraded(NO_PREFILL));
+        let again = probe.poll(&both(), 9).expect("every node is there").client;
+        assert_eq!(probe.health(), degraded(NOT_YET));
+        assert!(probe.on_reply(again, &finished(3)));
+        assert_eq!(probe.health(), Health::Ready);
+    }
+
+    #[test]
+    fn a_decode_node_alone_serves_when_a_prompt_says_so() {
+        let alone = [node(Role::Decode)];
+        let mut probe = Probe::new(vec![1], true);
+        let first = probe.poll(&alone, 7).expect("a decode node is there").client;
+        assert!(!probe.on_reply(first, &finished(0)));
+        assert_eq!(probe.health(), degraded(NO_PREFILL));
+        assert!(probe.poll(&alone, 8).is_none());
+        // A prompt that went past the prefill node because that came late says nothing about it.
+        let mut probe = Probe::new(vec![1], true);
+        let first = probe.poll(&alone, 7).expect("a decode node is there").client;
+        assert!(probe.poll(&both(), 8).is_none());
+        probe.on_reply(first, &finished(0));
+        assert!(probe.poll(&both(), 9).is_some());
+    }
+
+    #[test]
+    fn a_full_cluster_goes_on_serving() {
+        let (mut probe, client) = sent(true);
+        probe.on_reply(client, &finished(0));
+        let again = probe.poll(&both(), 8).expect("it is not whole").client;
+        probe.on_reply(again, &ReplyEvent::Failed(RouterError::Overloaded("full".into())));
+        assert_eq!(probe.health(), degraded(NO_TRANSFER));
+        let again = probe.poll(&both(), 9).expect("it is not whole").client;
+        probe.on_reply(again, &ReplyEvent::Failed(RouterError::Failed("gave up".into())));
+        assert_eq!(probe.health(), unavailable("the last golden prompt failed: gave up"));
     }
 
     #[test]

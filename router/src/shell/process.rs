@@ -50,7 +50,7 @@ pub struct RouterOptions {
     pub http: HttpConfig,
     /// Limits and deadlines.
     pub machine: RouterConfig,
-    /// The cluster is meant to have prefill nodes: without one it is not ready.
+    /// The cluster is meant to have prefill nodes: without one it is degraded.
     pub expect_prefill: bool,
     /// Where its machine is recorded, if it is.
     pub record: Option<RecordOptions>,
@@ -315,10 +315,8 @@ impl Shell {
     fn view(&self) -> ClusterView {
         let mut nodes = self.machine.nodes();
         nodes.sort_by(|a, b| a.hello.name.cmp(&b.hello.name));
-        let (ready, reason) = self.probe.state();
         ClusterView {
-            ready,
-            not_ready_reason: reason.into(),
+            health: self.probe.health(),
             nodes,
             router: self.machine.stats(),
             recordings_stopped: self.machine.recordings_stopped(),

@@ -5,7 +5,7 @@ use ridge_protocol::transfer::TransferTimes;
 use ridge_protocol::wire::{FinishReason, NodeHello, Receipt};
 use ridge_protocol::{ModelIdentity, NodeId, NodeName, Role, SamplingParams, TokenId, TokenOut};
 use ridge_router::machine::{NodeView, ReplyEvent, RouterError, RouterStats, Submit, Usage};
-use ridge_router::shell::gateway::{ClusterView, Gateway, GatewayRequest};
+use ridge_router::shell::gateway::{ClusterView, Gateway, GatewayRequest, Health};
 use ridge_router::shell::http::{Defaults, HttpConfig, TextModel, TextStream, serve};
 use serde_json::{Map, Value};
 use std::net::SocketAddr;
@@ -321,8 +321,7 @@ fn cluster() -> ClusterView {
         draining: false,
     };
     ClusterView {
-        ready: true,
-        not_ready_reason: String::new(),
+        health: Health::Ready,
         nodes: vec![node(1, "decode-0", Role::Decode), node(2, "prefill-0", Role::Prefill)],
         router: RouterStats { finished: 5, ..RouterStats::default() },
         recordings_stopped: 0,

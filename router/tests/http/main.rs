@@ -6,4 +6,5 @@ mod disconnect;
 mod fake;
 mod operations;
 mod parameters;
+mod resume;
 mod streams;

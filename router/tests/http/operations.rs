@@ -2,7 +2,7 @@
 
 use crate::client::{expect, get, post};
 use crate::fake::{Server, config, say};
-use ridge_router::shell::gateway::ClusterView;
+use ridge_router::shell::gateway::{ClusterView, Health};
 use ridge_router::shell::http::{Defaults, HttpConfig};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -26,9 +26,14 @@ async fn models_are_listed_by_every_name() {
 async fn health_follows_the_cluster() {
     let server = Server::start(say("x")).await;
     expect(get(&server, "/health").await, 200, json!({ "status": "ready" }));
-    let down = ClusterView { not_ready_reason: "no decode node".into(), ..ClusterView::default() };
-    server.view.send_replace(Arc::new(down));
+    let becomes = |health| server.view.send_replace(Arc::new(ClusterView { health, ..ClusterView::default() }));
+    let metrics = async || reqwest::get(server.url("/metrics")).await.unwrap().text().await.unwrap();
+    becomes(Health::Degraded("no prefill node".into()));
+    expect(get(&server, "/health").await, 200, json!({ "status": "degraded", "reason": "no prefill node" }));
+    assert!(metrics().await.contains("\nridge_ready 1\n") && metrics().await.contains("\nridge_degraded 1\n"));
+    becomes(Health::Unavailable("no decode node".into()));
     expect(get(&server, "/health").await, 503, json!({ "status": "unavailable", "reason": "no decode node" }));
+    assert!(metrics().await.contains("\nridge_ready 0\n") && metrics().await.contains("\nridge_degraded 0\n"));
     expect(get(&server, "/live").await, 200, json!({ "status": "live" }));
     expect(get(&server, "/version").await, 200, json!({ "version": "9.9" }));
 }

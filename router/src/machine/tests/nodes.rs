@@ -1,9 +1,9 @@
 //! What the router does when nodes are lost, say nothing, fail or join. Read `bench` first.
 
 use super::bench::*;
-use crate::machine::{ModelDigests, RouterConfig, RouterInput, RouterOutput};
+use crate::machine::{ClientId, ModelDigests, RouterConfig, RouterInput, RouterOutput};
 use ridge_protocol::wire::{FinishReason, NodeError, NodeHello, NodeToRouter, Receipt};
-use ridge_protocol::{Duration, Instant, Machine, ModelIdentity, Role};
+use ridge_protocol::{Duration, Instant, Machine, ModelIdentity, NodeId, Role};
 
 // Nodes that are lost.
 
@@ -268,14 +268,70 @@ fn an_overloaded_node_is_avoided() {
     ]);
 }
 
+/// A node without room is asked again after a second, then two.
+fn patient(max_attempts: u32) -> RouterConfig {
+    RouterConfig { max_attempts, overload_backoff: Duration::from_secs(1), ..RouterConfig::default() }
+}
+
 #[test]
-fn when_all_are_overloaded_the_client_is_told() {
-    let mut bench = Bench::with(RouterConfig { max_attempts: 2, ..RouterConfig::default() }, &["d1"]);
+fn who_had_no_room_gets_time_to_make_some() {
+    let mut bench = Bench::with(patient(4), &["d1"]);
+    bench.submit(1, &[7], 5);
+    bench.seen.clear();
+    let mut now = 0;
+    for (attempt, pause) in [(1, 1), (2, 2), (3, 4)] {
+        bench.fails("d1", attempt, NodeError::Overloaded("full".into()));
+        bench.says(&[&format!("d1 <- cancel r{attempt}")]);
+        assert_eq!(bench.router.poll_timeout(), Some(Instant(0) + Duration::from_secs(now + pause)));
+        bench.at(now + pause - 1);
+        bench.says(&[]);
+        now += pause;
+        bench.at(now);
+        bench.says(&[&format!("d1 <- decode r{}: [7] of 1", attempt + 1)]);
+    }
+    bench.fails("d1", 4, NodeError::Overloaded("full".into()));
+    bench.says(&["d1 <- cancel r4", "c1: overloaded: the cluster is overloaded: full"]);
+}
+
+#[test]
+fn a_node_that_was_not_asked_yet_is_asked_at_once() {
+    let mut bench = Bench::with(patient(9), &["d1", "d2"]);
+    bench.submit(1, &[7], 5);
+    bench.seen.clear();
+    bench.fails("d1", 1, NodeError::Overloaded("full".into()));
+    bench.says(&["d1 <- cancel r1", "d2 <- decode r2: [7] of 1"]);
+    bench.fails("d2", 2, NodeError::Overloaded("full".into()));
+    bench.says(&["d2 <- cancel r2"]);
+    // Nor does one that joins during the pause wait for its end.
+    bench.feed(RouterInput::NodeUp { node: NodeId(13), hello: hello("d3") });
+    bench.says(&["d3 <- welcome d3", "d3 <- decode r3: [7] of 1"]);
+    bench.at(2);
+    bench.says(&[]);
+}
+
+#[test]
+fn a_node_lost_during_the_pause_is_waited_for_like_any_other() {
+    let mut bench = Bench::with(patient(4), &["d1"]);
     bench.submit(1, &[7], 5);
     bench.fails("d1", 1, NodeError::Overloaded("full".into()));
-    bench.says(&["d1 <- decode r1: [7] of 1", "d1 <- cancel r1", "d1 <- decode r2: [7] of 1"]);
-    bench.fails("d1", 2, NodeError::Overloaded("full".into()));
-    bench.says(&["d1 <- cancel r2", "c1: overloaded: the cluster is overloaded: full"]);
+    bench.lost("d1");
+    bench.seen.clear();
+    bench.at(30);
+    bench.says(&[]);
+    bench.at(31);
+    bench.says(&["c1: unavailable: no node is available: no decode node could be had for 30 s"]);
+}
+
+#[test]
+fn a_client_that_leaves_during_the_pause_is_forgotten() {
+    let mut bench = Bench::with(patient(4), &["d1"]);
+    bench.submit(1, &[7], 5);
+    bench.fails("d1", 1, NodeError::Overloaded("full".into()));
+    bench.seen.clear();
+    bench.feed(RouterInput::ClientGone(ClientId(1)));
+    bench.at(1);
+    bench.says(&[]);
+    assert_eq!(bench.router.poll_timeout(), None);
 }
 
 #[test]

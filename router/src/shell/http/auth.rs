@@ -9,7 +9,7 @@ use subtle::ConstantTimeEq;
 pub(super) struct Keys(Vec<(String, Tenant)>);
 
 /// Whose request it is, as far as the prefix cache is concerned.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub(super) struct Tenant(u64);
 
 impl Keys {

@@ -4,6 +4,7 @@ use super::Shared;
 use super::auth::Tenant;
 use super::error::ApiError;
 use super::params::random_u64;
+use super::resume::RESUMABLE;
 use axum::body::Bytes;
 use axum::extract::{FromRequest, MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
@@ -29,6 +30,8 @@ pub(super) struct Caller {
     pub(super) tenant: Tenant,
     /// They want to know where the prompt's KV came from.
     pub(super) wants_receipt: bool,
+    /// For how long they want a stream to be kept.
+    pub(super) resumable: Option<HeaderValue>,
     /// When the request's head was read.
     pub(super) arrived: Instant,
 }
@@ -52,7 +55,8 @@ pub(super) async fn guard(State(app): State<Shared>, mut request: Request, next:
         None => ApiError::unauthorized().into_response(),
         Some(tenant) => {
             let wants_receipt = request.headers().get(RECEIPT).is_some_and(|value| value == "1");
-            let caller = Caller { request_id: request_id.clone(), tenant, wants_receipt, arrived };
+            let resumable = request.headers().get(RESUMABLE).cloned();
+            let caller = Caller { request_id: request_id.clone(), tenant, wants_receipt, resumable, arrived };
             request.extensions_mut().insert(caller);
             next.run(request).await
         }

@@ -98,6 +98,48 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, format!("Unknown path: {method} {path}"), Some("unknown_url"))
     }
 
+    /// 404: no such stream is kept, or it is another tenant's.
+    pub fn stream_not_found(id: &str) -> Self {
+        let message = format!(
+            "No stream {id:?} is kept for this API key: it was not asked to be (X-Ridge-Resumable), or its time is over"
+        );
+        Self::new(StatusCode::NOT_FOUND, message, Some("stream_not_found"))
+    }
+
+    /// 409: a stream of that name is kept.
+    pub fn stream_exists(id: &str) -> Self {
+        let message = format!(
+            "A stream {id:?} is kept already: continue it with GET /v1/streams/{id}, or send another X-Request-Id"
+        );
+        Self::new(StatusCode::CONFLICT, message, Some("stream_exists"))
+    }
+
+    /// 400: the client cannot have seen that event.
+    pub fn event_not_sent(id: &str, last: u64) -> Self {
+        Self::invalid("Last-Event-ID", format!("Stream {id:?} has had no event {last} yet"))
+    }
+
+    /// 410: the stream goes on, but not from there.
+    pub fn event_gone(id: &str, wanted: u64, first: u64) -> Self {
+        let message = format!(
+            "Event {wanted} of stream {id:?} is no longer kept: its buffer was needed for later ones and starts at {first}"
+        );
+        Self::new(StatusCode::GONE, message, Some("event_gone"))
+    }
+
+    /// In a stream: more waits for a reader than may.
+    pub fn stream_not_read(max_bytes: usize) -> Self {
+        let message = format!(
+            "The answer was cancelled: its events were not read, and no more than {max_bytes} bytes are kept (--resume-buffer)"
+        );
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, message, Some("stream_not_read"))
+    }
+
+    /// In a stream: it goes on elsewhere.
+    pub fn stream_taken_over() -> Self {
+        Self::new(StatusCode::CONFLICT, "The stream is continued on another connection", Some("stream_taken_over"))
+    }
+
     /// 405: the path exists, but not for this method.
     pub fn wrong_method(method: &str, path: &str) -> Self {
         Self::new(

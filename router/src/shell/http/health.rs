@@ -1,22 +1,23 @@
 //! `GET /health`, `/live` and `/version`: for load balancers, supervisors and people.
 
 use super::Shared;
+use crate::shell::gateway::Health;
 use axum::Json;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-/// 200 if a real prompt has passed through the whole cluster since it last changed, else 503 with the reason.
+/// 200 if a prompt would be answered, with the reason if the cluster is not what it is meant to be; else 503.
 pub(super) async fn ready(State(app): State<Shared>) -> Response {
-    let view = app.gateway.view();
     if *app.closing.borrow() {
         return unavailable("the server is shutting down");
     }
-    if !view.ready {
-        return unavailable(&view.not_ready_reason);
+    match &app.gateway.view().health {
+        Health::Ready => Json(json!({ "status": "ready" })).into_response(),
+        Health::Degraded(reason) => Json(json!({ "status": "degraded", "reason": reason })).into_response(),
+        Health::Unavailable(reason) => unavailable(reason),
     }
-    Json(json!({ "status": "ready" })).into_response()
 }
 
 /// 200 as long as the process answers at all.

@@ -2,8 +2,9 @@
 //! the latencies that clients see.
 
 use super::Shared;
+use super::resume::StreamCounts;
 use crate::machine::NodeView;
-use crate::shell::gateway::ClusterView;
+use crate::shell::gateway::{ClusterView, Health};
 use axum::extract::State;
 use axum::http::header;
 use axum::response::IntoResponse;
@@ -84,17 +85,19 @@ impl Histogram {
 
 /// `GET /metrics`
 pub(super) async fn show(State(app): State<Shared>) -> impl IntoResponse {
-    let text = render(&app.gateway.view(), &app.metrics, &app.config.version);
+    let text = render(&app.gateway.view(), &app.metrics, app.streams.counts(), &app.config.version);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 
-fn render(view: &ClusterView, metrics: &Metrics, version: &str) -> String {
+fn render(view: &ClusterView, metrics: &Metrics, resumable: StreamCounts, version: &str) -> String {
     let mut page = Page::default();
     page.family("ridge_build_info", "gauge", "Always 1; the label is the version.");
     page.sample("ridge_build_info", &[("version", version)], 1);
     nodes(&mut page, &view.nodes);
+    health(&mut page, &view.health);
     router(&mut page, view);
     http(&mut page, metrics);
+    streams(&mut page, resumable);
     page.0
 }
 
@@ -171,10 +174,15 @@ fn labels(node: &NodeView) -> [(&'static str, &str); 2] {
     [("node", &node.hello.name.0), ("role", node.hello.role.name())]
 }
 
+fn health(page: &mut Page, health: &Health) {
+    page.family("ridge_ready", "gauge", "Whether /health answers 200: a prompt would be answered.");
+    page.sample("ridge_ready", &[], u8::from(!matches!(health, Health::Unavailable(_))));
+    page.family("ridge_degraded", "gauge", "Whether prompts are answered although a part of the cluster is missing.");
+    page.sample("ridge_degraded", &[], u8::from(matches!(health, Health::Degraded(_))));
+}
+
 fn router(page: &mut Page, view: &ClusterView) {
     let stats = &view.router;
-    page.family("ridge_ready", "gauge", "Whether a prompt passed through the whole cluster since it last changed.");
-    page.sample("ridge_ready", &[], u8::from(view.ready));
     let name = "ridge_router_requests_total";
     page.family(name, "counter", "Sequences by how they ended.");
     for (outcome, count) in [("finished", stats.finished), ("failed", stats.failed), ("gone", stats.gone)] {
@@ -210,6 +218,18 @@ fn http(page: &mut Page, metrics: &Metrics) {
     for (name, help, histogram) in histograms {
         page.family(name, "histogram", help);
         page.histogram(name, histogram);
+    }
+}
+
+fn streams(page: &mut Page, counts: StreamCounts) {
+    let families = [
+        ("ridge_streams_resumed_total", "counter", "Connections that continued a stream.", counts.resumed),
+        ("ridge_streams_expired_total", "counter", "Streams nobody came back for in time.", counts.expired),
+        ("ridge_streams_detached", "gauge", "Streams kept for clients that are not connected.", counts.detached),
+    ];
+    for (name, kind, help, value) in families {
+        page.family(name, kind, help);
+        page.sample(name, &[], value);
     }
 }
 

@@ -5,7 +5,8 @@
 //!
 //! A request passes through `edge` (who is it), `chat` or `completions` (what is asked, by way of `request`, `params`
 //! and `messages`), `respond` and `generate` (submit, and read all answers), `answer` and `stop` (text that may be
-//! shown), and leaves by `response` or `sse`. Read [`HttpConfig`] and [`TextModel`] first, then `respond.rs`.
+//! shown), and leaves by `response` or `sse`; `resume` keeps streams whose connection broke. Read [`HttpConfig`] and
+//! [`TextModel`] first, then `respond.rs`.
 
 mod answer;
 mod auth;
@@ -25,6 +26,7 @@ mod params;
 mod request;
 mod respond;
 mod response;
+mod resume;
 mod server;
 mod sse;
 mod stop;
@@ -32,6 +34,7 @@ mod text_model;
 mod tokenize;
 
 pub use error::ApiError;
+pub use resume::ResumeConfig;
 pub use server::serve;
 pub use stop::StopMatcher;
 pub use text_model::{Defaults, TextModel, TextStream};
@@ -42,6 +45,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
 use axum::{Router, middleware};
 use metrics::Metrics;
+use resume::Streams;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -75,6 +79,8 @@ pub struct HttpConfig {
     pub max_tokenizing: usize,
     /// Silence before the first token after which a stream sends a comment.
     pub keep_alive: Duration,
+    /// Streams that outlive their connection.
+    pub resume: ResumeConfig,
     /// How long answers may go on after a shutdown began.
     pub drain_deadline: Duration,
     /// Shown by `/version`, `/metrics` and `system_fingerprint`.
@@ -95,6 +101,7 @@ impl Default for HttpConfig {
             max_connections: 4096,
             max_tokenizing: std::thread::available_parallelism().map_or(2, usize::from),
             keep_alive: Duration::from_secs(15),
+            resume: ResumeConfig::default(),
             drain_deadline: Duration::from_secs(30),
             version: env!("CARGO_PKG_VERSION").into(),
         }
@@ -109,6 +116,7 @@ struct App {
     keys: Keys,
     admins: Keys,
     metrics: Arc<Metrics>,
+    streams: Arc<Streams>,
     /// Turns true when answers are no longer waited for.
     closing: watch::Receiver<bool>,
     /// Bounds the threads that tokenize.
@@ -141,6 +149,7 @@ impl App {
             keys: Keys::new(&config.api_keys),
             admins: Keys::new(&config.admin_keys),
             metrics: Arc::default(),
+            streams: Arc::new(Streams::new(config.resume.clone(), config.api_keys.len())),
             tokenizing: Arc::new(Semaphore::new(config.max_tokenizing)),
             started_at: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
             fingerprint: format!("ridge-{}", config.version),
@@ -175,6 +184,7 @@ fn router(app: Shared) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/streams/{*id}", get(resume::resume).delete(resume::forget))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::retrieve))
         .route("/v1/nodes", get(nodes::list))

@@ -11,7 +11,7 @@ use super::sse::EventStream;
 use super::{App, Shared};
 use axum::Json;
 use axum::response::{IntoResponse, Response};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Bodies up to this long are read and tokenized on the spot (about a millisecond); longer ones would hold up every
 /// stream on the same thread.
@@ -63,6 +63,7 @@ pub(super) fn check_prompt(app: &App, param: &str, tokens: usize) -> Result<(), 
 /// Submits a request and answers it, whole or as a stream.
 pub(super) async fn respond(app: &Shared, caller: &Caller, prepared: Prepared) -> Result<Response, ApiError> {
     let Prepared { dialect, model, prompts, options, delivery } = prepared;
+    let grace = app.streams.grace(caller.resumable.as_ref())?;
     let salt = caller.tenant.salt(options.cache_salt.as_deref());
     let generation = Generation::start(app, prompts, &options, salt, caller.arrived)?;
     let prefix = if dialect == Dialect::Chat { "chatcmpl" } else { "cmpl" };
@@ -75,7 +76,7 @@ pub(super) async fn respond(app: &Shared, caller: &Caller, prepared: Prepared) -
         scored: options.params.logprobs.is_some(),
     };
     if delivery.stream {
-        stream(app, caller, generation, head, delivery).await
+        stream(app, caller, generation, head, delivery, grace).await
     } else {
         whole(app, caller, generation, head).await
     }
@@ -102,6 +103,7 @@ async fn stream(
     mut generation: Generation,
     head: Head,
     delivery: Delivery,
+    grace: Option<Duration>,
 ) -> Result<Response, ApiError> {
     let first = tokio::time::timeout(app.config.keep_alive, generation.next()).await.ok();
     if let Some(Some(Err(error))) = first {
@@ -113,8 +115,11 @@ async fn stream(
         head,
         delivery,
         wants_receipt: caller.wants_receipt,
-        keep_alive: app.config.keep_alive,
+        keep_alive: Some(app.config.keep_alive),
         first,
     };
-    Ok(events.into_response())
+    match grace {
+        None => Ok(events.into_response()),
+        Some(grace) => app.streams.respond(caller.tenant, grace, events),
+    }
 }

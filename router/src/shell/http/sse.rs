@@ -9,7 +9,7 @@ use super::text_model::TextModel;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
-use futures_util::stream;
+use futures_util::{Stream, StreamExt, stream};
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use std::time::Duration;
 const DONE: &[u8] = b"data: [DONE]\n\n";
 /// A comment. Some OpenAI clients choke on comments, some proxies on silence: only sent before the first token, the
 /// one silence that can be long.
-const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
+pub(super) const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
 
 /// The next part of some answer, as [`Generation::next`] returns it.
 pub(super) type Step = Option<Result<(usize, Delta), ApiError>>;
@@ -29,7 +29,8 @@ pub(super) struct EventStream {
     pub(super) head: Head,
     pub(super) delivery: Delivery,
     pub(super) wants_receipt: bool,
-    pub(super) keep_alive: Duration,
+    /// Silence before the first token after which a comment is sent, if ever.
+    pub(super) keep_alive: Option<Duration>,
     /// What came before the headers went out, if anything did.
     pub(super) first: Option<Step>,
 }
@@ -45,20 +46,33 @@ struct Writer {
 impl EventStream {
     /// The HTTP response. Dropping its body drops the generation.
     pub(super) fn into_response(self) -> Response {
+        response(self.into_events())
+    }
+
+    /// The events, some at a time, each complete. Dropping them drops the generation.
+    pub(super) fn into_events(self) -> impl Stream<Item = Bytes> + Send + 'static {
         let opened = vec![false; self.generation.len()];
         let writer = Writer { stream: self, opened, over: false };
-        let events = stream::unfold(writer, |mut writer| async move {
-            let bytes = writer.next().await?;
-            Some((Ok::<_, std::convert::Infallible>(bytes), writer))
-        });
-        let mut response = Response::new(Body::from_stream(events));
-        let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-        // nginx would collect the events otherwise.
-        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-        response
+        stream::unfold(writer, |mut writer| async move { Some((writer.next().await?, writer)) })
     }
+}
+
+/// A response whose body is `events`.
+pub(super) fn response(events: impl Stream<Item = Bytes> + Send + 'static) -> Response {
+    let mut response = Response::new(Body::from_stream(events.map(Ok::<_, std::convert::Infallible>)));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // nginx would collect the events otherwise.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}
+
+/// One event.
+pub(super) fn event(body: &impl Serialize) -> Vec<u8> {
+    let mut out = Vec::new();
+    write_event(&mut out, body);
+    out
 }
 
 impl Writer {
@@ -89,10 +103,10 @@ impl Writer {
             return Some(step);
         }
         let next = self.stream.generation.next();
-        if self.opened.contains(&true) {
-            return Some(next.await);
+        match self.stream.keep_alive {
+            Some(keep_alive) if !self.opened.contains(&true) => tokio::time::timeout(keep_alive, next).await.ok(),
+            _ => Some(next.await),
         }
-        tokio::time::timeout(self.stream.keep_alive, next).await.ok()
     }
 
     fn write_delta(&mut self, out: &mut Vec<u8>, index: usize, delta: &Delta) {
