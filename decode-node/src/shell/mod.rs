@@ -109,6 +109,7 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
         worker,
         server,
         kv: loaded.kv,
+        endpoint: endpoint.clone(),
         router: None,
         drained: false,
     };
@@ -176,6 +177,7 @@ struct Shell {
     worker: Worker,
     server: KvServer,
     kv: Arc<KvMemory>,
+    endpoint: Endpoint,
     router: Option<ControlHandle<NodeToRouter>>,
     drained: bool,
 }
@@ -221,7 +223,10 @@ impl Shell {
             }
             DecodeOutput::ToRouter(mut message) => {
                 match &mut message {
-                    NodeToRouter::Stats(stats) => self.receiver.stats().report(stats),
+                    NodeToRouter::Stats(stats) => {
+                        self.receiver.stats().report(stats);
+                        stats.protocol_errors = self.endpoint.protocol_errors();
+                    }
                     NodeToRouter::Drained => self.drained = true,
                     _ => {}
                 }

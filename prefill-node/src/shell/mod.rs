@@ -111,6 +111,7 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
         worker,
         client,
         kv: loaded.kv,
+        endpoint: endpoint.clone(),
         router: None,
         drained: false,
     };
@@ -181,6 +182,7 @@ struct Shell {
     worker: Worker,
     client: KvClient,
     kv: Arc<KvMemory>,
+    endpoint: Endpoint,
     router: Option<ControlHandle<NodeToRouter>>,
     drained: bool,
 }
@@ -207,7 +209,10 @@ impl Shell {
             }
             PrefillOutput::ToRouter(mut message) => {
                 match &mut message {
-                    NodeToRouter::Stats(stats) => self.sender.stats().report(stats),
+                    NodeToRouter::Stats(stats) => {
+                        self.sender.stats().report(stats);
+                        stats.protocol_errors = self.endpoint.protocol_errors();
+                    }
                     NodeToRouter::Drained => self.drained = true,
                     _ => {}
                 }

@@ -1,6 +1,7 @@
 //! The HTTP side's handle on the router's loop: submit a sequence, read its events, see the cluster.
 
 use crate::machine::{ClientId, NodeView, ReplyEvent, RouterError, RouterStats, Submit};
+use ridge_protocol::stats::ProtocolErrors;
 use ridge_protocol::{SamplingParams, TokenId};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -29,6 +30,8 @@ pub struct ClusterView {
     pub nodes: Vec<NodeView>,
     /// The router's own counters.
     pub router: RouterStats,
+    /// What peers did wrong at the router's endpoint.
+    pub protocol_errors: ProtocolErrors,
 }
 
 /// A cloneable handle on the router's loop.

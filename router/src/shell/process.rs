@@ -131,6 +131,7 @@ pub async fn run(options: RouterOptions, shutdown: impl Future<Output = ()>) -> 
     let mut shell = Shell {
         clock: Clock::start(),
         machine: Router::new(machine, first_request),
+        endpoint: endpoint.clone(),
         server,
         connections: BTreeMap::new(),
         next_node: 0,
@@ -189,6 +190,7 @@ fn golden_prompt(checkpoint: &Checkpoint) -> Vec<TokenId> {
 struct Shell {
     clock: Clock,
     machine: Router,
+    endpoint: Endpoint,
     server: ControlServer,
     /// Connections by node number.
     connections: BTreeMap<NodeId, ConnId>,
@@ -300,7 +302,8 @@ impl Shell {
         let mut nodes = self.machine.nodes();
         nodes.sort_by(|a, b| a.hello.name.cmp(&b.hello.name));
         let (ready, reason) = self.probe.state();
-        ClusterView { ready, not_ready_reason: reason.into(), nodes, router: self.machine.stats() }
+        let (router, protocol_errors) = (self.machine.stats(), self.endpoint.protocol_errors());
+        ClusterView { ready, not_ready_reason: reason.into(), nodes, router, protocol_errors }
     }
 }
 

@@ -9,6 +9,7 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use dashmap::DashMap;
 use ridge_protocol::Role;
+use ridge_protocol::stats::ProtocolErrors;
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -94,6 +95,7 @@ fn render(view: &ClusterView, metrics: &Metrics, version: &str) -> String {
     page.sample("ridge_build_info", &[("version", version)], 1);
     nodes(&mut page, &view.nodes);
     router(&mut page, view.ready, &view.router);
+    protocol_errors(&mut page, view);
     http(&mut page, metrics);
     page.0
 }
@@ -168,6 +170,20 @@ fn router(page: &mut Page, ready: bool, stats: &RouterStats) {
     page.sample("ridge_router_requests_in_flight", &[], stats.in_flight);
     page.family("ridge_router_redispatched_total", "counter", "Dispatches after the first of a sequence.");
     page.sample("ridge_router_redispatched_total", &[], stats.redispatched);
+}
+
+/// What peers did wrong, at the router's endpoint and at every node's.
+fn protocol_errors(page: &mut Page, view: &ClusterView) {
+    let name = "ridge_protocol_errors_total";
+    page.family(name, "counter", "Sessions closed because of what the peer sent or who it was not.");
+    let router = Role::Router.name();
+    let nodes = view.nodes.iter().map(|node| (labels(node), node.stats.protocol_errors));
+    for ([node, role], errors) in nodes.chain([([("node", router), ("role", router)], view.protocol_errors)]) {
+        let ProtocolErrors { handshake, refused, control, page: pages } = errors;
+        for (kind, count) in [("handshake", handshake), ("refused", refused), ("control", control), ("page", pages)] {
+            page.sample(name, &[node, role, ("kind", kind)], count);
+        }
+    }
 }
 
 fn http(page: &mut Page, metrics: &Metrics) {

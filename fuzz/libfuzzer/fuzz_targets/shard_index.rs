@@ -1,0 +1,4 @@
+//! Under libFuzzer: model.safetensors.index.json.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ridge_fuzz::targets::run("shard_index", bytes));

@@ -1,0 +1,302 @@
+//! The machines of both nodes, joined as their shells join them, with an honest engine and hostile peers.
+//!
+//! After everything that a peer can say the invariants hold, and when all peers are gone every block is free or cached.
+
+use super::peers;
+use crate::draw::Draw;
+use ridge_decode_node::machine::{DecodeConfig, DecodeInput, DecodeNode, DecodeOutput};
+use ridge_kvtransfer::{
+    Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput, Sender, SenderConfig, SenderInput, SenderOutput,
+};
+use ridge_prefill_node::machine::{PrefillConfig, PrefillInput, PrefillNode, PrefillOutput};
+use ridge_protocol::stats::NodeStats;
+use ridge_protocol::transfer::{KvPeer, ReceiveCommand};
+use ridge_protocol::{BatchPlan, BlockHash, Duration, Instant, Machine, RequestId, TokenOut};
+use std::collections::BTreeMap;
+
+const BLOCKS: u32 = 24;
+const BLOCK_SIZE: u32 = 4;
+const LAYERS: u32 = 2;
+const MAX_MODEL_LEN: u32 = 64;
+/// A pass takes this long, and whoever waits this often gives up.
+const PASS: Duration = Duration::from_millis(1);
+const DEADLINE: Duration = Duration::from_millis(40);
+/// Passes after which a node without peers must be at rest.
+const SETTLE: usize = 10_000;
+
+/// What the engine answers: a token for everybody who asked for one.
+fn compute(plan: &BatchPlan) -> Vec<(RequestId, TokenOut)> {
+    let token = |request: RequestId| TokenOut {
+        token: (request.0 % u64::from(peers::VOCAB)) as u32,
+        logprob: None,
+        top: Vec::new(),
+    };
+    plan.items.iter().filter(|item| item.sample.is_some()).map(|item| (item.request, token(item.request))).collect()
+}
+
+fn assert_at_rest(stats: &NodeStats) {
+    let counts = stats.blocks;
+    assert_eq!(counts.used + counts.reserved + counts.held, 0, "an idle node holds blocks: {counts:?}");
+    assert_eq!(stats.orphaned_blocks, 0, "blocks were lost");
+}
+
+struct Decode {
+    now: Instant,
+    machine: DecodeNode,
+    receiver: Receiver,
+    plan: Option<BatchPlan>,
+    /// What the receiver was told to expect.
+    expected: BTreeMap<RequestId, (u32, Vec<BlockHash>)>,
+}
+
+impl Decode {
+    fn tell(&mut self, input: DecodeInput) {
+        self.machine.handle(self.now, input);
+        self.pump();
+    }
+
+    fn hear(&mut self, input: ReceiverInput) {
+        self.receiver.handle(self.now, input);
+        self.pump();
+    }
+
+    fn pump(&mut self) {
+        loop {
+            if let Some(output) = self.machine.poll_output() {
+                match output {
+                    DecodeOutput::Run(plan) => assert!(self.plan.replace(plan).is_none(), "two passes at once"),
+                    DecodeOutput::Transfer(command) => {
+                        if let ReceiveCommand::Expect(job) = &command {
+                            self.expected.insert(job.request, (job.tokens, job.hashes.clone()));
+                        }
+                        self.receiver.handle(self.now, ReceiverInput::Command(command));
+                    }
+                    DecodeOutput::ToRouter(_) => {}
+                }
+            } else if let Some(output) = self.receiver.poll_output() {
+                if let ReceiverOutput::Event(event) = output {
+                    self.machine.handle(self.now, DecodeInput::Transfer(event));
+                }
+            } else {
+                break;
+            }
+        }
+        self.machine.check_integrity();
+        self.receiver.check_integrity();
+    }
+
+    fn pass(&mut self) {
+        self.now = self.now + PASS;
+        if let Some(plan) = self.plan.take() {
+            let outputs = compute(&plan);
+            self.tell(DecodeInput::StepDone { step: plan.step, outputs, busy: PASS });
+        }
+        self.machine.handle_timeout(self.now);
+        self.receiver.handle_timeout(self.now);
+        self.pump();
+    }
+
+    /// As the shell lands a page: only where the receiver wants it.
+    fn page(&mut self, draw: &mut Draw<'_>) {
+        let (from, request) = (peers::peer(draw), peers::request(draw));
+        let coordinate = |draw: &mut Draw<'_>, usual| if draw.byte() == 0xff { u32::MAX } else { draw.below(usual) };
+        let (layer, index) = (coordinate(draw, LAYERS + 1), coordinate(draw, 10));
+        if let Some(block) = self.receiver.destination(&from, request, layer, index) {
+            assert!(layer < LAYERS && block.0 < BLOCKS, "a page was to land at layer {layer}, block {block:?}");
+        }
+        let intact = draw.byte() % 16 > 0;
+        self.hear(ReceiverInput::PageLanded { from, request, layer, index, bytes: 64, intact });
+    }
+}
+
+pub(super) fn decode(bytes: &[u8]) {
+    let mut draw = Draw::new(bytes);
+    let mut node = Decode {
+        now: Instant(0),
+        machine: DecodeNode::new(DecodeConfig {
+            blocks: BLOCKS,
+            block_size: BLOCK_SIZE,
+            layers: LAYERS,
+            vocab: peers::VOCAB,
+            max_model_len: MAX_MODEL_LEN,
+            max_num_seqs: 3,
+            max_prefill_tokens: 8,
+            max_waiting: 4,
+            report_interval: DEADLINE,
+            ..DecodeConfig::default()
+        }),
+        receiver: Receiver::new(ReceiverConfig {
+            expect_deadline: DEADLINE,
+            offer_deadline: DEADLINE,
+            progress_deadline: DEADLINE,
+            credit_pages: 4,
+            max_sessions: 4,
+        }),
+        plan: None,
+        expected: BTreeMap::new(),
+    };
+    node.tell(DecodeInput::RouterUp);
+    while !draw.is_over() {
+        match draw.below(16) {
+            0..=4 => {
+                if let Some(message) = peers::router_to_node(&mut draw) {
+                    node.tell(DecodeInput::Router(message));
+                }
+            }
+            5..=8 => {
+                let from = peers::peer(&mut draw);
+                if let Some(message) = peers::sender(&mut draw, |request| node.expected.get(&request).cloned()) {
+                    node.hear(ReceiverInput::Message { from, message });
+                }
+            }
+            9 | 10 => node.page(&mut draw),
+            11..=13 => node.pass(),
+            14 => node.now = node.now + PASS * draw.byte().into(),
+            _ => match draw.below(8) {
+                0 => node.tell(DecodeInput::RouterLost),
+                1 => node.tell(DecodeInput::RouterUp),
+                2 => node.tell(DecodeInput::Shutdown),
+                _ => node.hear(ReceiverInput::PeerLost { peer: peers::peer(&mut draw), reason: "gone".into() }),
+            },
+        }
+    }
+    node.tell(DecodeInput::RouterLost);
+    let rest = |node: &Decode| node.machine.is_idle() && node.receiver.sessions() == 0;
+    for _ in 0..SETTLE {
+        if rest(&node) {
+            break;
+        }
+        node.pass();
+    }
+    assert!(rest(&node), "without peers the node does not come to rest");
+    assert_at_rest(&node.machine.stats());
+}
+
+struct Prefill {
+    now: Instant,
+    machine: PrefillNode,
+    sender: Sender,
+    plan: Option<BatchPlan>,
+}
+
+impl Prefill {
+    fn tell(&mut self, input: PrefillInput) {
+        self.machine.handle(self.now, input);
+        self.pump();
+    }
+
+    fn hear(&mut self, input: SenderInput) {
+        self.sender.handle(self.now, input);
+        self.pump();
+    }
+
+    fn pump(&mut self) {
+        loop {
+            if let Some(output) = self.machine.poll_output() {
+                match output {
+                    PrefillOutput::Run(plan) => assert!(self.plan.replace(plan).is_none(), "two passes at once"),
+                    PrefillOutput::Transfer(command) => self.sender.handle(self.now, SenderInput::Command(command)),
+                    PrefillOutput::ToRouter(_) => {}
+                }
+            } else if let Some(output) = self.sender.poll_output() {
+                match output {
+                    SenderOutput::Event(event) => self.machine.handle(self.now, PrefillInput::Transfer(event)),
+                    SenderOutput::Ship { layer, block, .. } => {
+                        assert!(layer < LAYERS && block.0 < BLOCKS, "page {block:?} of layer {layer} was to be shipped");
+                    }
+                    SenderOutput::Send { .. } => {}
+                }
+            } else {
+                break;
+            }
+        }
+        self.machine.check_integrity();
+        self.sender.check_integrity();
+    }
+
+    fn pass(&mut self) {
+        self.now = self.now + PASS;
+        if let Some(plan) = self.plan.take() {
+            for layer in 0..LAYERS {
+                self.tell(PrefillInput::LayerDone { step: plan.step, layer });
+            }
+            let outputs = compute(&plan);
+            self.tell(PrefillInput::StepDone { step: plan.step, outputs, busy: PASS });
+        }
+        self.machine.handle_timeout(self.now);
+        self.sender.handle_timeout(self.now);
+        self.pump();
+    }
+}
+
+pub(super) fn prefill(bytes: &[u8]) {
+    let mut draw = Draw::new(bytes);
+    let mut node = Prefill {
+        now: Instant(0),
+        machine: PrefillNode::new(PrefillConfig {
+            blocks: BLOCKS,
+            block_size: BLOCK_SIZE,
+            layers: LAYERS,
+            vocab: peers::VOCAB,
+            max_model_len: MAX_MODEL_LEN,
+            max_batched_tokens: 8,
+            max_running: 2,
+            max_waiting: 4,
+            report_interval: DEADLINE,
+            ..PrefillConfig::default()
+        }),
+        sender: Sender::new(SenderConfig {
+            offer_deadline: DEADLINE,
+            progress_deadline: DEADLINE,
+            max_sessions: 4,
+            max_credit: 16,
+            page_bytes: 64,
+        }),
+        plan: None,
+    };
+    node.tell(PrefillInput::RouterUp);
+    while !draw.is_over() {
+        match draw.below(16) {
+            0..=4 => {
+                if let Some(message) = peers::router_to_node(&mut draw) {
+                    node.tell(PrefillInput::Router(message));
+                }
+            }
+            5..=9 => {
+                let from = peers::peer(&mut draw);
+                if let Some(message) = peers::receiver(&mut draw) {
+                    node.hear(SenderInput::Message { from, message });
+                }
+            }
+            10..=13 => node.pass(),
+            14 => node.now = node.now + PASS * draw.byte().into(),
+            _ => match draw.below(8) {
+                0 => node.tell(PrefillInput::RouterLost),
+                1 => node.tell(PrefillInput::RouterUp),
+                2 => node.tell(PrefillInput::Shutdown),
+                3 | 4 => node.hear(SenderInput::PeerUp(peers::peer(&mut draw))),
+                _ => {
+                    let addr = ([127, 0, 0, 1], draw.below(2) as u16).into();
+                    let peer = KvPeer { name: peers::peer(&mut draw), addr };
+                    node.hear(SenderInput::PeerLost { peer, reason: "gone".into() });
+                }
+            },
+        }
+    }
+    node.tell(PrefillInput::RouterLost);
+    let rest = |node: &Prefill| node.machine.is_idle() && node.sender.sessions() == 0;
+    for _ in 0..SETTLE {
+        if rest(&node) {
+            break;
+        }
+        node.pass();
+    }
+    assert!(rest(&node), "without peers the node does not come to rest");
+    assert_at_rest(&node.machine.stats());
+}
+
+/// Programs of some length; what they spell is as good as random.
+pub(super) fn seeds() -> Vec<Vec<u8>> {
+    let mut random = crate::random::Random::new(1);
+    [64, 256, 1024, 4096].map(|len| (0..len).map(|_| random.word() as u8).collect()).to_vec()
+}

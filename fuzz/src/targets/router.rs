@@ -1,0 +1,136 @@
+//! The router's machine among hostile nodes: whatever they say, a client gets a stream without a gap or a duplicate
+//! that ends exactly once.
+
+use super::peers;
+use crate::draw::Draw;
+use ridge_protocol::wire::RouterToNode;
+use ridge_protocol::{Duration, Instant, Machine, NodeId, RequestId, SamplingParams};
+use ridge_router::machine::{ClientId, ReplyEvent, Router, RouterConfig, RouterInput, RouterOutput, Submit};
+use std::collections::{BTreeMap, BTreeSet};
+
+const DEADLINE: Duration = Duration::from_secs(1);
+const STEP: Duration = Duration::from_millis(10);
+
+struct World {
+    now: Instant,
+    router: Router,
+    /// Connected nodes, as the shell knows them.
+    nodes: BTreeSet<NodeId>,
+    /// Requests that a node was told of.
+    requests: Vec<RequestId>,
+    /// Clients that wait, and the index of the token that each waits for.
+    waiting: BTreeMap<ClientId, u32>,
+}
+
+impl World {
+    fn tell(&mut self, input: RouterInput) {
+        self.router.handle(self.now, input);
+        self.pump();
+    }
+
+    fn pump(&mut self) {
+        while let Some(output) = self.router.poll_output() {
+            match output {
+                RouterOutput::Send { message, .. } => {
+                    if let RouterToNode::Prefill(ridge_protocol::wire::PrefillRequest { request, .. })
+                    | RouterToNode::Decode(ridge_protocol::wire::DecodeRequest { request, .. }) = message
+                    {
+                        self.requests.push(request);
+                    }
+                }
+                RouterOutput::Close { node, .. } => drop(self.nodes.remove(&node)),
+                RouterOutput::Reply { client, event } => {
+                    let next = self.waiting.get_mut(&client).expect("nothing follows the end of an answer");
+                    match event {
+                        ReplyEvent::Token { index, .. } => {
+                            assert_eq!(index, *next, "a gap or a duplicate");
+                            *next += 1;
+                        }
+                        ReplyEvent::Finished { usage, .. } => {
+                            assert_eq!(usage.completion_tokens, *next, "the answer is as long as its tokens");
+                            self.waiting.remove(&client);
+                        }
+                        ReplyEvent::Failed(_) => drop(self.waiting.remove(&client)),
+                    }
+                }
+                RouterOutput::Drained => assert!(self.waiting.is_empty(), "drained with answers open"),
+            }
+        }
+        self.router.check_integrity();
+    }
+
+    fn some_node(&self, draw: &mut Draw<'_>) -> Option<NodeId> {
+        let count = self.nodes.len().min(200) as u32;
+        self.nodes.iter().nth(draw.below(count.max(1)) as usize).copied()
+    }
+}
+
+pub(super) fn router(bytes: &[u8]) {
+    let mut draw = Draw::new(bytes);
+    let config = RouterConfig {
+        max_in_flight: 6,
+        placement_deadline: DEADLINE,
+        progress_deadline: DEADLINE,
+        max_prefix_hashes: 16,
+        ..RouterConfig::default()
+    };
+    let mut world = World {
+        now: Instant(0),
+        router: Router::new(config, 0),
+        nodes: BTreeSet::new(),
+        requests: Vec::new(),
+        waiting: BTreeMap::new(),
+    };
+    let (mut next_node, mut next_client) = (0, 0);
+    while !draw.is_over() {
+        match draw.below(16) {
+            0 | 1 => {
+                let node = NodeId(next_node);
+                next_node += 1;
+                world.nodes.insert(node);
+                world.tell(RouterInput::NodeUp { node, hello: peers::hello(&mut draw) });
+            }
+            2 => {
+                if let Some(node) = world.some_node(&mut draw) {
+                    world.nodes.remove(&node);
+                    world.tell(RouterInput::NodeLost { node, reason: "gone".into() });
+                }
+            }
+            3..=5 => {
+                let client = ClientId(next_client);
+                next_client += 1;
+                world.waiting.insert(client, 0);
+                let params = SamplingParams { max_tokens: 1 + draw.below(8), ..peers::params(&mut draw) };
+                let (tokens, salt) = (peers::tokens(&mut draw), draw.below(2).into());
+                world.tell(RouterInput::Submit(Submit { client, tokens, params, salt }));
+            }
+            6 => {
+                let client = ClientId(draw.below(next_client.max(1) as u32).into());
+                world.waiting.remove(&client);
+                world.tell(RouterInput::ClientGone(client));
+            }
+            7 => {
+                world.now = world.now + STEP * draw.byte().into();
+                world.router.handle_timeout(world.now);
+                world.pump();
+            }
+            8 if draw.byte() == 0 => world.tell(RouterInput::Drain),
+            _ => {
+                let latest = world.requests.len().saturating_sub(8);
+                if let Some(node) = world.some_node(&mut draw)
+                    && let Some(message) = peers::node_to_router(&mut draw, &world.requests[latest..])
+                {
+                    world.tell(RouterInput::Node { node, message });
+                }
+            }
+        }
+    }
+    // Nobody says anything more: every answer ends by its deadlines.
+    for node in std::mem::take(&mut world.nodes) {
+        world.tell(RouterInput::NodeLost { node, reason: "over".into() });
+    }
+    world.now = world.now + DEADLINE + STEP;
+    world.router.handle_timeout(world.now);
+    world.pump();
+    assert!(world.waiting.is_empty(), "{} answers never end", world.waiting.len());
+}
