@@ -83,6 +83,7 @@ impl ChatTemplate {
         environment.add_filter("tojson", python::tojson);
         environment.add_filter("fromjson", fromjson);
         environment.add_filter("indent", python::indent);
+        environment.add_filter("format", python::printf);
         environment.add_filter("length", python::length);
         environment.add_filter("count", python::length);
         environment.add_test("iterable", python::is_iterable);
@@ -264,6 +265,24 @@ mod tests {
         assert_eq!(render(inside_macro), Err(TemplateError::Raised("x".into())));
         assert!(matches!(render("{% if %}"), Err(TemplateError::Compile(_))));
         assert!(matches!(render("{{ messages.nothing.here }}"), Err(TemplateError::Render(_))));
+    }
+
+    #[test]
+    fn formats_have_bounded_widths() {
+        check("{{ '%5d|%-3s' | format(3, 'x') }}|{{ '%(a)s' | format(a=1) }}", json!([]), "    3|x  |1");
+        check("{{ '{:>3}{a}'.format(1, a=2) }}", json!([]), "  12");
+        let refused = [
+            "{{ '%99999999999d' | format(1) }}",
+            "{{ '%.99999999999f' | format(1.0) }}",
+            "{{ '{:>99999999999}'.format(1) }}",
+            "{{ 'a\nb' | indent('x' * 99999999) }}",
+            "{{ [1, 2] | tojson(indent='x' * 99999999) }}",
+        ];
+        for source in refused {
+            let template = ChatTemplate::new(source, "", "").expect("compiles");
+            let rendered = template.render(&json!([]), &RenderOptions::default());
+            assert!(matches!(rendered, Err(TemplateError::Render(_))), "{source}");
+        }
     }
 
     #[test]

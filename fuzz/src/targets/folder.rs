@@ -1,9 +1,14 @@
 //! A folder of one small model's files, of which a target damages one.
 
+use ridge_kernels::{Cpu, KvDtype, KvFormat};
 use ridge_model::checkpoint::{Checkpoint, LoadError, LoadOptions, ModelSource, load};
 use ridge_model::detokenize::StreamDecoder;
+use ridge_model::engine::CpuEngine;
+use ridge_model::generate::generate;
+use ridge_model::kv::KvMemory;
 use ridge_model::template::{ChatTemplate, RenderOptions};
 use ridge_model::tokenizer::{EncodeOptions, Tokenizer};
+use ridge_protocol::SamplingParams;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,6 +16,7 @@ use tempfile::TempDir;
 
 /// Tokens of the model: bytes `a` to `z` and a few more.
 pub(super) const VOCAB: usize = 40;
+const BLOCK_SIZE: usize = 4;
 /// Text that a damaged tokenizer is tried on.
 const TEXTS: [&str; 4] = ["", " ab <s> 12\n\n3é😀\u{2581}x", "<|im_start|>aa bb", "\u{0}\u{301}\u{200d}"];
 
@@ -217,9 +223,21 @@ impl Folder {
 /// What a router and a node do with a checkpoint before the first request, and with a request's text.
 pub(super) fn use_checkpoint(checkpoint: &Checkpoint) {
     use_tokenizer(&checkpoint.tokenizer);
+    use_engine(checkpoint);
     if let Some(template) = &checkpoint.template {
         use_template(template);
     }
+}
+
+/// Answers a prompt of a few tokens.
+fn use_engine(checkpoint: &Checkpoint) {
+    let spec = &checkpoint.spec;
+    let format =
+        KvFormat { dtype: KvDtype::F32, kv_heads: spec.kv_heads, head_dim: spec.head_dim, block_size: BLOCK_SIZE };
+    let Ok(kv) = KvMemory::new(format, spec.layers, 4) else { return };
+    let Ok(mut engine) = CpuEngine::new(checkpoint, Arc::new(kv), Cpu::new(1, None), None) else { return };
+    // A context that is too short is refused.
+    let _ = generate(&mut engine, &[1, 2, 3], &SamplingParams::greedy(3), BLOCK_SIZE, 64, &mut |_| true);
 }
 
 pub(super) fn use_tokenizer(tokenizer: &Arc<Tokenizer>) {

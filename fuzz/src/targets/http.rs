@@ -38,7 +38,7 @@ fn post(path: &str, body: &[u8]) {
     stream.set_read_timeout(Some(PATIENCE)).expect("a timeout can be set");
     let head = format!(
         "POST {path} HTTP/1.1\r\nHost: ridge\r\nConnection: close\r\nContent-Type: application/json\r\n\
-         Content-Length: {}\r\n\r\n",
+         X-Ridge-Receipt: 1\r\nContent-Length: {}\r\n\r\n",
         body.len()
     );
     let sent = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body));
@@ -95,7 +95,9 @@ fn answer(submit: &Submit) -> Vec<ReplyEvent> {
     let edge = u32::MAX;
     let receipt =
         Receipt { cached: edge, computed: edge, transferred: edge, recomputed: edge, transfer_bytes: u64::MAX };
-    let usage = |completion_tokens| Usage { prompt_tokens: edge, completion_tokens, cached_tokens: edge, receipt };
+    // The router's machine vouches for these, and for nothing else of what a node says.
+    let prompt_tokens = submit.tokens.len() as u32;
+    let usage = |completion_tokens| Usage { prompt_tokens, completion_tokens, cached_tokens: prompt_tokens, receipt };
     let tokens = (0..VOCAB as u32).chain([VOCAB as u32, edge]).take(submit.params.max_tokens as usize);
     let event = |(index, token)| {
         let logprob = submit.params.logprobs.map(|_| if token % 2 == 0 { f32::NAN } else { -0.5 });

@@ -351,12 +351,13 @@ pub(super) fn packed_seeds() -> Vec<Vec<u8>> {
 }
 
 /// Words of templates, and what is dear: loops, repetition, recursion, formatting.
-pub(super) const TEMPLATE_WORDS: [&str; 40] = [
+pub(super) const TEMPLATE_WORDS: [&str; 44] = [
     "{{ ", " }}", "{% ", " %}", "{%- ", " -%}", "{#", "#}", "for m in messages", "endfor", "if m.role == 'user'",
     "else", "endif", "set x = ", "messages", "tools", "loop.index0", "namespace(a='')", "ns.a", "macro f(n)",
     "endmacro", "f(n + 1)", "| tojson", "| tojson(indent=9999999)", "| indent(99999999)", "| trim", "| length",
     "range(99999999)", "* 99999999999", "~ x", "'%s' % x", "[::-1]", "[:1:0]", ".split('')", ".replace('', 'x')",
     "strftime_now('%Y%9999d')", "raise_exception('no')", "{% generation %}", "| join(x)", "9223372036854775807",
+    "99999999999", "| format(m)", ".format(x)", "| list",
 ];
 
 pub(super) fn template_seeds() -> Vec<Vec<u8>> {
@@ -365,6 +366,7 @@ pub(super) fn template_seeds() -> Vec<Vec<u8>> {
         "{%- if tools %}{{ tools | tojson(indent=2) }}{% endif %}{% set ns = namespace(a='') %}{% for m in messages[::-1] %}\
          {% set ns.a = ns.a ~ m.content %}{% endfor %}{{ ns.a | indent(4) }}",
         "{% macro f(n) %}{{ n }}{% endmacro %}{% for i in range(3) %}{{ f(i) }}{% endfor %}{{ strftime_now('%Y') }}",
+        "{{ '%5d %s' | format(3, 'x') }}{{ '{:>5} {a}'.format(1, a=2) }}{{ ('ab' * 3) | upper }}{{ [1, 2] | join('-') }}",
         "{% for m in messages %}{% if m.tool_calls is defined %}{% for c in m.tool_calls %}{{ c.function.arguments | items | list }}\
          {% endfor %}{% elif m.content is string %}{{ m.content.split('a')[-1].strip() }}{% endif %}{% endfor %}",
     ]
