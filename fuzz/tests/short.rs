@@ -4,11 +4,15 @@ use peak_alloc::PeakAlloc;
 use ridge_fuzz::mutate::Mutator;
 use ridge_fuzz::targets::{TARGETS, Target};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
+
+/// What the latest panic said. Panics that the program catches are no findings, so none is printed.
+static LATEST_PANIC: Mutex<String> = Mutex::new(String::new());
 
 /// What one input may take: far above what any good one does, far below what would hurt a small machine.
 const MAX_MEMORY: usize = 256 << 20;
@@ -27,10 +31,14 @@ fn number(variable: &str, default: u64) -> u64 {
 fn no_input_panics_hangs_or_takes_much_memory() {
     let (seed, times) = (number("RIDGE_FUZZ_SEED", 1), number("RIDGE_FUZZ_TIMES", 1));
     let only = std::env::var("RIDGE_FUZZ_TARGET").ok();
+    std::panic::set_hook(Box::new(|panic| {
+        *LATEST_PANIC.lock().expect("nothing panics while it is held") = panic.to_string();
+    }));
     let mut findings = Vec::new();
     for target in TARGETS.iter().filter(|target| only.as_ref().is_none_or(|name| name == target.name)) {
         findings.extend(campaign(target, seed, u64::from(target.cases) * times));
     }
+    drop(std::panic::take_hook());
     assert!(findings.is_empty(), "{} targets have defects:\n{}", findings.len(), findings.join("\n"));
 }
 
@@ -47,7 +55,8 @@ fn campaign(target: &'static Target, seed: u64, cases: u64) -> Option<String> {
             MEMORY.reset_peak_usage();
             let before = MEMORY.current_usage();
             if catch_unwind(AssertUnwindSafe(|| (target.run)(&input))).is_err() {
-                return Some(format!("{} panics on case {case}: {}", target.name, shown(&input)));
+                let said = LATEST_PANIC.lock().expect("nothing panics while it is held").clone();
+                return Some(format!("{} panics on case {case}: {}\n{said}", target.name, shown(&input)));
             }
             let taken = MEMORY.peak_usage().saturating_sub(before);
             if taken > MAX_MEMORY {

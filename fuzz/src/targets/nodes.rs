@@ -110,6 +110,11 @@ impl Decode {
 }
 
 pub(super) fn decode(bytes: &[u8]) {
+    run_decode(bytes);
+}
+
+/// Runs the program and says what happened in it.
+fn run_decode(bytes: &[u8]) -> NodeStats {
     let mut draw = Draw::new(bytes);
     let mut node = Decode {
         now: Instant(0),
@@ -169,7 +174,10 @@ pub(super) fn decode(bytes: &[u8]) {
         node.pass();
     }
     assert!(rest(&node), "without peers the node does not come to rest");
-    assert_at_rest(&node.machine.stats());
+    let mut stats = node.machine.stats();
+    assert_at_rest(&stats);
+    node.receiver.stats().report(&mut stats);
+    stats
 }
 
 struct Prefill {
@@ -230,6 +238,11 @@ impl Prefill {
 }
 
 pub(super) fn prefill(bytes: &[u8]) {
+    run_prefill(bytes);
+}
+
+/// Runs the program and says what happened in it.
+fn run_prefill(bytes: &[u8]) -> NodeStats {
     let mut draw = Draw::new(bytes);
     let mut node = Prefill {
         now: Instant(0),
@@ -292,11 +305,46 @@ pub(super) fn prefill(bytes: &[u8]) {
         node.pass();
     }
     assert!(rest(&node), "without peers the node does not come to rest");
-    assert_at_rest(&node.machine.stats());
+    let mut stats = node.machine.stats();
+    assert_at_rest(&stats);
+    node.sender.stats().report(&mut stats);
+    stats
 }
 
 /// Programs of some length; what they spell is as good as random.
 pub(super) fn seeds() -> Vec<Vec<u8>> {
     let mut random = crate::random::Random::new(1);
     [64, 256, 1024, 4096].map(|len| (0..len).map(|_| random.word() as u8).collect()).to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mutate::{Mutator, Shape};
+
+    /// What happened in some programs, one after the other.
+    fn all(run: fn(&[u8]) -> NodeStats) -> Vec<NodeStats> {
+        let mut mutator = Mutator::new(1, seeds(), Shape::Bytes);
+        (0..500).map(|_| run(&mutator.next_input())).collect()
+    }
+
+    fn some(stats: &[NodeStats], what: &str, of: fn(&NodeStats) -> u64) {
+        let sum: u64 = stats.iter().map(of).sum();
+        assert!(sum > 0, "no program came to {what}");
+    }
+
+    #[test]
+    fn programs_reach_every_end_of_a_hand_off() {
+        for (name, stats) in [("decode", all(run_decode)), ("prefill", all(run_prefill))] {
+            some(&stats, &format!("{name}: a commit"), |s| s.transfers_committed);
+            some(&stats, &format!("{name}: an abort"), |s| s.transfers_aborted);
+            some(&stats, &format!("{name}: a page"), |s| s.transfer_pages);
+            some(&stats, &format!("{name}: a token"), |s| s.generated_tokens);
+            some(&stats, &format!("{name}: a cached prefix"), |s| s.cached_tokens);
+        }
+        let stats = all(run_decode);
+        some(&stats, "a damaged page", |s| s.digest_failures);
+        some(&stats, "a preemption", |s| s.preemptions);
+        some(&stats, "a prompt computed again", |s| s.recomputed_tokens);
+    }
 }

@@ -5,7 +5,9 @@ use super::peers;
 use crate::draw::Draw;
 use ridge_protocol::wire::RouterToNode;
 use ridge_protocol::{Duration, Instant, Machine, NodeId, RequestId, SamplingParams};
-use ridge_router::machine::{ClientId, ReplyEvent, Router, RouterConfig, RouterInput, RouterOutput, Submit};
+use ridge_router::machine::{
+    ClientId, ReplyEvent, Router, RouterConfig, RouterInput, RouterOutput, RouterStats, Submit,
+};
 use std::collections::{BTreeMap, BTreeSet};
 
 const DEADLINE: Duration = Duration::from_secs(1);
@@ -66,6 +68,11 @@ impl World {
 }
 
 pub(super) fn router(bytes: &[u8]) {
+    run(bytes);
+}
+
+/// Runs the program and says what happened in it.
+fn run(bytes: &[u8]) -> RouterStats {
     let mut draw = Draw::new(bytes);
     let config = RouterConfig {
         max_in_flight: 6,
@@ -133,4 +140,21 @@ pub(super) fn router(bytes: &[u8]) {
     world.router.handle_timeout(world.now);
     world.pump();
     assert!(world.waiting.is_empty(), "{} answers never end", world.waiting.len());
+    world.router.stats()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mutate::{Mutator, Shape};
+
+    #[test]
+    fn programs_reach_every_end_of_an_answer() {
+        let mut mutator = Mutator::new(1, super::super::nodes::seeds(), Shape::Bytes);
+        let stats: Vec<RouterStats> = (0..500).map(|_| run(&mutator.next_input())).collect();
+        let sum = |of: fn(&RouterStats) -> u64| stats.iter().map(of).sum::<u64>();
+        let counts = [sum(|s| s.finished), sum(|s| s.failed), sum(|s| s.gone), sum(|s| s.redispatched)];
+        let tokens = [sum(|s| s.completion_tokens), sum(|s| s.cached_tokens)];
+        assert!(counts.iter().chain(&tokens).all(|count| *count > 0), "{counts:?} {tokens:?}");
+    }
 }
