@@ -93,7 +93,11 @@ fn libfuzzer_has_every_target() {
         let file = folder.join("fuzz_targets").join(format!("{}.rs", target.name));
         let source = std::fs::read_to_string(&file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
         assert!(source.contains(&format!("run(\"{}\", bytes)", target.name)), "{}: {source}", file.display());
-        assert!(manifest.contains(&format!("path = \"fuzz_targets/{}.rs\"", target.name)), "{} is not built", target.name);
+        assert!(
+            manifest.contains(&format!("path = \"fuzz_targets/{}.rs\"", target.name)),
+            "{} is not built",
+            target.name
+        );
     }
     let files = std::fs::read_dir(folder.join("fuzz_targets")).expect("a folder").count();
     assert_eq!(files, TARGETS.len(), "a file without a target");

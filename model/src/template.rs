@@ -84,7 +84,7 @@ impl ChatTemplate {
         environment.add_filter("tojson", python::tojson);
         environment.add_filter("fromjson", fromjson);
         environment.add_filter("indent", python::indent);
-        environment.add_filter("format", python::printf);
+        environment.add_filter("format", python::format);
         environment.add_filter("length", python::length);
         environment.add_filter("count", python::length);
         environment.add_test("iterable", python::is_iterable);

@@ -117,7 +117,8 @@ fn bytes_of(values: &[Value]) -> Vec<Vec<u8>> {
 }
 
 pub(super) fn chat_seeds() -> Vec<Vec<u8>> {
-    let tools = json!([{"type": "function", "function": {"name": "f", "description": "é", "parameters": {"type": "object"}}}]);
+    let tools =
+        json!([{"type": "function", "function": {"name": "f", "description": "é", "parameters": {"type": "object"}}}]);
     bytes_of(&[
         json!({"model": "fuzz", "messages": [{"role": "user", "content": "ab"}], "max_tokens": 60, "n": 2,
             "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": -1, "stop": ["xyz", "q"],

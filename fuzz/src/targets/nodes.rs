@@ -210,7 +210,10 @@ impl Prefill {
                 match output {
                     SenderOutput::Event(event) => self.machine.handle(self.now, PrefillInput::Transfer(event)),
                     SenderOutput::Ship { layer, block, .. } => {
-                        assert!(layer < LAYERS && block.0 < BLOCKS, "page {block:?} of layer {layer} was to be shipped");
+                        assert!(
+                            layer < LAYERS && block.0 < BLOCKS,
+                            "page {block:?} of layer {layer} was to be shipped"
+                        );
                     }
                     SenderOutput::Send { .. } => {}
                 }

@@ -108,7 +108,10 @@ pub(super) fn router_to_node(draw: &mut Draw<'_>) -> Option<RouterToNode> {
 }
 
 /// From a prefill node that says anything. `hashes` are those of a request that the receiver may know.
-pub(super) fn sender(draw: &mut Draw<'_>, known: impl Fn(RequestId) -> Option<(u32, Vec<BlockHash>)>) -> Option<SenderMsg> {
+pub(super) fn sender(
+    draw: &mut Draw<'_>,
+    known: impl Fn(RequestId) -> Option<(u32, Vec<BlockHash>)>,
+) -> Option<SenderMsg> {
     let request = request(draw);
     Some(match draw.below(10) {
         0 => return raw(draw).filter(|message| !matches!(message, SenderMsg::Hello { .. })),
@@ -129,8 +132,7 @@ pub(super) fn receiver(draw: &mut Draw<'_>) -> Option<ReceiverMsg> {
     let request = request(draw);
     Some(match draw.below(10) {
         0 => {
-            return raw(draw)
-                .filter(|message| !matches!(message, ReceiverMsg::Welcome | ReceiverMsg::Refuse { .. }));
+            return raw(draw).filter(|message| !matches!(message, ReceiverMsg::Welcome | ReceiverMsg::Refuse { .. }));
         }
         1 => ReceiverMsg::Abort { request, reason: text(draw) },
         2 | 3 => ReceiverMsg::Commit { request },

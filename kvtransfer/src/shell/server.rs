@@ -69,12 +69,7 @@ impl KvServer {
     pub fn new(endpoint: Endpoint, identity: ModelIdentity, events: mpsc::Sender<KvServerEvent>) -> Self {
         let peers = Peers::default();
         let mut accepted = endpoint.serve(limits::ALPN_KV);
-        let service = Service {
-            identity: Arc::new(identity),
-            peers: peers.clone(),
-            events,
-            endpoint,
-        };
+        let service = Service { identity: Arc::new(identity), peers: peers.clone(), events, endpoint };
         let accepting = tokio::spawn(async move {
             while let Some(conn) = accepted.recv().await {
                 tokio::spawn(service.clone().run(conn));

@@ -1,7 +1,6 @@
 //! Python's spelling of JSON, and its methods that minijinja lacks.
 
-use minijinja::formatting::{self, FormatStyle};
-use minijinja::value::{Kwargs, Rest, Value, ValueKind};
+use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs};
 use minijinja::{Error, ErrorKind, State};
 use std::fmt::Write;
 
@@ -175,16 +174,17 @@ fn indention_of(text: &str) -> Result<String, Error> {
 }
 
 /// Jinja's `format`: printf-style, and of bounded width.
-pub(super) fn printf(text: &str, args: Rest<Value>) -> Result<String, Error> {
-    check_widths(text)?;
-    formatting::format(FormatStyle::Printf, text, &args)
+pub(super) fn format(state: &mut State, text: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    check_widths(text.as_str().unwrap_or_default())?;
+    minijinja::filters::format(state, text, args)
 }
 
 fn check_widths(text: &str) -> Result<(), Error> {
     match text.split(|c: char| !c.is_ascii_digit()).find(|digits| digits.len() > MAX_WIDTH_DIGITS) {
         None => Ok(()),
         Some(width) => {
-            let message = format!("a format string with the number {width}: widths have at most {MAX_WIDTH_DIGITS} digits");
+            let message =
+                format!("a format string with the number {width}: widths have at most {MAX_WIDTH_DIGITS} digits");
             Err(Error::new(ErrorKind::InvalidOperation, message))
         }
     }
