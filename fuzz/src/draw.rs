@@ -27,9 +27,14 @@ impl<'a> Draw<'a> {
         u32::from(self.byte()) % bound
     }
 
+    /// True for one byte in `count`.
+    pub fn one_in(&mut self, count: u32) -> bool {
+        self.below(count) == 0
+    }
+
     /// True for every other byte.
     pub fn coin(&mut self) -> bool {
-        self.byte() % 2 == 1
+        self.one_in(2)
     }
 
     /// Mostly a small number, and now and then one at an edge of its type.

@@ -10,8 +10,9 @@ use ridge_kvtransfer::{
 };
 use ridge_prefill_node::machine::{PrefillConfig, PrefillInput, PrefillNode, PrefillOutput};
 use ridge_protocol::stats::NodeStats;
-use ridge_protocol::transfer::{KvPeer, ReceiveCommand};
-use ridge_protocol::{BatchPlan, BlockHash, Duration, Instant, Machine, RequestId, TokenOut};
+use ridge_protocol::transfer::{KvPeer, ReceiveCommand, ReceiveJob};
+use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
+use ridge_protocol::{BatchPlan, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
 use std::collections::BTreeMap;
 
 const BLOCKS: u32 = 24;
@@ -45,8 +46,19 @@ struct Decode {
     machine: DecodeNode,
     receiver: Receiver,
     plan: Option<BatchPlan>,
-    /// What the receiver was told to expect.
-    expected: BTreeMap<RequestId, (u32, Vec<BlockHash>)>,
+    /// What the receiver was told to expect, and how far an honest prefill node has come with it.
+    expected: BTreeMap<RequestId, Incoming>,
+}
+
+/// A hand-off as an honest prefill node sees it. Random messages alone would never complete one.
+struct Incoming {
+    job: ReceiveJob,
+    offered: bool,
+    /// The first block that was asked for.
+    granted: Option<u32>,
+    /// Pages sent, layer by layer.
+    sent: u32,
+    finished: bool,
 }
 
 impl Decode {
@@ -67,15 +79,23 @@ impl Decode {
                     DecodeOutput::Run(plan) => assert!(self.plan.replace(plan).is_none(), "two passes at once"),
                     DecodeOutput::Transfer(command) => {
                         if let ReceiveCommand::Expect(job) = &command {
-                            self.expected.insert(job.request, (job.tokens, job.hashes.clone()));
+                            let job = job.clone();
+                            let fresh = Incoming { job, offered: false, granted: None, sent: 0, finished: false };
+                            self.expected.insert(fresh.job.request, fresh);
                         }
                         self.receiver.handle(self.now, ReceiverInput::Command(command));
                     }
                     DecodeOutput::ToRouter(_) => {}
                 }
             } else if let Some(output) = self.receiver.poll_output() {
-                if let ReceiverOutput::Event(event) = output {
-                    self.machine.handle(self.now, DecodeInput::Transfer(event));
+                match output {
+                    ReceiverOutput::Event(event) => self.machine.handle(self.now, DecodeInput::Transfer(event)),
+                    ReceiverOutput::Send { message: ReceiverMsg::Grant { request, first_block, .. }, .. } => {
+                        if let Some(incoming) = self.expected.get_mut(&request) {
+                            incoming.granted = Some(first_block);
+                        }
+                    }
+                    ReceiverOutput::Send { .. } => {}
                 }
             } else {
                 break;
@@ -96,6 +116,38 @@ impl Decode {
         self.pump();
     }
 
+    /// What an honest prefill node says next about one of the transfers.
+    fn honest(&mut self, draw: &mut Draw<'_>) {
+        let count = self.expected.len().clamp(1, 256) as u32;
+        let at = draw.below(count) as usize;
+        let Some((&request, incoming)) = self.expected.iter_mut().nth(at) else { return };
+        let job = &incoming.job;
+        let from = job.from.clone();
+        let message = match incoming.granted {
+            None if incoming.offered => return,
+            None => {
+                incoming.offered = true;
+                SenderMsg::Offer { request, tokens: job.tokens, hashes: job.hashes.clone() }
+            }
+            Some(first) => {
+                let blocks = job.blocks.len() as u32 - first;
+                if incoming.sent < LAYERS * blocks {
+                    let (layer, index) = (incoming.sent / blocks, first + incoming.sent % blocks);
+                    incoming.sent += 1;
+                    let intact = !draw.one_in(64);
+                    let landed = ReceiverInput::PageLanded { from, request, layer, index, bytes: 64, intact };
+                    return self.hear(landed);
+                }
+                if incoming.finished {
+                    return;
+                }
+                incoming.finished = true;
+                SenderMsg::Finish { request, pages: incoming.sent.into(), first: peers::token_out(draw) }
+            }
+        };
+        self.hear(ReceiverInput::Message { from, message });
+    }
+
     /// As the shell lands a page: only where the receiver wants it.
     fn page(&mut self, draw: &mut Draw<'_>) {
         let (from, request) = (peers::peer(draw), peers::request(draw));
@@ -104,7 +156,7 @@ impl Decode {
         if let Some(block) = self.receiver.destination(&from, request, layer, index) {
             assert!(layer < LAYERS && block.0 < BLOCKS, "a page was to land at layer {layer}, block {block:?}");
         }
-        let intact = draw.byte() % 16 > 0;
+        let intact = !draw.one_in(16);
         self.hear(ReceiverInput::PageLanded { from, request, layer, index, bytes: 64, intact });
     }
 }
@@ -143,21 +195,26 @@ fn run_decode(bytes: &[u8]) -> NodeStats {
     node.tell(DecodeInput::RouterUp);
     while !draw.is_over() {
         match draw.below(16) {
-            0..=4 => {
+            0..=3 => {
                 if let Some(message) = peers::router_to_node(&mut draw) {
                     node.tell(DecodeInput::Router(message));
                 }
             }
-            5..=8 => {
+            4 | 5 => {
                 let from = peers::peer(&mut draw);
-                if let Some(message) = peers::sender(&mut draw, |request| node.expected.get(&request).cloned()) {
+                let known = |request| {
+                    let incoming = node.expected.get(&request)?;
+                    Some((incoming.job.tokens, incoming.job.hashes.clone()))
+                };
+                if let Some(message) = peers::sender(&mut draw, known) {
                     node.hear(ReceiverInput::Message { from, message });
                 }
             }
-            9 | 10 => node.page(&mut draw),
+            6 => node.page(&mut draw),
+            7..=10 => (0..draw.below(32)).for_each(|_| node.honest(&mut draw)),
             11..=13 => node.pass(),
-            14 => node.now = node.now + PASS * draw.byte().into(),
-            _ => match draw.below(8) {
+            14 => node.now = node.now + PASS * draw.below(32),
+            _ => match draw.below(16) {
                 0 => node.tell(DecodeInput::RouterLost),
                 1 => node.tell(DecodeInput::RouterUp),
                 2 => node.tell(DecodeInput::Shutdown),
@@ -185,6 +242,17 @@ struct Prefill {
     machine: PrefillNode,
     sender: Sender,
     plan: Option<BatchPlan>,
+    /// Offers that were made, and how far an honest decode node has come with them.
+    offered: BTreeMap<RequestId, Outgoing>,
+}
+
+/// A hand-off as an honest decode node sees it.
+struct Outgoing {
+    to: NodeName,
+    granted: bool,
+    /// Pages that came and were not yet given credit for.
+    owed: u32,
+    finished: bool,
 }
 
 impl Prefill {
@@ -209,11 +277,19 @@ impl Prefill {
             } else if let Some(output) = self.sender.poll_output() {
                 match output {
                     SenderOutput::Event(event) => self.machine.handle(self.now, PrefillInput::Transfer(event)),
-                    SenderOutput::Ship { layer, block, .. } => {
+                    SenderOutput::Ship { request, layer, block, .. } => {
                         assert!(
                             layer < LAYERS && block.0 < BLOCKS,
                             "page {block:?} of layer {layer} was to be shipped"
                         );
+                        self.offered.get_mut(&request).expect("shipped after its offer").owed += 1;
+                    }
+                    SenderOutput::Send { to, message: SenderMsg::Offer { request, .. } } => {
+                        let fresh = Outgoing { to: to.name, granted: false, owed: 0, finished: false };
+                        self.offered.insert(request, fresh);
+                    }
+                    SenderOutput::Send { message: SenderMsg::Finish { request, .. }, .. } => {
+                        self.offered.get_mut(&request).expect("finished after its offer").finished = true;
                     }
                     SenderOutput::Send { .. } => {}
                 }
@@ -223,6 +299,25 @@ impl Prefill {
         }
         self.machine.check_integrity();
         self.sender.check_integrity();
+    }
+
+    /// What an honest decode node says next about one of the transfers.
+    fn honest(&mut self, draw: &mut Draw<'_>) {
+        let count = self.offered.len().clamp(1, 256) as u32;
+        let at = draw.below(count) as usize;
+        let Some((&request, outgoing)) = self.offered.iter_mut().nth(at) else { return };
+        let from = outgoing.to.clone();
+        let message = if !outgoing.granted {
+            outgoing.granted = true;
+            ReceiverMsg::Grant { request, first_block: 0, credit: 8 }
+        } else if outgoing.finished {
+            ReceiverMsg::Commit { request }
+        } else if outgoing.owed > 0 {
+            ReceiverMsg::Credit { request, pages: std::mem::take(&mut outgoing.owed) }
+        } else {
+            return;
+        };
+        self.hear(SenderInput::Message { from, message });
     }
 
     fn pass(&mut self) {
@@ -269,6 +364,7 @@ fn run_prefill(bytes: &[u8]) -> NodeStats {
             page_bytes: 64,
         }),
         plan: None,
+        offered: BTreeMap::new(),
     };
     node.tell(PrefillInput::RouterUp);
     while !draw.is_over() {
@@ -278,15 +374,16 @@ fn run_prefill(bytes: &[u8]) -> NodeStats {
                     node.tell(PrefillInput::Router(message));
                 }
             }
-            5..=9 => {
+            5 | 6 => {
                 let from = peers::peer(&mut draw);
                 if let Some(message) = peers::receiver(&mut draw) {
                     node.hear(SenderInput::Message { from, message });
                 }
             }
+            7..=9 => (0..draw.below(8)).for_each(|_| node.honest(&mut draw)),
             10..=13 => node.pass(),
-            14 => node.now = node.now + PASS * draw.byte().into(),
-            _ => match draw.below(8) {
+            14 => node.now = node.now + PASS * draw.below(32),
+            _ => match draw.below(16) {
                 0 => node.tell(PrefillInput::RouterLost),
                 1 => node.tell(PrefillInput::RouterUp),
                 2 => node.tell(PrefillInput::Shutdown),

@@ -55,7 +55,7 @@ pub(super) fn token_out(draw: &mut Draw<'_>) -> TokenOut {
 
 pub(super) fn params(draw: &mut Draw<'_>) -> SamplingParams {
     let plain = SamplingParams { max_tokens: draw.number(), ..SamplingParams::greedy(1) };
-    if draw.byte() % 4 > 0 {
+    if !draw.one_in(4) {
         return plain;
     }
     SamplingParams {
@@ -76,7 +76,7 @@ pub(super) fn params(draw: &mut Draw<'_>) -> SamplingParams {
 }
 
 fn prompt_len(draw: &mut Draw<'_>, tokens: usize) -> u32 {
-    if draw.byte() % 4 == 0 { draw.number() } else { tokens as u32 }
+    if draw.one_in(4) { draw.number() } else { tokens as u32 }
 }
 
 fn text(draw: &mut Draw<'_>) -> String {
@@ -143,7 +143,7 @@ pub(super) fn receiver(draw: &mut Draw<'_>) -> Option<ReceiverMsg> {
 
 /// Says hello as some node.
 pub(super) fn hello(draw: &mut Draw<'_>) -> NodeHello {
-    let odd = draw.byte() % 4 == 0;
+    let odd = draw.one_in(4);
     let mut size = |usual: u32| if odd && draw.coin() { draw.number() } else { usual };
     let identity = ModelIdentity {
         weights: [0; 32],
@@ -159,9 +159,9 @@ pub(super) fn hello(draw: &mut Draw<'_>) -> NodeHello {
     };
     let (max_model_len, blocks) = (size(64), size(32));
     NodeHello {
-        name: peer(draw),
+        name: NodeName(format!("n{}", draw.below(6))),
         role: [Role::Prefill, Role::Decode, Role::Decode, Role::Router][draw.below(4) as usize],
-        kv_addr: (draw.byte() % 8 > 0).then(|| ([127, 0, 0, 1], draw.byte().into()).into()),
+        kv_addr: (!draw.one_in(8)).then(|| ([127, 0, 0, 1], draw.byte().into()).into()),
         identity,
         max_model_len,
         blocks,
@@ -173,7 +173,7 @@ pub(super) fn hello(draw: &mut Draw<'_>) -> NodeHello {
 pub(super) fn node_to_router(draw: &mut Draw<'_>, requests: &[RequestId]) -> Option<NodeToRouter> {
     let request = match requests.len() {
         0 => request(draw),
-        n if draw.byte() % 8 > 0 => requests[draw.below(n.min(200) as u32) as usize],
+        n if !draw.one_in(8) => requests[draw.below(n.min(200) as u32) as usize],
         _ => request(draw),
     };
     Some(match draw.below(16) {
@@ -210,7 +210,7 @@ pub(super) fn node_to_router(draw: &mut Draw<'_>, requests: &[RequestId]) -> Opt
         6 => NodeToRouter::Hello(hello(draw)),
         _ => NodeToRouter::Token {
             request,
-            index: if draw.byte() % 4 > 0 { draw.below(6) } else { draw.number() },
+            index: if !draw.one_in(4) { draw.below(6) } else { draw.number() },
             out: token_out(draw),
             finish: match draw.below(12) {
                 0 => Some(FinishReason::Stop),

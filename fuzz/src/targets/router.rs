@@ -3,8 +3,8 @@
 
 use super::peers;
 use crate::draw::Draw;
-use ridge_protocol::wire::RouterToNode;
-use ridge_protocol::{Duration, Instant, Machine, NodeId, RequestId, SamplingParams};
+use ridge_protocol::wire::{DecodeRequest, FinishReason, NodeToRouter, PrefillRequest, Receipt, RouterToNode};
+use ridge_protocol::{Duration, Instant, Machine, NodeId, RequestId, SamplingParams, TokenOut};
 use ridge_router::machine::{
     ClientId, ReplyEvent, Router, RouterConfig, RouterInput, RouterOutput, RouterStats, Submit,
 };
@@ -13,6 +13,14 @@ use std::collections::{BTreeMap, BTreeSet};
 const DEADLINE: Duration = Duration::from_secs(1);
 const STEP: Duration = Duration::from_millis(10);
 
+/// A dispatch as an honest node sees it. Random messages alone would rarely complete one.
+struct Work {
+    node: NodeId,
+    /// Index of its next token.
+    next: u32,
+    max_tokens: u32,
+}
+
 struct World {
     now: Instant,
     router: Router,
@@ -20,6 +28,8 @@ struct World {
     nodes: BTreeSet<NodeId>,
     /// Requests that a node was told of.
     requests: Vec<RequestId>,
+    /// What an honest node would say about them next.
+    work: BTreeMap<RequestId, Work>,
     /// Clients that wait, and the index of the token that each waits for.
     waiting: BTreeMap<ClientId, u32>,
 }
@@ -33,11 +43,13 @@ impl World {
     fn pump(&mut self) {
         while let Some(output) = self.router.poll_output() {
             match output {
-                RouterOutput::Send { message, .. } => {
-                    if let RouterToNode::Prefill(ridge_protocol::wire::PrefillRequest { request, .. })
-                    | RouterToNode::Decode(ridge_protocol::wire::DecodeRequest { request, .. }) = message
+                RouterOutput::Send { node, message } => {
+                    if let RouterToNode::Prefill(PrefillRequest { request, tokens, prompt_len, params, .. })
+                    | RouterToNode::Decode(DecodeRequest { request, tokens, prompt_len, params, .. }) = message
                     {
                         self.requests.push(request);
+                        let next = tokens.len() as u32 - prompt_len;
+                        self.work.insert(request, Work { node, next, max_tokens: params.max_tokens });
                     }
                 }
                 RouterOutput::Close { node, .. } => drop(self.nodes.remove(&node)),
@@ -59,6 +71,25 @@ impl World {
             }
         }
         self.router.check_integrity();
+    }
+
+    /// Goes on with one of the latest dispatches as an honest node would.
+    fn honest(&mut self, draw: &mut Draw<'_>) {
+        let latest = self.work.len().clamp(1, 6) as u32;
+        let at = draw.below(latest) as usize;
+        let Some((&request, work)) = self.work.iter_mut().nth_back(at) else { return };
+        let (node, index) = (work.node, work.next);
+        if index >= work.max_tokens || !self.nodes.contains(&node) {
+            return;
+        }
+        work.next += 1;
+        let finish = (work.next == work.max_tokens).then_some(FinishReason::Length);
+        let out = TokenOut { token: index % peers::VOCAB, logprob: None, top: Vec::new() };
+        if index == 0 {
+            let receipt = Receipt { cached: 1, ..Receipt::default() };
+            self.tell(RouterInput::Node { node, message: NodeToRouter::Receipt { request, receipt } });
+        }
+        self.tell(RouterInput::Node { node, message: NodeToRouter::Token { request, index, out, finish } });
     }
 
     fn some_node(&self, draw: &mut Draw<'_>) -> Option<NodeId> {
@@ -86,24 +117,25 @@ fn run(bytes: &[u8]) -> RouterStats {
         router: Router::new(config, 0),
         nodes: BTreeSet::new(),
         requests: Vec::new(),
+        work: BTreeMap::new(),
         waiting: BTreeMap::new(),
     };
     let (mut next_node, mut next_client) = (0, 0);
     while !draw.is_over() {
-        match draw.below(16) {
-            0 | 1 => {
+        match draw.below(24) {
+            0 => {
                 let node = NodeId(next_node);
                 next_node += 1;
                 world.nodes.insert(node);
                 world.tell(RouterInput::NodeUp { node, hello: peers::hello(&mut draw) });
             }
-            2 => {
+            1 if draw.coin() => {
                 if let Some(node) = world.some_node(&mut draw) {
                     world.nodes.remove(&node);
                     world.tell(RouterInput::NodeLost { node, reason: "gone".into() });
                 }
             }
-            3..=5 => {
+            2..=5 => {
                 let client = ClientId(next_client);
                 next_client += 1;
                 world.waiting.insert(client, 0);
@@ -117,11 +149,12 @@ fn run(bytes: &[u8]) -> RouterStats {
                 world.tell(RouterInput::ClientGone(client));
             }
             7 => {
-                world.now = world.now + STEP * draw.byte().into();
+                world.now = world.now + STEP * draw.below(32);
                 world.router.handle_timeout(world.now);
                 world.pump();
             }
             8 if draw.byte() == 0 => world.tell(RouterInput::Drain),
+            9..=16 => (0..draw.below(16)).for_each(|_| world.honest(&mut draw)),
             _ => {
                 let latest = world.requests.len().saturating_sub(8);
                 if let Some(node) = world.some_node(&mut draw)
