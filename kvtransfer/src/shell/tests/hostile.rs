@@ -249,14 +249,12 @@ async fn malformed_frames_from_a_router_to_a_node() {
     let NodeToRouter::Hello(greeting) = hello("decode-0", Role::Decode) else { panic!("is a Hello") };
     let mut events = link::start(endpoint.clone(), &options, greeting);
     let welcome = RouterToNode::Welcome { node: NodeId(1) };
-    let mut control = 0;
-    for case in malformed(&RouterToNode::Cancel { request: RequestId(1) }) {
+    for (at, case) in malformed(&RouterToNode::Cancel { request: RequestId(1) }).into_iter().enumerate() {
         by_hand(&mut accepted).await.attack(&frame(&welcome), &case).await;
         assert!(matches!(patient(events.recv()).await, Some(LinkEvent::Up(NodeId(1), _))));
         let Some(LinkEvent::Down(reason)) = patient(events.recv()).await else { panic!("not down") };
         contains(&reason, case.reason);
-        control += 1;
-        count(&endpoint, ProtocolErrors { control, ..ProtocolErrors::default() });
+        count(&endpoint, ProtocolErrors { control: at as u64 + 1, ..ProtocolErrors::default() });
     }
     // It dials again, and a router that behaves has it.
     let mut router = by_hand(&mut accepted).await;
