@@ -142,8 +142,9 @@ impl Builder {
         Ok(Store { memory: Memory::Private(map) })
     }
 
-    /// The file with what was added, of a checkpoint with this digest and these files.
-    fn in_file(&self, digest: &[u8; 32], files: &[&FileMap], cpu: &Cpu, cache: &Path) -> io::Result<FileMap> {
+    /// The file with what was added, of a checkpoint with this digest and these files: found in the folder `cache`, if it
+    /// is there and whole, or made there.
+    pub fn in_file(&self, digest: &[u8; 32], files: &[&FileMap], cpu: &Cpu, cache: &Path) -> io::Result<FileMap> {
         std::fs::create_dir_all(cache)?;
         let (family, key) = self.key(digest, files);
         let name = format!("{family}-{key}");

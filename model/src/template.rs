@@ -13,6 +13,7 @@ use minijinja::{Environment, Error, ErrorKind};
 use serde_json::{Map, Value as Json};
 use std::collections::BTreeMap;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Instructions that one rendering may execute; the longest known template uses about 100 per message.
 const FUEL: u64 = 20_000_000;
@@ -83,6 +84,7 @@ impl ChatTemplate {
         environment.add_filter("tojson", python::tojson);
         environment.add_filter("fromjson", fromjson);
         environment.add_filter("indent", python::indent);
+        environment.add_filter("format", python::format);
         environment.add_filter("length", python::length);
         environment.add_filter("count", python::length);
         environment.add_test("iterable", python::is_iterable);
@@ -126,8 +128,11 @@ impl ChatTemplate {
             context.into_iter().map(|(key, value)| (key, Value::from(Serde(value)))).collect();
         variables.insert("strftime_now".to_owned(), Value::from_function(clock));
         let template = self.environment.get_template("chat").map_err(|e| TemplateError::Render(describe(&e)))?;
-        template
-            .render(Value::from(variables))
+        // The engine panics on a few things that templates can say (3.0.5: an empty string in reverse). A rendering leaves
+        // nothing behind that could be half done.
+        let rendered = catch_unwind(AssertUnwindSafe(|| template.render(Value::from(variables))));
+        rendered
+            .map_err(|_| TemplateError::Render("the template engine failed".into()))?
             .map_err(|e| refusal(&e).unwrap_or_else(|| TemplateError::Render(describe(&e))))
     }
 }
@@ -264,6 +269,33 @@ mod tests {
         assert_eq!(render(inside_macro), Err(TemplateError::Raised("x".into())));
         assert!(matches!(render("{% if %}"), Err(TemplateError::Compile(_))));
         assert!(matches!(render("{{ messages.nothing.here }}"), Err(TemplateError::Render(_))));
+    }
+
+    #[test]
+    fn formats_have_bounded_widths() {
+        check("{{ '%5d|%-3s' | format(3, 'x') }}|{{ '%(a)s' | format(a=1) }}", json!([]), "    3|x  |1");
+        check("{{ '{:>3}{a}'.format(1, a=2) }}", json!([]), "  12");
+        let refused = [
+            "{{ '%99999999999d' | format(1) }}",
+            "{{ '%.99999999999f' | format(1.0) }}",
+            "{{ '{:>99999999999}'.format(1) }}",
+            "{{ 'a\nb' | indent('x' * 99999999) }}",
+            "{{ [1, 2] | tojson(indent='x' * 99999999) }}",
+        ];
+        for source in refused {
+            let template = ChatTemplate::new(source, "", "").expect("compiles");
+            let rendered = template.render(&json!([]), &RenderOptions::default());
+            assert!(matches!(rendered, Err(TemplateError::Render(_))), "{source}");
+        }
+    }
+
+    /// Found by fuzzing.
+    #[test]
+    fn an_empty_string_in_reverse_is_an_error_and_no_panic() {
+        let template = ChatTemplate::new("{{ messages[0].content[::-1] }}", "", "").expect("compiles");
+        let render = |content: &str| template.render(&json!([{"content": content}]), &RenderOptions::default());
+        assert_eq!(render("ab").as_deref(), Ok("ba"));
+        assert_eq!(render(""), Err(TemplateError::Render("the template engine failed".into())));
     }
 
     #[test]

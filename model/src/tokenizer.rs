@@ -13,6 +13,7 @@ use pieces::Pieces;
 use spm::Spm;
 use std::collections::HashMap;
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 
 /// Why text could not be turned into ids, or a tokenizer not be built.
@@ -86,6 +87,15 @@ pub(crate) struct Facts {
     pub(crate) eos: Option<u32>,
 }
 
+/// Calls the library, which panics on some files that no tool writes: such a file is refused like any other bad one. All
+/// that a panic can leave half done there is a cache, which the library drops then.
+pub(crate) fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, TokenizerError> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(outcome) => outcome.map_err(|e| TokenizerError(e.to_string())),
+        Err(_) => Err(TokenizerError("its rules cannot be applied: the tokenizers library failed".into())),
+    }
+}
+
 impl Tokenizer {
     pub(crate) fn from_library(library: tokenizers::Tokenizer, ends: Ends, facts: Facts) -> Self {
         Self::assemble(Backend::Library { parsing: Box::new(library), literal: OnceLock::new(), ends }, facts)
@@ -128,8 +138,7 @@ impl Tokenizer {
                         copy
                     })
                 };
-                let encoding =
-                    library.encode_fast(text, options.add_special).map_err(|e| TokenizerError(e.to_string()))?;
+                let encoding = guarded(|| library.encode_fast(text, options.add_special))?;
                 out.extend(ends.bos.filter(|_| options.add_special));
                 out.extend_from_slice(encoding.get_ids());
                 out.extend(ends.eos.filter(|_| options.add_special));
@@ -180,7 +189,7 @@ impl Tokenizer {
     /// The library's own decoder, for vocabularies whose tokens are not simply bytes.
     pub(crate) fn decode_by_library(&self, ids: &[u32], skip_special: bool) -> String {
         match &self.backend {
-            Backend::Library { parsing, .. } => parsing.decode(ids, skip_special).unwrap_or_default(),
+            Backend::Library { parsing, .. } => guarded(|| parsing.decode(ids, skip_special)).unwrap_or_default(),
             Backend::Spm { .. } => String::new(),
         }
     }

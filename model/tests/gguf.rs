@@ -212,3 +212,26 @@ fn real_vocabularies_cut_anywhere() {
         let _ = Gguf::parse("cut", &bytes[..end]);
     }
 }
+
+#[test]
+fn elements_of_arrays_are_limited_because_each_takes_32_bytes() {
+    let array = |elements: usize| {
+        let mut w = GgufWriter::default();
+        // Two arrays: the limit is on all of them together.
+        w.array("a", 0, &[vec![0; elements / 2]]);
+        let mut bytes = w.finish();
+        // The writer counts pieces.
+        let at = bytes.len() - elements / 2 - 8;
+        bytes[at..at + 8].copy_from_slice(&(elements as u64 / 2).to_le_bytes());
+        let again = bytes[24..].to_vec();
+        bytes.extend(again);
+        bytes[16..24].copy_from_slice(&2u64.to_le_bytes());
+        let second = bytes.len() - elements / 2 - 4 - 4 - 8 - 1;
+        assert_eq!(bytes[second], b'a');
+        bytes[second] = b'b';
+        Gguf::parse("f", &bytes)
+    };
+    assert!(array(1 << 10).is_ok());
+    let Err(LoadError::Damaged { message, .. }) = array((1 << 24) + 2) else { panic!("too many elements passed") };
+    assert!(message.contains("more than 16777216 elements"), "{message}");
+}

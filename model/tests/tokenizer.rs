@@ -103,3 +103,26 @@ fn an_absurd_id_is_refused() {
     let error = Tokenizer::from_hf_folder(folder.path()).expect_err("is refused").to_string();
     assert!(error.contains("4294967294"), "{error}");
 }
+
+/// Found by fuzzing: the library panics on these.
+#[test]
+fn rules_that_the_library_cannot_apply_are_errors_and_no_panics() {
+    let byte_level = || json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+    let reading = |json: &Value| {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).expect("writes");
+        Tokenizer::from_hf_folder(folder.path())
+    };
+    let mut prefix = vocabulary(byte_level());
+    prefix["model"]["continuing_subword_prefix"] = json!("longer than b");
+    let error = reading(&prefix).expect_err("is refused").to_string();
+    assert!(error.contains("the tokenizers library failed"), "{error}");
+
+    let mut pieces = vocabulary(byte_level());
+    pieces["pre_tokenizer"] = json!({"type": "FixedLength", "length": 0});
+    let error = reading(&pieces).expect("reads").encode("ab", true).expect_err("cannot be cut").to_string();
+    assert!(error.contains("the tokenizers library failed"), "{error}");
+
+    let tokenizer = reading(&vocabulary(json!({"type": "BPEDecoder", "suffix": "</w>"}))).expect("reads");
+    assert_eq!(tokenizer.decode(&[], false), "");
+}

@@ -21,6 +21,19 @@ pub struct BlockCounts {
     pub held: u32,
 }
 
+/// What peers did wrong on a process's endpoint since it started. Each is answered by a closed session.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ProtocolErrors {
+    /// Strangers: connections that did not get through TLS, or said nothing after it.
+    pub handshake: u64,
+    /// Nodes of this cluster that wanted what they may not: another's name, another role, another model.
+    pub refused: u64,
+    /// Control streams on which something else came than messages in their turn.
+    pub control: u64,
+    /// Page streams on which something else came than whole pages of the agreed size.
+    pub page: u64,
+}
+
 /// A node's counters since it started, and its gauges now.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct NodeStats {
@@ -58,6 +71,8 @@ pub struct NodeStats {
     pub transfer_times: TransferTimes,
     /// Pages whose digest did not match.
     pub digest_failures: u64,
+    /// What peers did wrong.
+    pub protocol_errors: ProtocolErrors,
     /// Engine passes run.
     pub steps: u64,
     /// Time spent in engine passes, in microseconds.

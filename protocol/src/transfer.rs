@@ -153,8 +153,12 @@ pub struct TransferTimes {
 impl std::ops::Add for TransferTimes {
     type Output = Self;
 
+    /// Saturates: the figures may be a peer's.
     fn add(self, other: Self) -> Self {
-        Self { hidden_us: self.hidden_us + other.hidden_us, exposed_us: self.exposed_us + other.exposed_us }
+        Self {
+            hidden_us: self.hidden_us.saturating_add(other.hidden_us),
+            exposed_us: self.exposed_us.saturating_add(other.exposed_us),
+        }
     }
 }
 

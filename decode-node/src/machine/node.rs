@@ -340,9 +340,13 @@ impl DecodeNode {
     fn move_away(&mut self) {
         let leaving: Vec<RequestId> = self.running.iter().filter(|id| self.sequences[id].can_move()).copied().collect();
         for id in leaving {
-            self.running.retain(|&r| r != id);
-            let mut sequence = self.sequences.remove(&id).expect("a running sequence is kept");
+            let sequence = self.sequences.get_mut(&id).expect("a running sequence is kept");
             let Move { next, to } = sequence.moving.take().expect("only what is to move can move");
+            if self.sequences.contains_key(&next) {
+                continue; // A router never uses a number twice. What it meant is unclear: the sequence stays.
+            }
+            self.running.retain(|&r| r != id);
+            let mut sequence = self.sequences.remove(&id).expect("just seen");
             let first = sequence.last.clone().expect("a sequence that can move has said a token");
             self.tell_router(NodeToRouter::Moving { request: id, len: sequence.len() });
             // The last token's KV was never computed. The receiver gets the token as a prefill node would hand it over.

@@ -130,6 +130,7 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
         server,
         client,
         kv: loaded.kv,
+        endpoint: endpoint.clone(),
         router: None,
         drained: false,
     };
@@ -210,6 +211,7 @@ struct Shell {
     server: KvServer,
     client: KvClient,
     kv: Arc<KvMemory>,
+    endpoint: Endpoint,
     router: Option<ControlHandle<NodeToRouter>>,
     drained: bool,
 }
@@ -263,6 +265,7 @@ impl Shell {
                 match &mut message {
                     NodeToRouter::Stats(stats) => {
                         (self.receiver.stats() + self.sender.stats()).report(stats);
+                        stats.protocol_errors = self.endpoint.protocol_errors();
                         let stopped = [
                             self.machine.recordings_stopped(),
                             self.receiver.recordings_stopped(),

@@ -2,6 +2,7 @@
 
 use super::control::{CONTROL_QUEUE, Control, ControlError, ControlHandle};
 use super::endpoint::{CLOSE_DONE, CLOSE_PROTOCOL, Endpoint};
+use super::offences::Offence;
 use super::pages::{PageItem, write_pages};
 use crate::machine::SenderOutput;
 use bytes::Bytes;
@@ -238,13 +239,14 @@ impl PeerTask {
     ) -> Result<Control<SenderMsg, ReceiverMsg>, String> {
         let conn = self.endpoint.connect_kv(self.to.addr, &self.to.name).await.map_err(|e| e.to_string())?;
         *opened = Some(conn.clone());
-        let mut control = Control::open(conn.clone()).await.map_err(|e| e.to_string())?;
+        let mut control = Control::open(&self.endpoint, conn.clone()).await.map_err(|e| e.to_string())?;
         control.send(&self.hello).await.map_err(|e| e.to_string())?;
         let deadline = self.endpoint.options().handshake_deadline;
         match control.recv(deadline).await {
             Ok(ReceiverMsg::Welcome) => Ok(control),
             Ok(ReceiverMsg::Refuse { reason }) => Err(format!("refused: {reason}")),
             Ok(other) => {
+                self.endpoint.offences().count(Offence::Control);
                 let reason = format!("{other:?} in answer to Hello");
                 conn.close(CLOSE_PROTOCOL, reason.as_bytes());
                 Err(reason)

@@ -3,7 +3,8 @@
 //! [`Control`] is for the handshake, where one side speaks and the other answers. [`Control::split`] then gives the
 //! node's loop a handle that never blocks and a stream of events that ends with exactly one `Closed`.
 
-use super::endpoint::{CLOSE_DONE, CLOSE_OVERLOAD, CLOSE_PROTOCOL};
+use super::endpoint::{CLOSE_DONE, CLOSE_OVERLOAD, CLOSE_PROTOCOL, Endpoint};
+use super::offences::{Offence, Offences};
 use quinn::{Connection, ReadExactError, RecvStream, SendStream};
 use ridge_protocol::wire::{self, FRAME_HEADER_BYTES, FrameHeader, Message, WireError};
 use ridge_protocol::{Duration, NodeName, Role};
@@ -27,6 +28,9 @@ pub enum ControlError {
     /// The peer finished its half of the stream.
     #[error("the peer closed the control stream")]
     Finished,
+    /// The peer finished its half of the stream too early.
+    #[error("the control stream ended inside a message")]
+    Truncated,
     /// What came is not a message.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -61,23 +65,26 @@ pub struct Control<Tx, Rx> {
 
 impl<Tx: Message, Rx: Message> Control<Tx, Rx> {
     /// The dialing side opens the stream. The peer hears of it with the first message.
-    pub async fn open(conn: Connection) -> Result<Self, ControlError> {
+    pub async fn open(endpoint: &Endpoint, conn: Connection) -> Result<Self, ControlError> {
         let (send, recv) = conn.open_bi().await.map_err(|e| ControlError::Lost(e.to_string()))?;
-        Ok(Self::new(conn, send, recv))
+        Ok(Self::new(endpoint, conn, send, recv))
     }
 
-    /// The accepting side waits for the stream.
-    pub async fn accept(conn: Connection, deadline: Duration) -> Result<Self, ControlError> {
+    /// The accepting side waits for the stream, as long as a handshake may take.
+    pub async fn accept(endpoint: &Endpoint, conn: Connection) -> Result<Self, ControlError> {
+        let deadline = endpoint.options().handshake_deadline;
         let accepted = tokio::time::timeout(deadline, conn.accept_bi()).await;
-        let (send, recv) =
-            accepted.map_err(|_| ControlError::Deadline(deadline))?.map_err(|e| ControlError::Lost(e.to_string()))?;
-        Ok(Self::new(conn, send, recv))
+        let (send, recv) = accepted
+            .map_err(|_| ControlError::Deadline(deadline))
+            .and_then(|opened| opened.map_err(|e| ControlError::Lost(e.to_string())))
+            .inspect_err(|_| endpoint.offences().count(Offence::Handshake))?;
+        Ok(Self::new(endpoint, conn, send, recv))
     }
 
-    fn new(conn: Connection, writer: SendStream, recv: RecvStream) -> Self {
+    fn new(endpoint: &Endpoint, conn: Connection, writer: SendStream, recv: RecvStream) -> Self {
         // Fails only on a stream that is closed, which the first write reports.
         let _ = writer.set_priority(CONTROL_PRIORITY);
-        let reader = Reader { conn: conn.clone(), recv, hears: PhantomData };
+        let reader = Reader { conn: conn.clone(), recv, offences: endpoint.offences().clone(), hears: PhantomData };
         Self { conn, writer, reader, says: PhantomData }
     }
 
@@ -224,12 +231,21 @@ async fn write_message<Tx: Message>(writer: &mut SendStream, message: &Tx) -> Re
 pub(crate) struct Reader<Rx> {
     conn: Connection,
     recv: RecvStream,
+    offences: Offences,
     hears: PhantomData<fn() -> Rx>,
 }
 
 impl<Rx: Message> Reader<Rx> {
     /// One message. The header is judged before the body is allocated. Not cancel-safe.
     async fn read(&mut self) -> Result<Rx, ControlError> {
+        self.read_frame().await.inspect_err(|e| {
+            if let ControlError::Wire(_) | ControlError::Truncated = e {
+                self.offences.count(Offence::Control);
+            }
+        })
+    }
+
+    async fn read_frame(&mut self) -> Result<Rx, ControlError> {
         let mut header = [0; FRAME_HEADER_BYTES];
         self.recv.read_exact(&mut header).await.map_err(|e| self.error(e))?;
         let header = FrameHeader::decode::<Rx>(&header)?;
@@ -241,7 +257,7 @@ impl<Rx: Message> Reader<Rx> {
     fn error(&self, e: ReadExactError) -> ControlError {
         let e = match e {
             ReadExactError::FinishedEarly(0) => ControlError::Finished,
-            ReadExactError::FinishedEarly(_) => ControlError::Lost("the control stream ended inside a message".into()),
+            ReadExactError::FinishedEarly(_) => ControlError::Truncated,
             ReadExactError::ReadError(e) => ControlError::Lost(e.to_string()),
         };
         if self.conn.close_reason().is_some() { ControlError::Lost(lost_reason(&self.conn, &e)) } else { e }
@@ -255,13 +271,20 @@ impl<Rx: Message> Reader<Rx> {
         mut event: impl FnMut(Rx) -> Result<E, String>,
     ) -> String {
         let reason = loop {
-            match self.read().await.map_err(|e| lost_reason(&self.conn, &e)).and_then(&mut event) {
+            let message = match self.read().await {
+                Ok(message) => message,
+                Err(e) => break lost_reason(&self.conn, &e),
+            };
+            match event(message) {
                 Ok(event) => {
                     if events.send(event).await.is_err() {
                         break "nobody listens".to_owned();
                     }
                 }
-                Err(reason) => break reason,
+                Err(reason) => {
+                    self.offences.count(Offence::Control);
+                    break reason;
+                }
             }
         };
         // Without effect on a connection that is closed already.

@@ -1,11 +1,13 @@
 //! One QUIC endpoint per process: it dials, it accepts, and it hands accepted connections to whoever serves their ALPN.
 
 use super::ca::dns_name;
+use super::offences::{Offence, Offences};
 use super::socket::CappedSocket;
 use super::tls::{NodeTls, PeerError, TlsError, verify_peer};
 use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
 use quinn::crypto::rustls::{HandshakeData, QuicClientConfig};
 use quinn::{Connection, EndpointConfig, Runtime, TokioRuntime, TransportConfig, VarInt};
+use ridge_protocol::stats::ProtocolErrors;
 use ridge_protocol::{Duration, NodeName, Role, limits};
 use std::collections::BTreeMap;
 use std::io;
@@ -143,6 +145,7 @@ pub struct Endpoint {
     kv: quinn::ClientConfig,
     services: Arc<Mutex<Services>>,
     options: Arc<TransportOptions>,
+    offences: Offences,
 }
 
 impl Endpoint {
@@ -169,8 +172,10 @@ impl Endpoint {
         let inner = quinn::Endpoint::new_with_abstract_socket(endpoint_config, Some(server), Arc::new(socket), runtime)
             .map_err(socket_error)?;
         let services = Arc::new(Mutex::new(Services::new()));
-        tokio::spawn(accept_loop(inner.clone(), services.clone(), options.handshake_deadline));
-        Ok(Self { inner, control, kv, services, options: Arc::new(options.clone()) })
+        let offences = Offences::default();
+        let deadline = options.handshake_deadline;
+        tokio::spawn(accept_loop(inner.clone(), services.clone(), deadline, offences.clone()));
+        Ok(Self { inner, control, kv, services, options: Arc::new(options.clone()), offences })
     }
 
     /// The address it is bound to.
@@ -181,6 +186,15 @@ impl Endpoint {
     /// The options it was made with.
     pub fn options(&self) -> &TransportOptions {
         &self.options
+    }
+
+    /// What peers did wrong so far.
+    pub fn protocol_errors(&self) -> ProtocolErrors {
+        self.offences.report()
+    }
+
+    pub(crate) fn offences(&self) -> &Offences {
+        &self.offences
     }
 
     /// Closes every connection and stops accepting; give [`wait_idle`](Self::wait_idle) a moment after it.
@@ -221,8 +235,16 @@ impl Endpoint {
         let conn = tokio::time::timeout(deadline, connecting)
             .await
             .map_err(|_| handshake(format!("no answer within {deadline:?}")))?
-            .map_err(|e| handshake(e.to_string()))?;
+            .map_err(|e| {
+                // Whoever is there is not of this cluster, or not the one that was dialed. A peer that is not there is no
+                // offender.
+                if let quinn::ConnectionError::TransportError(_) = e {
+                    self.offences.count(Offence::Handshake);
+                }
+                handshake(e.to_string())
+            })?;
         if let Err(e) = verify_peer(&conn, name, role) {
+            self.offences.count(Offence::Refused);
             conn.close(CLOSE_REFUSED, e.to_string().as_bytes());
             return Err(e.into());
         }
@@ -242,7 +264,12 @@ fn lock(services: &Mutex<Services>) -> MutexGuard<'_, Services> {
     services.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-async fn accept_loop(endpoint: quinn::Endpoint, services: Arc<Mutex<Services>>, deadline: Duration) {
+async fn accept_loop(
+    endpoint: quinn::Endpoint,
+    services: Arc<Mutex<Services>>,
+    deadline: Duration,
+    offences: Offences,
+) {
     let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     while let Some(incoming) = endpoint.accept().await {
         let from = incoming.remote_address();
@@ -251,14 +278,21 @@ async fn accept_loop(endpoint: quinn::Endpoint, services: Arc<Mutex<Services>>, 
             incoming.refuse();
             continue;
         };
-        let services = services.clone();
+        let (services, offences) = (services.clone(), offences.clone());
         tokio::spawn(async move {
             let shaken = tokio::time::timeout(deadline, async { incoming.await }).await;
             drop(permit);
+            let shaken = match shaken {
+                Ok(Ok(conn)) => Ok(conn),
+                Ok(Err(e)) => Err(format!("handshake failed: {e}")),
+                Err(_) => Err(format!("handshake took more than {deadline:?}")),
+            };
             let conn = match shaken {
-                Ok(Ok(conn)) => conn,
-                Ok(Err(e)) => return tracing::warn!(%from, "handshake failed: {e}"),
-                Err(_) => return tracing::warn!(%from, "handshake took more than {deadline:?}"),
+                Ok(conn) => conn,
+                Err(reason) => {
+                    offences.count(Offence::Handshake);
+                    return tracing::warn!(%from, "{reason}");
+                }
             };
             let alpn = alpn_of(&conn).unwrap_or_default();
             let service = lock(&services).get(&alpn).cloned();
@@ -266,6 +300,7 @@ async fn accept_loop(endpoint: quinn::Endpoint, services: Arc<Mutex<Services>>, 
                 // A full queue waits here, in this connection's own task.
                 Some(service) if service.send(conn.clone()).await.is_ok() => {}
                 _ => {
+                    offences.count(Offence::Refused);
                     let what = String::from_utf8_lossy(&alpn).into_owned();
                     conn.close(CLOSE_REFUSED, format!("this node does not serve {what:?}").as_bytes());
                 }

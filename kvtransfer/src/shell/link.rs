@@ -1,5 +1,6 @@
 //! A node's link to the router: dials, says hello, carries messages, and dials again when it breaks.
 
+use super::offences::Offence;
 use super::{Control, ControlEvent, ControlHandle, Endpoint, TransportOptions, connect_control};
 use ridge_protocol::wire::{NodeHello, NodeToRouter, RouterToNode};
 use ridge_protocol::{Duration, NodeId, NodeName};
@@ -123,7 +124,10 @@ async fn session(
     let node = match control.recv(deadline).await.map_err(|e| unreachable(&e))? {
         RouterToNode::Welcome { node } => node,
         RouterToNode::Refuse { reason } => return Err(Failure::Refused(reason)),
-        other => return Err(Failure::Unreachable(format!("the router answered a hello with {other:?}"))),
+        other => {
+            endpoint.offences().count(Offence::Control);
+            return Err(Failure::Unreachable(format!("the router answered a hello with {other:?}")));
+        }
     };
     let (handle, mut incoming) = control.split(EVENTS);
     if events.send(LinkEvent::Up(node, handle)).await.is_err() {

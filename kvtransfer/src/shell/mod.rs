@@ -10,6 +10,7 @@ pub mod client;
 pub mod control;
 pub mod endpoint;
 pub mod link;
+mod offences;
 pub mod pages;
 pub mod process;
 pub mod record;

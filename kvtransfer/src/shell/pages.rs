@@ -5,6 +5,7 @@
 
 use super::control::{ControlError, lost_reason};
 use super::endpoint::{CLOSE_PROTOCOL, MAX_PAGE_STREAMS};
+use super::offences::{Offence, Offences};
 use super::server::KvServerEvent;
 use bytes::{BufMut, Bytes, BytesMut};
 use quinn::{Connection, ReadError, ReadExactError, RecvStream, SendStream, VarInt, WriteError};
@@ -124,6 +125,7 @@ pub(crate) async fn read_pages(
     from: NodeName,
     page_bytes: usize,
     events: mpsc::Sender<KvServerEvent>,
+    offences: &Offences,
 ) -> String {
     // The transport allows MAX_PAGE_STREAMS at once, which bounds the tasks; each holds one page.
     let mut streams = JoinSet::new();
@@ -145,7 +147,10 @@ pub(crate) async fn read_pages(
     streams.shutdown().await;
     let reason = match error {
         PageError::Lost(reason) => lost_reason(&conn, &ControlError::Lost(reason)),
-        other => other.to_string(),
+        other => {
+            offences.count(Offence::Page);
+            other.to_string()
+        }
     };
     conn.close(CLOSE_PROTOCOL, reason.as_bytes());
     reason

@@ -2,9 +2,10 @@
 
 use super::control::{Control, ControlError, ControlHandle};
 use super::endpoint::{CLOSE_REFUSED, ConnectFailure, Endpoint};
+use super::offences::Offence;
 use quinn::Connection;
 use ridge_protocol::wire::{NodeHello, NodeToRouter, RouterToNode};
-use ridge_protocol::{Duration, NodeName, Role, limits};
+use ridge_protocol::{NodeName, Role, limits};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -61,7 +62,7 @@ impl ControlServer {
     pub fn new(endpoint: Endpoint, events: mpsc::Sender<ControlServerEvent>) -> Self {
         let handles = Handles::default();
         let mut accepted = endpoint.serve(limits::ALPN_CONTROL);
-        let service = Service { handles: handles.clone(), events, deadline: endpoint.options().handshake_deadline };
+        let service = Service { handles: handles.clone(), events, endpoint };
         let accepting = tokio::spawn(async move {
             let mut next = 0;
             while let Some(conn) = accepted.recv().await {
@@ -106,13 +107,13 @@ fn lock(handles: &Handles) -> MutexGuard<'_, BTreeMap<ConnId, ControlHandle<Rout
 struct Service {
     handles: Handles,
     events: mpsc::Sender<ControlServerEvent>,
-    deadline: Duration,
+    endpoint: Endpoint,
 }
 
 impl Service {
     async fn run(self, id: ConnId, conn: Connection) {
         let addr = conn.remote_address();
-        let mut control = match Control::<RouterToNode, NodeToRouter>::accept(conn.clone(), self.deadline).await {
+        let mut control = match Control::<RouterToNode, NodeToRouter>::accept(&self.endpoint, conn.clone()).await {
             Ok(control) => control,
             Err(e) => {
                 tracing::warn!(%addr, "control connection without a control stream: {e}");
@@ -148,17 +149,29 @@ impl Service {
 
     /// Who joins, as its certificate confirms.
     async fn hello(&self, control: &mut Control<RouterToNode, NodeToRouter>) -> Result<NodeHello, String> {
-        let NodeToRouter::Hello(hello) = control.recv(self.deadline).await.map_err(|e| e.to_string())? else {
+        let deadline = self.endpoint.options().handshake_deadline;
+        let NodeToRouter::Hello(hello) = control.recv(deadline).await.map_err(|e| e.to_string())? else {
+            self.endpoint.offences().count(Offence::Control);
             return Err("the first message is not Hello".to_owned());
         };
+        match self.objection(control, &hello) {
+            None => Ok(hello),
+            Some(reason) => {
+                self.endpoint.offences().count(Offence::Refused);
+                Err(reason)
+            }
+        }
+    }
+
+    fn objection(&self, control: &Control<RouterToNode, NodeToRouter>, hello: &NodeHello) -> Option<String> {
         if hello.role == Role::Router {
-            return Err("a router cannot join as a node".to_owned());
+            return Some("a router cannot join as a node".to_owned());
         }
-        control.verify_peer(&hello.name, hello.role).map_err(|e| e.to_string())?;
-        if lock(&self.handles).len() >= MAX_NODES {
-            return Err(format!("{MAX_NODES} nodes are connected already"));
+        if let Err(e) = control.verify_peer(&hello.name, hello.role) {
+            return Some(e.to_string());
         }
-        Ok(hello)
+        let full = lock(&self.handles).len() >= MAX_NODES;
+        full.then(|| format!("{MAX_NODES} nodes are connected already"))
     }
 }
 
@@ -169,7 +182,7 @@ pub async fn connect_control(
     name: &NodeName,
 ) -> Result<Control<NodeToRouter, RouterToNode>, JoinError> {
     let conn = endpoint.connect_router(router, name).await?;
-    Ok(Control::open(conn).await?)
+    Ok(Control::open(endpoint, conn).await?)
 }
 
 /// Why the router could not be reached.

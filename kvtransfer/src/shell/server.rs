@@ -2,12 +2,13 @@
 
 use super::control::{Control, ControlHandle};
 use super::endpoint::{CLOSE_DONE, CLOSE_REFUSED, Endpoint};
+use super::offences::Offence;
 use super::pages::read_pages;
 use bytes::Bytes;
 use quinn::Connection;
 use ridge_protocol::page::PageHeader;
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
-use ridge_protocol::{Duration, ModelIdentity, NodeName, Role, limits};
+use ridge_protocol::{ModelIdentity, NodeName, Role, limits};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc;
@@ -68,12 +69,7 @@ impl KvServer {
     pub fn new(endpoint: Endpoint, identity: ModelIdentity, events: mpsc::Sender<KvServerEvent>) -> Self {
         let peers = Peers::default();
         let mut accepted = endpoint.serve(limits::ALPN_KV);
-        let service = Service {
-            identity: Arc::new(identity),
-            peers: peers.clone(),
-            events,
-            deadline: endpoint.options().handshake_deadline,
-        };
+        let service = Service { identity: Arc::new(identity), peers: peers.clone(), events, endpoint };
         let accepting = tokio::spawn(async move {
             while let Some(conn) = accepted.recv().await {
                 tokio::spawn(service.clone().run(conn));
@@ -112,13 +108,13 @@ struct Service {
     identity: Arc<ModelIdentity>,
     peers: Peers,
     events: mpsc::Sender<KvServerEvent>,
-    deadline: Duration,
+    endpoint: Endpoint,
 }
 
 impl Service {
     async fn run(self, conn: Connection) {
         let remote = conn.remote_address();
-        let mut control = match Control::<ReceiverMsg, SenderMsg>::accept(conn.clone(), self.deadline).await {
+        let mut control = match Control::<ReceiverMsg, SenderMsg>::accept(&self.endpoint, conn.clone()).await {
             Ok(control) => control,
             Err(e) => {
                 tracing::warn!(%remote, "KV connection without a control stream: {e}");
@@ -152,15 +148,21 @@ impl Service {
 
     /// Who dials, and whether KV may pass.
     async fn hello(&self, control: &mut Control<ReceiverMsg, SenderMsg>) -> Result<NodeName, String> {
-        let SenderMsg::Hello { name, identity } = control.recv(self.deadline).await.map_err(|e| e.to_string())? else {
+        let deadline = self.endpoint.options().handshake_deadline;
+        let SenderMsg::Hello { name, identity } = control.recv(deadline).await.map_err(|e| e.to_string())? else {
+            self.endpoint.offences().count(Offence::Control);
             return Err("the first message is not Hello".to_owned());
         };
         // Prefill nodes send what they computed, decode nodes that drain what they have.
         let verified = control.verify_peer(&name, Role::Prefill);
-        verified.or_else(|e| control.verify_peer(&name, Role::Decode).map_err(|_| e.to_string()))?;
-        match self.identity.mismatch(&identity) {
+        let verified = verified.or_else(|e| control.verify_peer(&name, Role::Decode).map_err(|_| e.to_string()));
+        let objection = verified.err().or_else(|| self.identity.mismatch(&identity));
+        match objection {
             None => Ok(name),
-            Some(difference) => Err(difference),
+            Some(reason) => {
+                self.endpoint.offences().count(Offence::Refused);
+                Err(reason)
+            }
         }
     }
 
@@ -193,9 +195,10 @@ impl Service {
             }
             Ok(KvServerEvent::Message { from: peer.clone(), message })
         };
+        let (page_bytes, offences) = (self.identity.page_bytes(), self.endpoint.offences());
         tokio::select! {
             reason = reader.run(&self.events, event) => reason,
-            reason = read_pages(conn, peer.clone(), self.identity.page_bytes(), self.events.clone()) => reason,
+            reason = read_pages(conn, peer.clone(), page_bytes, self.events.clone(), offences) => reason,
             reason = writer.run(queue) => reason,
         }
     }

@@ -1,5 +1,8 @@
-//! The driver over real QUIC on loopback, in one process: who gets in, what hostile bytes do, what arrives, what is
-//! noticed when a peer goes.
+//! The driver over real QUIC on loopback, in one process: who gets in (more in `strangers`), what hostile bytes do (in
+//! `hostile`), what arrives, what is noticed when a peer goes.
+
+mod hostile;
+mod strangers;
 
 use super::*;
 use bytes::Bytes;
@@ -190,74 +193,6 @@ async fn another_model_is_refused_by_field() {
     let mut prefill = Prefill::new(cluster.endpoint("prefill-0", Role::Prefill), "prefill-0", other);
     prefill.client.send(&decode.peer("decode-0"), abort(1));
     contains(&prefill.lost().await, "refused: block_size differs: 16 here, 32 there");
-}
-
-/// Says what `attack` does on a raw connection, and expects the server to close it with `reason`.
-async fn hostile(greet: bool, attack: impl AsyncFnOnce(&quinn::Connection, &mut quinn::SendStream), reason: &str) {
-    let cluster = Cluster::new();
-    let mut decode = Decode::new(cluster.endpoint("decode-0", Role::Decode), identity());
-    let endpoint = cluster.endpoint("prefill-0", Role::Prefill);
-    let conn = endpoint.connect_kv(decode.endpoint.local_addr(), &node("decode-0")).await.expect("connects");
-    let (mut send, _recv) = conn.open_bi().await.expect("opens");
-    if greet {
-        let hello = SenderMsg::Hello { name: node("prefill-0"), identity: identity() };
-        send.write_all(&wire::encode(&hello).expect("encodes")).await.expect("writes");
-    }
-    attack(&conn, &mut send).await;
-    let quinn::ConnectionError::ApplicationClosed(close) = patient(conn.closed()).await else {
-        panic!("not closed by the server: {:?}", conn.close_reason())
-    };
-    contains(&String::from_utf8_lossy(&close.reason), reason);
-    if greet {
-        contains(&decode.lost().await, reason);
-    }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hostile_control_bytes_close_the_connection() {
-    let write = async |bytes: Vec<u8>, greet, reason: &str| {
-        hostile(greet, async |_, send| send.write_all(&bytes).await.expect("writes"), reason).await;
-    };
-    let good = wire::encode(&abort(1)).expect("encodes");
-    let with = |at: usize, value: u8| {
-        let mut bytes = good.clone();
-        bytes[at] = value;
-        bytes
-    };
-    write(b"GET / HTTP/1.1\r\n\r\n".to_vec(), false, "RDG1").await;
-    write(with(0, b'X'), true, "RDG1").await;
-    write(with(4, 9), true, "protocol version 9").await;
-    write(with(6, 1), true, "class 1").await;
-    write(with(11, 0x7f), true, "above the limit").await;
-    write(with(16, 0x77), true, "malformed body").await;
-    write(good.clone(), false, "not Hello").await;
-    let hello = wire::encode(&SenderMsg::Hello { name: node("prefill-0"), identity: identity() }).expect("encodes");
-    write(hello, true, "second Hello").await;
-    let part = good[..20].to_vec();
-    let cut = async |_: &quinn::Connection, send: &mut quinn::SendStream| {
-        send.write_all(&part).await.expect("writes");
-        send.finish().expect("finishes");
-    };
-    hostile(true, cut, "inside a message").await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn hostile_pages_close_the_connection() {
-    let write = async |bytes: Vec<u8>, reason: &str| {
-        let attack = async |conn: &quinn::Connection, _: &mut quinn::SendStream| {
-            let mut pages = conn.open_uni().await.expect("opens");
-            pages.write_all(&bytes).await.expect("writes");
-            pages.finish().expect("finishes");
-        };
-        hostile(true, attack, reason).await;
-    };
-    let header = |len| PageHeader { request: RequestId(1), layer: 0, index: 0, len, digest: 0 }.encode().to_vec();
-    write(vec![0xaa; 100], "RKVP").await;
-    write(header(u32::MAX), "outside 1..").await;
-    write(header(0), "outside 1..").await;
-    write(header(4096), "page of 4096 bytes where 32768 were agreed").await;
-    write(header(32768)[..30].to_vec(), "inside a page").await;
-    write([header(32768), vec![0; 1000]].concat(), "inside a page").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,7 +1,7 @@
 //! The GGUF container, versions 2 and 3: metadata and the table of tensors.
 //!
 //! The file is untrusted. Every count is capped, every offset is computed with checks, and memory grows only as bytes
-//! of the file are consumed, so no byte string panics or allocates more than a few times its own length.
+//! of the file are consumed, so no byte string panics or allocates more than a few times its own length and 1 GiB.
 //! This module knows the container; what the keys mean is in [`gguf_model`](super::gguf_model) and
 //! [`gguf_tokenizer`](super::gguf_tokenizer). Read [`Gguf::parse`] first.
 
@@ -16,6 +16,9 @@ const MAX_ENTRIES: u64 = 1 << 16;
 const MAX_TENSORS: u64 = 1 << 18;
 /// Longest key or tensor name, in bytes (the format's own limit on keys).
 const MAX_NAME_BYTES: u64 = 65_535;
+/// Most elements of all arrays together: a vocabulary of the largest size with its scores, types and merges. Each takes 32
+/// bytes of memory, and may take one of the file.
+const MAX_ELEMENTS: u64 = 1 << 24;
 /// Arrays within arrays; no known key goes beyond one level.
 const MAX_NESTING: usize = 2;
 /// Where tensor data starts a new alignment unit unless the file says otherwise.
@@ -69,12 +72,14 @@ struct Reader<'a> {
     file: &'a str,
     bytes: &'a [u8],
     at: usize,
+    /// Of arrays, so far.
+    elements: u64,
 }
 
 impl Gguf {
     /// Parses the header of a file whose bytes are `bytes`; `file` names it in errors.
     pub fn parse(file: &str, bytes: &[u8]) -> Result<Self, LoadError> {
-        let mut reader = Reader { file, bytes, at: 0 };
+        let mut reader = Reader { file, bytes, at: 0, elements: 0 };
         if reader.take(4)? != b"GGUF" {
             return Err(reader.damaged("does not start with GGUF"));
         }
@@ -280,6 +285,10 @@ impl<'a> Reader<'a> {
                 // An element takes at least one byte, so the rest of the file bounds the count.
                 let left = (self.bytes.len() - self.at) as u64;
                 let count = self.count("elements of an array", left)?;
+                self.elements += count;
+                if self.elements > MAX_ELEMENTS {
+                    return Err(self.damaged(&format!("arrays have more than {MAX_ELEMENTS} elements")));
+                }
                 let mut items = Vec::new();
                 for _ in 0..count {
                     items.push(self.value(kind, depth + 1)?);

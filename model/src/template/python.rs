@@ -1,11 +1,15 @@
 //! Python's spelling of JSON, and its methods that minijinja lacks.
 
-use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs};
 use minijinja::{Error, ErrorKind, State};
 use std::fmt::Write;
 
 /// Values within values; deeper ones are refused rather than risk the stack.
 const MAX_DEPTH: usize = 128;
+/// Digits of a width in a format string. minijinja pads to any width, which a hostile template fills memory with.
+const MAX_WIDTH_DIGITS: usize = 4;
+/// Bytes of an indention that a template gives as a string.
+const MAX_INDENTION: usize = 64;
 
 /// How `json.dumps` was asked to write.
 struct Style {
@@ -22,8 +26,8 @@ pub(super) fn tojson(value: &Value, ensure_ascii: Option<bool>, options: Kwargs)
         None => None,
         Some(value) if value.is_none() => None,
         Some(value) => match value.as_str() {
-            Some(text) => Some(text.to_owned()),
-            None => Some(" ".repeat(usize::try_from(value)?.min(64))),
+            Some(text) => Some(indention_of(text)?),
+            None => Some(" ".repeat(usize::try_from(value)?.min(MAX_INDENTION))),
         },
     };
     let separators = options.get::<Option<Value>>("separators")?.filter(|s| !s.is_none());
@@ -160,6 +164,32 @@ fn float(x: f64) -> String {
     format!("{x:?}")
 }
 
+/// Repeated for every line, so it must be short.
+fn indention_of(text: &str) -> Result<String, Error> {
+    if text.len() > MAX_INDENTION {
+        let message = format!("an indention of {} bytes, more than {MAX_INDENTION}", text.len());
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
+    Ok(text.to_owned())
+}
+
+/// Jinja's `format`: printf-style, and of bounded width.
+pub(super) fn format(state: &mut State, text: &Value, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    check_widths(text.as_str().unwrap_or_default())?;
+    minijinja::filters::format(state, text, args)
+}
+
+fn check_widths(text: &str) -> Result<(), Error> {
+    match text.split(|c: char| !c.is_ascii_digit()).find(|digits| digits.len() > MAX_WIDTH_DIGITS) {
+        None => Ok(()),
+        Some(width) => {
+            let message =
+                format!("a format string with the number {width}: widths have at most {MAX_WIDTH_DIGITS} digits");
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        }
+    }
+}
+
 /// Jinja's `indent`: unlike minijinja's it keeps a trailing newline and takes a string for the width.
 pub(super) fn indent(
     text: &str,
@@ -173,7 +203,7 @@ pub(super) fn indent(
     let blank = blank.or(options.get("blank")?).unwrap_or(false);
     options.assert_all_used()?;
     let indention = match width.as_str() {
-        Some(text) => text.to_owned(),
+        Some(text) => indention_of(text)?,
         None => " ".repeat(usize::try_from(width)?.min(1024)),
     };
     let mut out = String::new();
@@ -205,6 +235,9 @@ pub(super) fn is_iterable(value: &Value) -> bool {
 
 /// Methods of Python values, beyond those of minijinja's own compatibility layer.
 pub(super) fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    if let ("format", Some(text)) = (name, value.as_str()) {
+        check_widths(text)?;
+    }
     minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args)
 }
 

@@ -1,7 +1,7 @@
 //! `tokenizer.json` and `tokenizer_config.json`.
 
 use super::pieces::{Pieces, byte_of_fallback, bytes_of_byte_level};
-use super::{Ends, Facts, Special, Tokenizer, TokenizerError};
+use super::{Ends, Facts, Special, Tokenizer, TokenizerError, guarded};
 use serde_json::Value;
 use std::collections::HashMap;
 use std::path::Path;
@@ -35,7 +35,7 @@ impl Tokenizer {
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| say(config, &e))?,
             Err(_) => Value::Null,
         };
-        let library = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| say(tokenizer, &e))?;
+        let library = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes)).map_err(|e| say(tokenizer, &e))?;
         Self::from_hf(library, &json, &config_json).map_err(|e| say(tokenizer, &e))
     }
 

@@ -113,8 +113,17 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
     let sender = Recorded::start(name, sender, record)?;
     let mut from_link = link::start(endpoint.clone(), &options.link, hello);
     Status::Ready { role: Role::Prefill, name: &options.link.name, addr: endpoint.local_addr(), http: None }.print();
-    let mut shell =
-        Shell { clock: Clock::start(), machine, sender, worker, client, kv: loaded.kv, router: None, drained: false };
+    let mut shell = Shell {
+        clock: Clock::start(),
+        machine,
+        sender,
+        worker,
+        client,
+        kv: loaded.kv,
+        endpoint: endpoint.clone(),
+        router: None,
+        drained: false,
+    };
     let mut shutdown = std::pin::pin!(shutdown);
     let mut drain_until = None;
     loop {
@@ -182,6 +191,7 @@ struct Shell {
     worker: Worker,
     client: KvClient,
     kv: Arc<KvMemory>,
+    endpoint: Endpoint,
     router: Option<ControlHandle<NodeToRouter>>,
     drained: bool,
 }
@@ -213,6 +223,7 @@ impl Shell {
                 match &mut message {
                     NodeToRouter::Stats(stats) => {
                         self.sender.stats().report(stats);
+                        stats.protocol_errors = self.endpoint.protocol_errors();
                         let stopped = [self.machine.recordings_stopped(), self.sender.recordings_stopped()];
                         stats.recordings_stopped = stopped.iter().sum();
                     }

@@ -154,9 +154,9 @@ impl Sequence {
             // What a node finds in its cache now may be its own earlier work: no saving of the client's. What it
             // computes, the client waits for a second time.
             self.usage.receipt = Receipt {
-                recomputed: so_far.recomputed + receipt.computed + receipt.recomputed,
-                transferred: so_far.transferred + receipt.transferred,
-                transfer_bytes: so_far.transfer_bytes + receipt.transfer_bytes,
+                recomputed: so_far.recomputed.saturating_add(receipt.computed).saturating_add(receipt.recomputed),
+                transferred: so_far.transferred.saturating_add(receipt.transferred),
+                transfer_bytes: so_far.transfer_bytes.saturating_add(receipt.transfer_bytes),
                 ..so_far
             };
             return;

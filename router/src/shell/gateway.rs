@@ -1,6 +1,7 @@
 //! The HTTP side's handle on the router's loop: submit a sequence, read its events, see the cluster.
 
 use crate::machine::{ClientId, NodeView, ReplyEvent, RouterError, RouterStats, Submit};
+use ridge_protocol::stats::ProtocolErrors;
 use ridge_protocol::{NodeName, SamplingParams, TokenId};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -31,6 +32,8 @@ pub struct ClusterView {
     pub router: RouterStats,
     /// Recordings of the router (`--record`) that were given up.
     pub recordings_stopped: u32,
+    /// What peers did wrong at the router's endpoint.
+    pub protocol_errors: ProtocolErrors,
 }
 
 /// Whether a prompt would be answered now.

@@ -8,3 +8,4 @@ mod process;
 mod served;
 
 pub use process::{RouterOptions, RouterRunError, run};
+pub use served::Served;

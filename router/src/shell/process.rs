@@ -138,6 +138,7 @@ pub async fn run(options: RouterOptions, shutdown: impl Future<Output = ()>) -> 
     let mut shell = Shell {
         clock: Clock::start(),
         machine,
+        endpoint: endpoint.clone(),
         server,
         connections: BTreeMap::new(),
         next_node: 0,
@@ -196,6 +197,7 @@ fn golden_prompt(checkpoint: &Checkpoint) -> Vec<TokenId> {
 struct Shell {
     clock: Clock,
     machine: Recorded<Router>,
+    endpoint: Endpoint,
     server: ControlServer,
     /// Connections by node number.
     connections: BTreeMap<NodeId, ConnId>,
@@ -320,6 +322,7 @@ impl Shell {
             nodes,
             router: self.machine.stats(),
             recordings_stopped: self.machine.recordings_stopped(),
+            protocol_errors: self.endpoint.protocol_errors(),
         }
     }
 }

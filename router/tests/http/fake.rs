@@ -1,6 +1,6 @@
 //! A byte-level model, a scripted cluster, and a server between them.
 
-use ridge_protocol::stats::{BlockCounts, NodeStats};
+use ridge_protocol::stats::{BlockCounts, NodeStats, ProtocolErrors};
 use ridge_protocol::transfer::TransferTimes;
 use ridge_protocol::wire::{FinishReason, NodeHello, Receipt};
 use ridge_protocol::{ModelIdentity, NodeId, NodeName, Role, SamplingParams, TokenId, TokenOut};
@@ -315,6 +315,7 @@ fn cluster() -> ClusterView {
             blocks: BlockCounts { total: 10, free: 4, cached: 3, used: 2, reserved: 1, held: 0 },
             transfer_bytes: 77,
             busy_us: 1_500_000,
+            protocol_errors: ProtocolErrors { page: 2, ..ProtocolErrors::default() },
             ..NodeStats::default()
         },
         in_flight: 0,
@@ -325,5 +326,6 @@ fn cluster() -> ClusterView {
         nodes: vec![node(1, "decode-0", Role::Decode), node(2, "prefill-0", Role::Prefill)],
         router: RouterStats { finished: 5, ..RouterStats::default() },
         recordings_stopped: 0,
+        protocol_errors: ProtocolErrors { control: 3, ..ProtocolErrors::default() },
     }
 }

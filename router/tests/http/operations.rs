@@ -184,6 +184,8 @@ async fn metrics_show_nodes_router_and_latencies() {
         "ridge_kv_transfer_bytes_total{node=\"prefill-0\",role=\"prefill\",direction=\"out\"} 77",
         "ridge_engine_busy_seconds_total{node=\"decode-0\",role=\"decode\"} 1.5",
         "ridge_router_requests_total{outcome=\"finished\"} 5",
+        "ridge_protocol_errors_total{node=\"decode-0\",role=\"decode\",kind=\"page\"} 2",
+        "ridge_protocol_errors_total{node=\"router\",role=\"router\",kind=\"control\"} 3",
         "ridge_http_requests_total{path=\"/v1/completions\",status=\"200\"} 1",
         "ridge_http_requests_total{path=\"unknown\",status=\"404\"} 1",
         "ridge_build_info{version=\"9.9\"} 1",

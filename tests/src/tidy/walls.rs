@@ -3,7 +3,7 @@
 use super::{Tree, code_only};
 
 /// Ridge crates that a crate may name outside its dev-dependencies. A crate that is not listed may import anything.
-const MAY_IMPORT: [(&str, &[&str]); 10] = [
+const MAY_IMPORT: [(&str, &[&str]); 11] = [
     ("protocol", &[]),
     ("kernels", &[]),
     ("blocks", &["ridge-protocol"]),
@@ -14,6 +14,18 @@ const MAY_IMPORT: [(&str, &[&str]); 10] = [
     ("decode-node", &["ridge-protocol", "ridge-blocks", "ridge-model", "ridge-kvtransfer"]),
     ("sim", &["ridge-protocol", "ridge-router", "ridge-prefill-node", "ridge-decode-node", "ridge-kvtransfer"]),
     ("tests", &[]),
+    (
+        "fuzz",
+        &[
+            "ridge-protocol",
+            "ridge-kernels",
+            "ridge-model",
+            "ridge-kvtransfer",
+            "ridge-router",
+            "ridge-prefill-node",
+            "ridge-decode-node",
+        ],
+    ),
 ];
 /// Crates that hold a machine: whatever does I/O there must be optional, so that the machine builds alone.
 const WITH_MACHINE: [&str; 4] = ["router", "prefill-node", "decode-node", "kvtransfer"];
@@ -223,6 +235,8 @@ mod tests {
         assert_eq!(manifest_complaints("blocks", "[dependencies]\nanyhow.workspace = true\n"), 1);
         assert_eq!(manifest_complaints("cluster", "[dependencies]\nanyhow.workspace = true\n"), 0);
         assert_eq!(manifest_complaints("sim", "[dependencies]\nridge-router.workspace = true\n"), 0);
+        assert_eq!(manifest_complaints("fuzz", "[dependencies]\nridge-router.workspace = true\n"), 0);
+        assert_eq!(manifest_complaints("fuzz", "[dependencies]\nridge-cluster = { path = \"x\" }\n"), 1);
         assert_eq!(manifest_complaints("sim", "[dependencies]\nridge-model.workspace = true\n"), 2);
         let shell = "[dependencies]\nridge-router = { workspace = true, features = [\"shell\"] }\n";
         assert_eq!(manifest_complaints("sim", shell), 1);

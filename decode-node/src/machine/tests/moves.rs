@@ -157,3 +157,12 @@ fn others_go_on() {
     bench.step();
     bench.runs("r2 6..7*");
 }
+
+#[test]
+fn a_number_that_is_taken_moves_nothing() {
+    let mut bench = Bench::new(config());
+    bench.batch(2, 4);
+    bench.moves(1, 2);
+    bench.step();
+    bench.runs("r1 5..6*, r2 4..5*");
+}

@@ -165,14 +165,7 @@ impl Generation {
 
     /// How the decode nodes came by the prompts' KV, summed over the answers that say so.
     pub(super) fn receipt(&self) -> Option<Receipt> {
-        self.choices.iter().filter_map(|choice| choice.usage).map(|usage| usage.receipt).reduce(|a, b| Receipt {
-            cached: a.cached + b.cached,
-            computed: a.computed + b.computed,
-            transferred: a.transferred + b.transferred,
-            recomputed: a.recomputed + b.recomputed,
-            transfer_bytes: a.transfer_bytes + b.transfer_bytes,
-            times: a.times + b.times,
-        })
+        self.choices.iter().filter_map(|choice| choice.usage).map(|usage| usage.receipt).reduce(sum)
     }
 
     /// Says in the log how the prompts' KV came, for whoever looks into one answer.
@@ -200,4 +193,39 @@ fn replies(index: usize, submission: Submission) -> impl futures_util::Stream<It
         let event = submission.next().await?;
         Some(((index, event), submission))
     })
+}
+
+/// Saturating, because these are the nodes' own words.
+fn sum(a: Receipt, b: Receipt) -> Receipt {
+    Receipt {
+        cached: a.cached.saturating_add(b.cached),
+        computed: a.computed.saturating_add(b.computed),
+        transferred: a.transferred.saturating_add(b.transferred),
+        recomputed: a.recomputed.saturating_add(b.recomputed),
+        transfer_bytes: a.transfer_bytes.saturating_add(b.transfer_bytes),
+        times: a.times + b.times,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn receipts_of_lying_nodes_do_not_overflow() {
+        let edge = Receipt {
+            cached: u32::MAX,
+            computed: u32::MAX,
+            transferred: u32::MAX,
+            recomputed: u32::MAX,
+            transfer_bytes: u64::MAX,
+            times: TransferTimes { hidden_us: u64::MAX, exposed_us: u64::MAX },
+        };
+        assert_eq!(sum(edge, edge), edge);
+        let times = |n: u64| TransferTimes { hidden_us: 6 * n, exposed_us: 7 * n };
+        let few = Receipt { cached: 1, computed: 2, transferred: 3, recomputed: 4, transfer_bytes: 5, times: times(1) };
+        let twice =
+            Receipt { cached: 2, computed: 4, transferred: 6, recomputed: 8, transfer_bytes: 10, times: times(2) };
+        assert_eq!(sum(few, few), twice);
+    }
 }

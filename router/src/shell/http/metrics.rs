@@ -10,6 +10,7 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use dashmap::DashMap;
 use ridge_protocol::Role;
+use ridge_protocol::stats::ProtocolErrors;
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -96,6 +97,7 @@ fn render(view: &ClusterView, metrics: &Metrics, resumable: StreamCounts, versio
     nodes(&mut page, &view.nodes);
     health(&mut page, &view.health);
     router(&mut page, view);
+    protocol_errors(&mut page, view);
     http(&mut page, metrics);
     streams(&mut page, resumable);
     page.0
@@ -200,6 +202,20 @@ fn router(page: &mut Page, view: &ClusterView) {
     let name = "ridge_router_recordings_stopped";
     page.family(name, "gauge", "Recordings of the router's machine (--record) that were given up.");
     page.sample(name, &[], view.recordings_stopped);
+}
+
+/// What peers did wrong, at the router's endpoint and at every node's.
+fn protocol_errors(page: &mut Page, view: &ClusterView) {
+    let name = "ridge_protocol_errors_total";
+    page.family(name, "counter", "Sessions closed because of what the peer sent or who it was not.");
+    let router = Role::Router.name();
+    let nodes = view.nodes.iter().map(|node| (labels(node), node.stats.protocol_errors));
+    for ([node, role], errors) in nodes.chain([([("node", router), ("role", router)], view.protocol_errors)]) {
+        let ProtocolErrors { handshake, refused, control, page: pages } = errors;
+        for (kind, count) in [("handshake", handshake), ("refused", refused), ("control", control), ("page", pages)] {
+            page.sample(name, &[node, role, ("kind", kind)], count);
+        }
+    }
 }
 
 fn http(page: &mut Page, metrics: &Metrics) {
