@@ -7,6 +7,7 @@
 mod bench;
 mod ca;
 mod cli;
+mod client;
 mod demo;
 mod dirs;
 mod generate;
@@ -16,6 +17,7 @@ mod roles;
 mod sim;
 mod size;
 mod synth;
+mod trial;
 mod up;
 
 use clap::Parser;
@@ -36,6 +38,8 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::Roofline(args) => bench::run_roofline(&args),
         Command::Sim(args) => sim::run(&args),
+        Command::Verify(args) => trial::verify(&args),
+        Command::Chaos(args) => trial::chaos(&args),
         Command::Ca(args) => ca::run(args),
     };
     match done {

@@ -87,7 +87,7 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
     let hello = NodeHello {
         name: options.link.name.clone(),
         role: Role::Decode,
-        kv_addr: Some(endpoint.local_addr()),
+        kv_addr: Some(options.link.advertise.unwrap_or(endpoint.local_addr())),
         identity: loaded.identity.clone(),
         max_model_len: config.max_model_len,
         blocks: config.blocks,

@@ -1,7 +1,10 @@
 //! The process around the prefill machine: loads the model, then one loop over one closed set of events.
 
+mod damage;
+
 use crate::machine::{PrefillConfig, PrefillInput, PrefillNode, PrefillOutput};
 use bytes::Bytes;
+use damage::Damage;
 use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
 use ridge_kvtransfer::shell::{ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, NodeTls, TlsError};
@@ -33,6 +36,8 @@ pub struct PrefillOptions {
     pub machine: PrefillConfig,
     /// Its half of the hand-off.
     pub sender: SenderConfig,
+    /// For tests: damage one page of so many on its way out.
+    pub corrupt_pages: Option<u32>,
 }
 
 /// Why a prefill node stopped.
@@ -113,6 +118,7 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
         kv: loaded.kv,
         router: None,
         drained: false,
+        damage: options.corrupt_pages.map(Damage::new),
     };
     let mut shutdown = std::pin::pin!(shutdown);
     let mut drain_until = None;
@@ -183,6 +189,7 @@ struct Shell {
     kv: Arc<KvMemory>,
     router: Option<ControlHandle<NodeToRouter>>,
     drained: bool,
+    damage: Option<Damage>,
 }
 
 impl Shell {
@@ -228,8 +235,11 @@ impl Shell {
             SenderOutput::Event(event) => self.machine.handle(self.clock.now(), PrefillInput::Transfer(event)),
             SenderOutput::Ship { to, request, layer, index, block } => {
                 // Copied out of the pool here, so that the block may go the moment the hand-off is settled.
-                let bytes = Bytes::copy_from_slice(&self.kv.read(layer as usize, block));
+                let mut bytes = Bytes::copy_from_slice(&self.kv.read(layer as usize, block));
                 let digest = page_digest(request, layer, index, &bytes);
+                if let Some(damage) = &mut self.damage {
+                    bytes = damage.apply(request, bytes);
+                }
                 let header = PageHeader { request, layer, index, len: bytes.len() as u32, digest };
                 self.client.ship(&to, header, bytes);
             }
