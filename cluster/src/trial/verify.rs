@@ -15,13 +15,14 @@ use super::state::{State, settle};
 use super::{Logs, START_TIMEOUT, STREAM_TIMEOUT, TrialArgs, kill, on_threads, wait_back};
 use crate::cli::KvCacheDtype;
 use crate::client::Client;
-use crate::up::{Embedded, find_model};
+use crate::up::{Embedded, Embedding, find_model};
 use anyhow::bail;
 use clap::{Args, ValueEnum};
 use ridge_protocol::Role;
 use ridge_sim::Random;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt::Write;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -71,6 +72,8 @@ const SHAPES: [Shape; 12] = [
     shape(0, 1, KvCacheDtype::Auto, 16, None),
     shape(1, 1, KvCacheDtype::Fp8, 64, Some(200)),
 ];
+/// As `up` pauses before a first restart.
+const RESTART_AFTER: Duration = Duration::from_millis(100);
 /// How many of them are enough for CI.
 const SHORT: usize = 3;
 
@@ -128,12 +131,12 @@ pub fn run(args: &VerifyArgs) -> anyhow::Result<()> {
     let long = limits.draw_long(trial.seed, 3);
     let mut oracles: BTreeMap<String, (Vec<Case>, Vec<Case>)> = BTreeMap::new();
     for shape in shapes {
-        if !oracles.contains_key(&shape.kv()) {
-            eprintln!("the oracle answers, kv {}", shape.kv());
+        if let Entry::Vacant(entry) = oracles.entry(shape.kv()) {
+            eprintln!("the oracle answers, kv {}", entry.key());
             let all = [&sketches[..], &long].concat();
             let mut cases = answer_all(&model, &limits, shape.kv, &all)?;
             let long = cases.split_off(sketches.len());
-            oracles.insert(shape.kv(), (cases, long));
+            entry.insert((cases, long));
         }
     }
     let logs = Logs::new(trial);
@@ -173,7 +176,8 @@ fn try_out(
     long: &[Case],
     outcome: &mut Outcome,
 ) -> anyhow::Result<()> {
-    let cluster = Embedded::start(flags, None, START_TIMEOUT)?;
+    let embedding = Embedding { relays: None, restart_after: RESTART_AFTER, start_timeout: START_TIMEOUT };
+    let cluster = Embedded::start(flags, embedding)?;
     let client = Client::new(&cluster.url(), None, STREAM_TIMEOUT)?;
     crowd(args, &client, cases, outcome)?;
     let nodes = [cluster.names(Role::Prefill), cluster.names(Role::Decode)].concat();

@@ -1,5 +1,5 @@
 //! A cluster inside this program: the same supervisor, processes and command lines as `cluster up --local`, for commands that
-//! try it out. It starts again what dies, at once and as often as it dies, and says who runs where. Read [`Embedded`].
+//! try it out. It starts again what dies, as often as it dies, and says who runs where. Read [`Embedded`].
 
 use super::launch::Launch;
 use super::relay::Relays;
@@ -54,6 +54,18 @@ pub struct MemberState {
 pub(super) struct Seen {
     state: Arc<Mutex<State>>,
     relays: Option<Arc<Relays>>,
+    pub(super) restart_after: Duration,
+}
+
+/// What is special about a cluster inside this program.
+#[derive(Clone, Debug)]
+pub struct Embedding {
+    /// Everything that nodes say to the router and to decode nodes goes through these.
+    pub relays: Option<Arc<Relays>>,
+    /// Pause between a death and the restart.
+    pub restart_after: Duration,
+    /// A cluster that does not serve by then does not start.
+    pub start_timeout: Duration,
 }
 
 #[derive(Debug, Default)]
@@ -94,9 +106,9 @@ fn state_of(slot: &Slot) -> MemberState {
 }
 
 impl Embedded {
-    /// Starts `cluster up --local` with these flags, on a free port and without keys, and waits until it serves. With
-    /// `relays`, everything that nodes say to the router and to decode nodes goes through those.
-    pub fn start(flags: &[String], relays: Option<Arc<Relays>>, within: Duration) -> anyhow::Result<Self> {
+    /// Starts `cluster up --local` with these flags, on a free port and without keys, and waits until it serves.
+    pub fn start(flags: &[String], embedding: Embedding) -> anyhow::Result<Self> {
+        let Embedding { relays, restart_after, start_timeout } = embedding;
         let own =
             ["cluster", "up", "--local", "--host=127.0.0.1", "--port=0", "--api-key=", "--served-model-name", MODEL];
         let line = own.into_iter().map(str::to_owned).chain(flags.iter().cloned());
@@ -106,7 +118,7 @@ impl Embedded {
         };
         let plan = plan(&args);
         let launch = Launch::prepare(*args, &plan.members).with_context(|| what.clone())?;
-        let seen = Seen { state: Arc::default(), relays };
+        let seen = Seen { state: Arc::default(), relays, restart_after };
         let (stop, asked) = oneshot::channel();
         let mode = Mode::Embedded(seen.clone());
         let supervisor = std::thread::Builder::new().name("supervisor".into()).spawn(move || {
@@ -121,7 +133,7 @@ impl Embedded {
         });
         let supervisor = Some(supervisor.context("cannot start a thread")?);
         let mut cluster = Self { seen, stop: Some(stop), supervisor };
-        cluster.wait_serving(within).with_context(|| what)?;
+        cluster.wait_serving(start_timeout).with_context(|| what)?;
         Ok(cluster)
     }
 

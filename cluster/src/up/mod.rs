@@ -13,7 +13,7 @@ mod progress;
 mod relay;
 
 pub use child::signal_child;
-pub use embedded::{Embedded, MODEL, MemberState};
+pub use embedded::{Embedded, Embedding, MODEL, MemberState};
 pub use launch::{Model, find_model};
 pub use relay::Relays;
 
@@ -160,7 +160,7 @@ impl Mode {
     fn pause(&self, crashes: usize) -> Duration {
         match self {
             Mode::Terminal(_) => BACKOFF * (1 << (crashes - 1)),
-            Mode::Embedded(_) => BACKOFF,
+            Mode::Embedded(seen) => seen.restart_after,
         }
     }
 

@@ -127,9 +127,9 @@ impl Rules {
     fn pass(&mut self, peer: SocketAddr, name: &str) -> bool {
         let cut = !self.cut.is_empty()
             && self.places.iter().any(|(other, addr)| *addr == peer && self.cut.contains(&pair(other, name)));
-        let passes = !cut && !(self.loss_permille > 0 && self.random.chance(self.loss_permille));
-        self.dropped += u64::from(!passes);
-        passes
+        let lost = cut || self.loss_permille > 0 && self.random.chance(self.loss_permille);
+        self.dropped += u64::from(lost);
+        !lost
     }
 }
 

@@ -22,7 +22,8 @@ use super::verify::busiest;
 use super::{Logs, START_TIMEOUT, STREAM_TIMEOUT, TrialArgs, kill, wait_back};
 use crate::cli::KvCacheDtype;
 use crate::client::Client;
-use crate::up::{Embedded, Relays, find_model};
+use crate::size::parse_duration;
+use crate::up::{Embedded, Embedding, Relays, find_model};
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use faults::{Faults, inject};
@@ -65,6 +66,10 @@ pub struct ChaosArgs {
     /// Seconds that all this may take; reaching them before the numbers above is a failure.
     #[arg(long, value_name = "N", default_value_t = 300)]
     pub seconds: u64,
+    /// After how long a node that died is started again. While it is away, its death is noticed by its silence alone; when
+    /// it is back before that, by its return.
+    #[arg(long, value_name = "TIME", default_value = "100ms", value_parser = parse_duration)]
+    pub restart_after: Duration,
     /// Streams whose decode node is killed afterwards, one at a time, to measure how long they pause.
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub failovers: u16,
@@ -149,7 +154,9 @@ fn try_out(args: &ChaosArgs, flags: &[String], cases: &[Case], outcome: &mut Out
     let decode: Vec<String> = (0..args.decode).map(|index| format!("decode-{index}")).collect();
     let fronts: Vec<String> = std::iter::once("router".to_owned()).chain(decode.iter().cloned()).collect();
     let relays = Relays::start(&fronts, seed).context("cannot start relays")?;
-    let cluster = Embedded::start(flags, Some(relays.clone()), START_TIMEOUT)?;
+    let embedding =
+        Embedding { relays: Some(relays.clone()), restart_after: args.restart_after, start_timeout: START_TIMEOUT };
+    let cluster = Embedded::start(flags, embedding)?;
     let client = Client::new(&cluster.url(), None, STREAM_TIMEOUT)?;
     let nodes = [cluster.names(Role::Prefill), decode.clone()].concat();
     let load = Load { client: &client, cases, seed, clients: args.trial.clients.into() };

@@ -114,6 +114,7 @@ pub fn json(args: &ChaosArgs, model: &str, outcome: &Outcome) -> Value {
         "clients": args.trial.clients,
         "prefill": args.prefill,
         "decode": args.decode,
+        "restart_after_ms": ms(args.restart_after),
         "seconds": took.as_secs_f64(),
         "streams": {"same": load.same, "hang_ups": load.left, "moved": redispatched},
         "faults": {
