@@ -11,6 +11,7 @@ use crate::replay::ReplayArgs;
 use crate::sim::SimArgs;
 use crate::size::{parse_bytes, parse_count, parse_duration};
 use crate::synth::{Preset, SynthDType};
+use crate::trial::{ChaosArgs, VerifyArgs};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ridge_router::shell::http::ResumeConfig;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -54,6 +55,10 @@ pub enum Command {
     Sim(SimArgs),
     /// Make the decisions of recorded processes (--record) again and compare them with what was recorded.
     Replay(ReplayArgs),
+    /// Check that clusters on this machine answer a model's prompts with the very tokens of a single process.
+    Verify(VerifyArgs),
+    /// Break a cluster on this machine, again and again, and check that no stream notices.
+    Chaos(ChaosArgs),
     /// Create the cluster's certificate authority or issue a node's certificate, for clusters of several machines.
     Ca(CaArgs),
 }
@@ -100,6 +105,9 @@ pub struct UpArgs {
     /// Whether decisions are recorded.
     #[command(flatten)]
     pub record: RecordArgs,
+    /// For tests only: what prefill nodes get as --chaos-corrupt-pages.
+    #[arg(long, hide = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub chaos_corrupt_pages: Option<u32>,
     /// Write the log of each process to a file in this folder instead of to stderr.
     #[arg(long, value_name = "DIR")]
     pub log_dir: Option<PathBuf>,
@@ -311,6 +319,9 @@ pub struct NodeArgs {
     /// UDP address for KV connections; port 0 takes a free one.
     #[arg(long, env = "RIDGE_LISTEN", default_value = "127.0.0.1:0")]
     pub listen: SocketAddr,
+    /// UDP address at which prefill nodes reach this decode node, if it is not the one it listens on (behind NAT, say).
+    #[arg(long, env = "RIDGE_ADVERTISE", value_name = "ADDR")]
+    pub advertise: Option<SocketAddr>,
     /// UDP address of the router's control port.
     #[arg(long, env = "RIDGE_ROUTER")]
     pub router: SocketAddr,
@@ -356,6 +367,10 @@ pub struct NodeArgs {
     /// Forget the KV of finished sequences.
     #[arg(long, env = "RIDGE_NO_ENABLE_PREFIX_CACHING")]
     pub no_enable_prefix_caching: bool,
+    /// For tests only, prefill nodes: flip a bit in one shipped page of N, after its digest was computed; in one page of a
+    /// transfer at most.
+    #[arg(long, hide = true, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub chaos_corrupt_pages: Option<u32>,
     /// How it talks with the others.
     #[command(flatten)]
     pub network: NetworkArgs,

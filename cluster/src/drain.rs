@@ -1,6 +1,6 @@
 //! `cluster drain`: takes a node out of service and waits until it has nothing left.
 
-use crate::bench::Client;
+use crate::client::Client;
 use crate::size::parse_duration;
 use anyhow::{Context, bail};
 use clap::Args;

@@ -7,6 +7,7 @@
 mod bench;
 mod ca;
 mod cli;
+mod client;
 mod demo;
 mod dirs;
 mod drain;
@@ -19,6 +20,7 @@ mod roles;
 mod sim;
 mod size;
 mod synth;
+mod trial;
 mod up;
 
 use clap::Parser;
@@ -41,6 +43,8 @@ fn main() -> ExitCode {
         Command::Roofline(args) => bench::run_roofline(&args),
         Command::Sim(args) => sim::run(&args),
         Command::Replay(args) => replay::run(&args),
+        Command::Verify(args) => trial::verify(&args),
+        Command::Chaos(args) => trial::chaos(&args),
         Command::Ca(args) => ca::run(args),
     };
     match done {

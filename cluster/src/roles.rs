@@ -77,6 +77,7 @@ pub fn prefill(args: NodeArgs) -> anyhow::Result<()> {
         machine,
         sender: ridge_kvtransfer::SenderConfig::default(),
         record: args.record.options(),
+        corrupt_pages: args.chaos_corrupt_pages,
     };
     block_on(&args.supervision, |shutdown| ridge_prefill_node::shell::run(options, shutdown))
 }
@@ -110,6 +111,7 @@ fn link(args: &NodeArgs, default_name: &str) -> LinkOptions {
     LinkOptions {
         name: NodeName(args.name.clone().unwrap_or_else(|| default_name.into())),
         listen: args.listen,
+        advertise: args.advertise,
         router: args.router,
         router_name: NodeName(args.router_name.clone()),
         tls_dir: args.tls_dir.clone(),

@@ -19,6 +19,7 @@ mod scenario;
 mod sum;
 mod trace;
 
+pub use random::Random;
 pub use run::{Failure, Outcome, run, try_run};
 pub use scenario::{Faults, Sabotage, Scenario};
 pub use sum::Sum;

@@ -94,9 +94,7 @@ impl Cluster {
 
     /// What `/metrics` says now.
     pub fn metrics(&self) -> Metrics {
-        let response = self.client.get("/metrics").expect("the router answers");
-        assert_eq!(response.status, 200, "{}", response.body);
-        Metrics::parse(&response.body).expect("is Prometheus text")
+        metrics(&self.client)
     }
 
     /// Waits until `/health` says that nothing is missing.
@@ -106,33 +104,9 @@ impl Cluster {
         assert!(within(SETTLE_TIMEOUT, healthy), "not healthy again\n{}", self.output());
     }
 
-    /// Waits until nothing is in flight and no node has a block in use, held or reserved; panics if that takes too
-    /// long, because then blocks were lost.
+    /// [`wait_idle`] for this cluster.
     pub fn wait_idle(&self) -> Metrics {
-        const BUSY: [&str; 6] = [
-            "ridge_kv_blocks_used",
-            "ridge_kv_blocks_reserved",
-            "ridge_kv_blocks_held",
-            "ridge_requests_running",
-            "ridge_requests_waiting",
-            "ridge_router_requests_in_flight",
-        ];
-        let busy = |metrics: &Metrics| -> Vec<(&str, f64)> {
-            BUSY.iter().map(|name| (*name, metrics.sum(name))).filter(|(_, sum)| *sum != 0.0).collect()
-        };
-        // Gauges arrive with a delay: what counts is a report from after the last event.
-        std::thread::sleep(Duration::from_millis(1500));
-        let idle = within(SETTLE_TIMEOUT, || busy(&self.metrics()).is_empty());
-        let metrics = self.metrics();
-        assert!(idle, "not idle: {:?}\n{}", busy(&metrics), self.output());
-        assert_eq!(metrics.sum("ridge_kv_orphaned_blocks"), 0.0, "blocks were orphaned");
-        for total in metrics.all("ridge_kv_blocks_total") {
-            let node = total.label("node").expect("has a node");
-            let parts = ["free", "cached", "used", "reserved", "held"];
-            let parts = parts.map(|part| metrics.sum_where(&format!("ridge_kv_blocks_{part}"), "node", node));
-            assert_eq!(parts.iter().sum::<f64>(), total.value, "blocks of {node}: {parts:?}");
-        }
-        metrics
+        wait_idle(&self.client, || self.output())
     }
 
     /// Presses Ctrl-C and waits for the end. Panics if any of its processes is left.
@@ -178,6 +152,42 @@ pub fn fails(command: &mut Command) -> String {
     let output = command.stdin(Stdio::null()).output().expect("the binary starts");
     assert!(!output.status.success(), "it should have failed: {}", String::from_utf8_lossy(&output.stdout));
     String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// What `/metrics` of a server says now.
+pub fn metrics(client: &Client) -> Metrics {
+    let response = client.get("/metrics").expect("the router answers");
+    assert_eq!(response.status, 200, "{}", response.body);
+    Metrics::parse(&response.body).expect("is Prometheus text")
+}
+
+/// Waits until nothing is in flight and no node has a block in use, held or reserved; panics, with what the cluster printed, if
+/// that takes too long, because then blocks were lost.
+pub fn wait_idle(client: &Client, output: impl Fn() -> String) -> Metrics {
+    const BUSY: [&str; 6] = [
+        "ridge_kv_blocks_used",
+        "ridge_kv_blocks_reserved",
+        "ridge_kv_blocks_held",
+        "ridge_requests_running",
+        "ridge_requests_waiting",
+        "ridge_router_requests_in_flight",
+    ];
+    let busy = |metrics: &Metrics| -> Vec<(&str, f64)> {
+        BUSY.iter().map(|name| (*name, metrics.sum(name))).filter(|(_, sum)| *sum != 0.0).collect()
+    };
+    // Gauges arrive with a delay: what counts is a report from after the last event.
+    std::thread::sleep(Duration::from_millis(1500));
+    let idle = within(SETTLE_TIMEOUT, || busy(&metrics(client)).is_empty());
+    let metrics = metrics(client);
+    assert!(idle, "not idle: {:?}\n{}", busy(&metrics), output());
+    assert_eq!(metrics.sum("ridge_kv_orphaned_blocks"), 0.0, "blocks were orphaned");
+    for total in metrics.all("ridge_kv_blocks_total") {
+        let node = total.label("node").expect("has a node");
+        let parts = ["free", "cached", "used", "reserved", "held"];
+        let parts = parts.map(|part| metrics.sum_where(&format!("ridge_kv_blocks_{part}"), "node", node));
+        assert_eq!(parts.iter().sum::<f64>(), total.value, "blocks of {node}: {parts:?}");
+    }
+    metrics
 }
 
 /// Asks again and again until the answer is yes; false if it never is.

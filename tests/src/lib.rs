@@ -10,5 +10,6 @@ pub mod cluster;
 pub mod http;
 pub mod metrics;
 pub mod model;
+pub mod netns;
 pub mod process;
 pub mod tidy;

@@ -14,7 +14,6 @@ mod roofline;
 mod session;
 
 pub use args::{BenchArgs, BenchCommand, EngineBenchArgs, RooflineArgs};
-pub use interference::Client;
 pub use roofline::run as run_roofline;
 
 use measure::measure;

@@ -35,6 +35,8 @@ pub enum Report {
     },
     /// The router's: a real prompt went through prefill, transfer and decode.
     Serving,
+    /// A prefill node's, with `--chaos-corrupt-pages`: it damaged another page.
+    Corrupted,
     /// A line that a newer role may print.
     #[serde(other)]
     Unknown,
@@ -129,12 +131,17 @@ impl Running {
     }
 
     fn signal(&self, signal: rustix::process::Signal) {
-        let Some(pid) = i32::try_from(self.pid).ok().and_then(rustix::process::Pid::from_raw) else { return };
-        if let Err(error) = rustix::process::kill_process(pid, signal)
-            && error != rustix::io::Errno::SRCH
-        {
-            tracing::warn!(pid = self.pid, %error, "cannot signal a child");
-        }
+        signal_child(self.pid, signal);
+    }
+}
+
+/// Signals a child; one that is gone already is fine.
+pub fn signal_child(pid: u32, signal: rustix::process::Signal) {
+    let Some(id) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) else { return };
+    if let Err(error) = rustix::process::kill_process(id, signal)
+        && error != rustix::io::Errno::SRCH
+    {
+        tracing::warn!(pid, %error, "cannot signal a child");
     }
 }
 

@@ -4,6 +4,7 @@
 
 use super::plan::Member;
 use super::progress::human_bytes;
+use super::relay::Relays;
 use crate::cli::{HttpArgs, HugePagesArg, KvCacheDtype, UpArgs, WeightsCache};
 use crate::{demo, dirs};
 use anyhow::{Context, bail};
@@ -84,8 +85,15 @@ impl Launch {
     }
 
     /// The arguments of `member`. `router` is the address that the router reported, `http` its HTTP address: a
-    /// router that is started again must come back where nodes and clients look for it.
-    pub fn arguments(&self, member: &Member, router: Option<SocketAddr>, http: Option<SocketAddr>) -> Vec<String> {
+    /// router that is started again must come back where nodes and clients look for it. With `relays`, nodes find each
+    /// other through those.
+    pub fn arguments(
+        &self,
+        member: &Member,
+        router: Option<SocketAddr>,
+        http: Option<SocketAddr>,
+        relays: Option<&Relays>,
+    ) -> Vec<String> {
         let mut line = Line(vec![member.role.name().to_owned(), "--stop-on-stdin-eof".into()]);
         line.flag("--name", &member.name);
         line.flag("--tls-dir", &self.run_dir.path().join(&member.name).display());
@@ -105,7 +113,9 @@ impl Launch {
             }
             return line.0;
         }
+        let router = relays.and_then(|relays| relays.front("router")).or(router);
         line.flag("--router", &router.expect("nodes start after the router"));
+        line.option("--advertise", relays.and_then(|relays| relays.front(&member.name)));
         line.flag("--threads", &member.threads);
         line.option("--cores", member.cores.as_ref());
         if member.nice > 0 {
@@ -129,7 +139,10 @@ impl Launch {
             line.flag("--weights-cache", &engine.weights_cache);
         }
         match member.role {
-            Role::Prefill => line.option("--max-num-batched-tokens", self.args.max_num_batched_tokens),
+            Role::Prefill => {
+                line.option("--max-num-batched-tokens", self.args.max_num_batched_tokens);
+                line.option("--chaos-corrupt-pages", self.args.chaos_corrupt_pages);
+            }
             _ => line.option("--max-num-seqs", self.args.max_num_seqs),
         }
         line.0
@@ -207,7 +220,7 @@ fn check_port(http: &HttpArgs) -> anyhow::Result<()> {
 }
 
 /// Makes sure that the model is here, so that every process maps the same files.
-fn find_model(argument: Option<&str>) -> anyhow::Result<Model> {
+pub fn find_model(argument: Option<&str>) -> anyhow::Result<Model> {
     let Some(argument) = argument else {
         let folder = demo::unpack(&dirs::cache()?)?;
         return Ok(Model { path: text(&folder)?, name: demo::NAME.into(), from: Source::BuiltIn });

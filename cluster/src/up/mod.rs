@@ -6,9 +6,16 @@
 
 mod banner;
 mod child;
+mod embedded;
 mod launch;
 mod plan;
 mod progress;
+mod relay;
+
+pub use child::signal_child;
+pub use embedded::{Embedded, Embedding, MODEL, MemberState};
+pub use launch::{Model, find_model};
+pub use relay::Relays;
 
 use crate::cli::{CoreList, UpArgs};
 use crate::{demo, logging, roles};
@@ -42,25 +49,46 @@ const KILL_WAIT: Duration = Duration::from_secs(5);
 pub fn run(args: UpArgs) -> anyhow::Result<()> {
     let started = Instant::now();
     let drain = Duration::from_secs(args.drain_timeout);
-    let cores = plan::available_cores();
-    let threads = args.threads.map(usize::from);
     let stop_on_stdin_eof = args.supervision.stop_on_stdin_eof;
-    let plan = Plan::new(args.prefill.into(), args.decode.into(), threads, args.cores_policy, &cores);
+    let plan = plan(&args);
     if let Some(remark) = &plan.remark {
         eprintln!("note: {remark}");
     }
     let launch = Launch::prepare(args, &plan.members)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")?;
     runtime.block_on(async {
-        let mut signals = Signals::new(stop_on_stdin_eof)?;
-        let mut supervisor = Supervisor::new(launch, plan.members, started);
-        let ended = supervisor.supervise(&mut signals).await;
-        supervisor.progress.clear();
+        let mut stop = Stop::Signals(Signals::new(stop_on_stdin_eof)?);
+        let mut supervisor = Supervisor::new(launch, plan.members, started, Mode::Terminal(Progress::new()));
+        let ended = supervisor.supervise(&mut stop).await;
+        supervisor.mode.clear();
         // After a failure nobody waits for requests to finish.
         let drain = if ended.is_ok() { drain } else { Duration::from_secs(1) };
-        supervisor.shut_down(drain, &mut signals).await;
+        supervisor.shut_down(drain, &mut stop).await;
         ended
     })
+}
+
+fn plan(args: &UpArgs) -> Plan {
+    let cores = plan::available_cores();
+    Plan::new(args.prefill.into(), args.decode.into(), args.threads.map(usize::from), args.cores_policy, &cores)
+}
+
+/// What stops a cluster.
+enum Stop {
+    /// A user or whoever started us.
+    Signals(Signals),
+    /// This program itself, once.
+    Asked(oneshot::Receiver<()>),
+}
+
+impl Stop {
+    async fn next(&mut self) {
+        match self {
+            Stop::Signals(signals) => signals.next().await,
+            Stop::Asked(asked) if !asked.is_terminated() => drop(asked.await),
+            Stop::Asked(_) => std::future::pending().await,
+        }
+    }
 }
 
 /// The signals that stop the cluster.
@@ -107,6 +135,48 @@ struct Slot {
     crashes: VecDeque<Instant>,
     restarts: u32,
     restart_at: Option<Instant>,
+    /// Pages that it damaged because it was told to, over all restarts.
+    corrupted: u64,
+}
+
+/// For whom a supervisor works.
+enum Mode {
+    /// A person, who sees what happens.
+    Terminal(Progress),
+    /// This program, whose business it is that children die.
+    Embedded(embedded::Seen),
+}
+
+impl Mode {
+    /// How many crashes within [`CRASH_WINDOW`] are too many.
+    fn crashes_max(&self) -> usize {
+        match self {
+            Mode::Terminal(_) => CRASHES_MAX,
+            Mode::Embedded(_) => usize::MAX,
+        }
+    }
+
+    /// Before the restart after the last of so many crashes.
+    fn pause(&self, crashes: usize) -> Duration {
+        match self {
+            Mode::Terminal(_) => BACKOFF * (1 << (crashes - 1)),
+            Mode::Embedded(seen) => seen.restart_after,
+        }
+    }
+
+    fn say(&mut self, line: &str) {
+        self.clear();
+        if matches!(self, Mode::Terminal(_)) {
+            eprintln!("{line}");
+        }
+    }
+
+    /// Makes room for another line.
+    fn clear(&mut self) {
+        if let Mode::Terminal(progress) = self {
+            progress.clear();
+        }
+    }
 }
 
 /// The children and the loop that looks after them.
@@ -115,14 +185,14 @@ struct Supervisor {
     slots: Vec<Slot>,
     events: mpsc::Receiver<Event>,
     sender: mpsc::Sender<Event>,
-    progress: Progress,
+    mode: Mode,
     http: Option<SocketAddr>,
     serving: bool,
     started: Instant,
 }
 
 impl Supervisor {
-    fn new(launch: Launch, members: Vec<Member>, started: Instant) -> Self {
+    fn new(launch: Launch, members: Vec<Member>, started: Instant, mode: Mode) -> Self {
         assert_eq!(members.first().map(|m| m.role), Some(Role::Router), "the router comes first");
         let (sender, events) = mpsc::channel(256);
         let slot = |member| Slot {
@@ -134,18 +204,22 @@ impl Supervisor {
             crashes: VecDeque::new(),
             restarts: 0,
             restart_at: None,
+            corrupted: 0,
         };
         let slots = members.into_iter().map(slot).collect();
-        Self { launch, slots, events, sender, progress: Progress::new(), http: None, serving: false, started }
+        Self { launch, slots, events, sender, mode, http: None, serving: false, started }
     }
 
     /// Starts everything and returns on a signal (`Ok`) or when there is no point in going on.
-    async fn supervise(&mut self, signals: &mut Signals) -> anyhow::Result<()> {
+    async fn supervise(&mut self, stop: &mut Stop) -> anyhow::Result<()> {
         self.start(0)?;
         loop {
+            if let Mode::Embedded(seen) = &self.mode {
+                seen.update(self.http, self.serving, &self.slots);
+            }
             let restart = self.slots.iter().filter_map(|slot| slot.restart_at).min();
             tokio::select! {
-                () = signals.next() => return Ok(()),
+                () = stop.next() => return Ok(()),
                 event = self.events.recv() => match event.expect("we hold a sender") {
                     Event::Report(index, report) => self.on_report(index, report)?,
                     Event::Exited(index, status) => self.on_exit(index, status)?,
@@ -158,12 +232,16 @@ impl Supervisor {
     fn start(&mut self, index: usize) -> anyhow::Result<()> {
         // A router that is started again listens where it did before.
         let (router, http) = (self.slots[0].addr, self.http);
+        let relays = match &self.mode {
+            Mode::Embedded(seen) => seen.relays(),
+            Mode::Terminal(_) => None,
+        };
         let slot = &mut self.slots[index];
         let spawn = Spawn {
             index,
             name: &slot.member.name,
             program: &self.launch.program,
-            args: self.launch.arguments(&slot.member, router, http),
+            args: self.launch.arguments(&slot.member, router, http, relays),
             env: self.launch.environment(&slot.member),
             log_file: self.launch.log_file(&slot.member),
         };
@@ -185,11 +263,14 @@ impl Supervisor {
             Report::Loading { fraction } => self.slots[index].stage = Stage::Loading(fraction),
             Report::Ready { addr, http } => self.on_ready(index, addr, http)?,
             Report::Serving => self.on_serving(),
+            Report::Corrupted => self.slots[index].corrupted += 1,
             Report::Unknown => {}
         }
-        if !self.serving {
+        if !self.serving
+            && let Mode::Terminal(progress) = &mut self.mode
+        {
             let stages: Vec<(&str, Stage)> = self.slots.iter().map(|s| (s.member.name.as_str(), s.stage)).collect();
-            self.progress.show(&stages);
+            progress.show(&stages);
         }
         Ok(())
     }
@@ -201,7 +282,7 @@ impl Supervisor {
         let first_time = !std::mem::replace(&mut slot.proven, true);
         if !first_time {
             let pid = slot.running.as_ref().map_or(0, |running| running.pid);
-            eprintln!("{} is back as pid {pid} after restart {}", slot.member.name, slot.restarts);
+            self.mode.say(&format!("{} is back as pid {pid} after restart {}", slot.member.name, slot.restarts));
         }
         if slot.member.role == Role::Router {
             self.http = Some(http.context("the router did not say where it serves HTTP")?);
@@ -218,7 +299,8 @@ impl Supervisor {
         if std::mem::replace(&mut self.serving, true) {
             return;
         }
-        self.progress.clear();
+        let Mode::Terminal(progress) = &mut self.mode else { return };
+        progress.clear();
         let suggestions =
             if self.launch.model.from == launch::Source::BuiltIn { demo::suggestions(6) } else { Vec::new() };
         let banner = Banner {
@@ -237,11 +319,10 @@ impl Supervisor {
     }
 
     fn on_exit(&mut self, index: usize, status: ExitStatus) -> anyhow::Result<()> {
-        self.progress.clear();
         let log = self.launch.log_file(&self.slots[index].member);
         let log = log.map_or_else(String::new, |path| format!("; its log is {}", path.display()));
         let slot = &mut self.slots[index];
-        let name = &slot.member.name;
+        let name = slot.member.name.clone();
         slot.running = None;
         slot.stage = Stage::Starting;
         if !slot.proven {
@@ -253,25 +334,27 @@ impl Supervisor {
             slot.crashes.pop_front();
         }
         let crashes = slot.crashes.len();
-        if crashes > CRASHES_MAX {
+        if crashes > self.mode.crashes_max() {
             bail!("{name} died {crashes} times within a minute, the last time with {status}; giving up{log}");
         }
-        let pause = BACKOFF * (1 << (crashes - 1));
+        let pause = self.mode.pause(crashes);
         slot.restarts += 1;
         slot.restart_at = Some(now + pause);
-        eprintln!("{name} died ({status}); restart {} in {} ms{log}", slot.restarts, pause.as_millis());
+        let line = format!("{name} died ({status}); restart {} in {} ms{log}", slot.restarts, pause.as_millis());
+        self.mode.say(&line);
         Ok(())
     }
 
     /// Ends the router first, so that it can finish what it has accepted, then the nodes, then whatever is left.
-    async fn shut_down(&mut self, drain: Duration, signals: &mut Signals) {
+    async fn shut_down(&mut self, drain: Duration, stop: &mut Stop) {
         let in_flight = self.serving && self.slots[0].running.is_some();
         if in_flight {
-            eprintln!("stopping: running requests get {} s to finish; Ctrl-C again stops at once", drain.as_secs());
+            let drain = drain.as_secs();
+            self.mode.say(&format!("stopping: running requests get {drain} s to finish; Ctrl-C again stops at once"));
         }
-        let patient = self.stop(0..1, drain, signals).await;
+        let patient = self.stop(0..1, drain, stop).await;
         if patient {
-            self.stop(1..self.slots.len(), NODE_STOP, signals).await;
+            self.stop(1..self.slots.len(), NODE_STOP, stop).await;
         }
         for running in self.slots.iter().filter_map(|slot| slot.running.as_ref()) {
             running.kill();
@@ -289,7 +372,7 @@ impl Supervisor {
     }
 
     /// Terminates some children and waits. False if the user lost patience.
-    async fn stop(&mut self, which: std::ops::Range<usize>, within: Duration, signals: &mut Signals) -> bool {
+    async fn stop(&mut self, which: std::ops::Range<usize>, within: Duration, stop: &mut Stop) -> bool {
         let deadline = Instant::now() + within;
         for running in self.slots[which.clone()].iter().filter_map(|slot| slot.running.as_ref()) {
             running.terminate();
@@ -298,7 +381,7 @@ impl Supervisor {
             tokio::select! {
                 event = self.events.recv() => self.bury(event.expect("we hold a sender")),
                 () = sleep_until(deadline) => return true,
-                () = signals.next() => return false,
+                () = stop.next() => return false,
             }
         }
         true

@@ -98,7 +98,7 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
     let hello = NodeHello {
         name: options.link.name.clone(),
         role: Role::Decode,
-        kv_addr: Some(endpoint.local_addr()),
+        kv_addr: Some(options.link.advertise.unwrap_or(endpoint.local_addr())),
         identity: loaded.identity.clone(),
         max_model_len: config.max_model_len,
         blocks: config.blocks,
@@ -245,7 +245,7 @@ impl Shell {
                 }
             } else if let Some(output) = self.sender.poll_output() {
                 let page = |layer: u32, block| Bytes::copy_from_slice(&self.kv.read(layer as usize, block));
-                if let Some(event) = self.client.act(output, page) {
+                if let Some(event) = self.client.act(output, page, |_, bytes| bytes) {
                     self.machine.handle(self.clock.now(), DecodeInput::Sent(event));
                 }
             } else {

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use ridge_protocol::page::{PageHeader, page_digest};
 use ridge_protocol::transfer::{KvPeer, SendEvent};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
-use ridge_protocol::{BlockId, ModelIdentity, NodeName};
+use ridge_protocol::{BlockId, ModelIdentity, NodeName, RequestId};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use tokio::sync::{mpsc, oneshot};
@@ -76,8 +76,14 @@ impl KvClient {
     }
 
     /// Does what the sender's machine wants done; an event is the scheduler's. `page` copies a page out of the pool, so
-    /// that its block may go the moment the hand-off is settled.
-    pub fn act(&mut self, output: SenderOutput, page: impl FnOnce(u32, BlockId) -> Bytes) -> Option<SendEvent> {
+    /// that its block may go the moment the hand-off is settled. `damage` gets it after its digest was computed: tests
+    /// break pages there.
+    pub fn act(
+        &mut self,
+        output: SenderOutput,
+        page: impl FnOnce(u32, BlockId) -> Bytes,
+        damage: impl FnOnce(RequestId, Bytes) -> Bytes,
+    ) -> Option<SendEvent> {
         match output {
             SenderOutput::Send { to, message } => self.send(&to, message),
             SenderOutput::Answer { to, message } => {
@@ -88,7 +94,8 @@ impl KvClient {
             SenderOutput::Ship { to, request, layer, index, block } => {
                 let bytes = page(layer, block);
                 let digest = page_digest(request, layer, index, &bytes);
-                self.ship(&to, PageHeader { request, layer, index, len: bytes.len() as u32, digest }, bytes);
+                let header = PageHeader { request, layer, index, len: bytes.len() as u32, digest };
+                self.ship(&to, header, damage(request, bytes));
             }
             SenderOutput::Event(event) => return Some(event),
         }

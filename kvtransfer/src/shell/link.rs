@@ -24,6 +24,8 @@ pub struct LinkOptions {
     pub name: NodeName,
     /// UDP address of its one endpoint; port 0 lets the system choose.
     pub listen: SocketAddr,
+    /// Where others reach it, if that is not the address of its endpoint.
+    pub advertise: Option<SocketAddr>,
     /// Where the router listens.
     pub router: SocketAddr,
     /// The router's name, as in its certificate.

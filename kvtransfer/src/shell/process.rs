@@ -50,6 +50,8 @@ pub enum Status<'a> {
     },
     /// A real prompt has passed through the cluster (router).
     Serving,
+    /// A page was damaged on purpose (prefill node under test).
+    Corrupted,
 }
 
 impl Status<'_> {
@@ -62,6 +64,7 @@ impl Status<'_> {
                 format!(r#"{{"ridge":"ready","role":"{role}","name":"{name}","addr":"{addr}"{http}}}"#)
             }
             Status::Serving => r#"{"ridge":"serving"}"#.to_string(),
+            Status::Corrupted => r#"{"ridge":"corrupted"}"#.to_string(),
         };
         let mut out = std::io::stdout().lock();
         let _ = writeln!(out, "{line}").and_then(|()| out.flush());

@@ -1,7 +1,10 @@
 //! The process around the prefill machine: loads the model, then one loop over one closed set of events.
 
+mod damage;
+
 use crate::machine::{PrefillConfig, PrefillInput, PrefillNode, PrefillOutput};
 use bytes::Bytes;
+use damage::Damage;
 use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
 use ridge_kvtransfer::shell::record::{RecordError, RecordOptions, Recorded};
@@ -35,6 +38,8 @@ pub struct PrefillOptions {
     pub sender: SenderConfig,
     /// Where its machines are recorded, if they are.
     pub record: Option<RecordOptions>,
+    /// For tests: damage one page of so many on its way out.
+    pub corrupt_pages: Option<u32>,
 }
 
 /// Why a prefill node stopped.
@@ -123,6 +128,7 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
         endpoint: endpoint.clone(),
         router: None,
         drained: false,
+        damage: options.corrupt_pages.map(Damage::new),
     };
     let mut shutdown = std::pin::pin!(shutdown);
     let mut drain_until = None;
@@ -194,6 +200,7 @@ struct Shell {
     endpoint: Endpoint,
     router: Option<ControlHandle<NodeToRouter>>,
     drained: bool,
+    damage: Option<Damage>,
 }
 
 impl Shell {
@@ -204,7 +211,11 @@ impl Shell {
                 self.act(output)?;
             } else if let Some(output) = self.sender.poll_output() {
                 let page = |layer: u32, block| Bytes::copy_from_slice(&self.kv.read(layer as usize, block));
-                if let Some(event) = self.client.act(output, page) {
+                let damage = |request, bytes| match &mut self.damage {
+                    Some(damage) => damage.apply(request, bytes),
+                    None => bytes,
+                };
+                if let Some(event) = self.client.act(output, page, damage) {
                     self.machine.handle(self.clock.now(), PrefillInput::Transfer(event));
                 }
             } else {

@@ -13,6 +13,9 @@ use ridge_protocol::wire::{
 use ridge_protocol::{Instant, Machine, ModelIdentity, NodeId, RequestId, Role, SamplingParams, TokenOut};
 use std::collections::{BTreeMap, VecDeque};
 
+/// Dispatches after which a client is told that the cluster is overloaded.
+const MAX_REFUSALS: u32 = 4;
+
 /// The router's machine: one per cluster.
 #[derive(Debug)]
 pub struct Router {
@@ -432,7 +435,10 @@ impl Router {
             }
             NodeError::Overloaded(reason) => {
                 let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
-                if sequence.attempts >= self.config.max_attempts {
+                // A client that has nothing yet is told soon; one whose answer has begun is worth more patience.
+                let begun = sequence.next_index() > 0;
+                let most = if begun { self.config.max_attempts } else { self.config.max_attempts.min(MAX_REFUSALS) };
+                if sequence.attempts >= most {
                     self.fail(client, RouterError::Overloaded(reason));
                 } else {
                     let doublings = (sequence.attempts - 1).min(5);

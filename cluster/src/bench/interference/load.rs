@@ -9,8 +9,8 @@
 //! At the end of a phase the clients wait for their next token, which ends the latency that is running, and hang up.
 //! Read [`Plan`], [`Target`] and [`run_phase`].
 
-use super::client::Client;
 use super::prompts::{Prompts, Random, Stream};
+use crate::client::Client;
 use anyhow::{Context, bail, ensure};
 use std::ops::ControlFlow;
 use std::sync::{Condvar, Mutex, PoisonError};

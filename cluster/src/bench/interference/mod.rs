@@ -2,21 +2,19 @@
 //!
 //! A few clients decode all the time. Their inter-token latency is measured without and with long prompts that arrive
 //! every few seconds, for any OpenAI-compatible server, or for Ridge in both of its modes. This is a client: it sees
-//! what users see and knows nothing of what the server does. Read [`load`] (what runs), [`client`] (how tokens are
+//! what users see and knows nothing of what the server does. Read [`load`] (what runs), [`crate::client`] (how tokens are
 //! counted), [`report`] (what is printed, and the keys of the JSON object) and [`local`] (clusters of our own).
 
 mod args;
-mod client;
 mod load;
 mod local;
 mod prompts;
 mod report;
 
 pub use args::InterferenceArgs;
-pub use client::Client;
 
+use crate::client::{Client, ListedModel};
 use anyhow::{Context, ensure};
-use client::ListedModel;
 use load::{Plan, Target, run_phase, warm_up};
 use local::{Cluster, Mode};
 use prompts::Prompts;

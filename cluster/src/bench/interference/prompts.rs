@@ -5,7 +5,7 @@
 //! [`Prompts`].
 
 use super::args::PromptKind;
-use super::client::Client;
+use crate::client::Client;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use std::ops::ControlFlow;

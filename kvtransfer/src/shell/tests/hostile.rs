@@ -241,6 +241,7 @@ async fn malformed_frames_from_a_router_to_a_node() {
     let options = LinkOptions {
         name: node("decode-0"),
         listen: endpoint.local_addr(),
+        advertise: None,
         router: hostile.local_addr(),
         router_name: node("router"),
         tls_dir: std::path::PathBuf::new(),

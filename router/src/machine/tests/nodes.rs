@@ -138,7 +138,7 @@ fn a_lost_node_starts_the_wait_anew() {
 
 /// Sequences without a token for two minutes are tried again.
 fn impatient() -> RouterConfig {
-    RouterConfig { progress_deadline: Duration::from_secs(120), ..RouterConfig::default() }
+    RouterConfig { progress_deadline: Duration::from_secs(120), max_attempts: 4, ..RouterConfig::default() }
 }
 
 #[test]

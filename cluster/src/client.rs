@@ -79,6 +79,38 @@ impl Client {
         &self.base
     }
 
+    /// The body of an answer to `GET path`, whatever its status.
+    pub fn text(&self, path: &str) -> anyhow::Result<(u16, String)> {
+        let mut response = self.agent.get(self.url(path)).call().map_err(|error| self.error("GET", path, error))?;
+        let text = response.body_mut().with_config().limit(BODY_BYTES_MAX).read_to_string();
+        Ok((response.status().as_u16(), text.map_err(|error| self.error("GET", path, error))?))
+    }
+
+    /// Streams the answer to `body`, event by event, for at most `within`: then the client hangs up, wherever it is.
+    pub fn stream(
+        &self,
+        path: &str,
+        body: &Value,
+        within: Duration,
+        on_event: &mut dyn FnMut(Value, Instant) -> anyhow::Result<ControlFlow<()>>,
+    ) -> anyhow::Result<End> {
+        let request = self.agent.post(self.url(path)).config().timeout_global(Some(within)).build();
+        let ended = match request.header("Content-Type", "application/json").send(body.to_string()) {
+            Ok(response) if response.status() != 200 => return Err(self.refused("POST", path, response)),
+            Ok(response) => {
+                let reader = BufReader::new(response.into_body().into_reader());
+                read_events(reader, |event| on_event(event, Instant::now()))
+            }
+            Err(error) => Err(Broken::Transport(error)),
+        };
+        match ended {
+            Ok(end) => Ok(end),
+            Err(Broken::Transport(error)) if is_timeout(&error) => Ok(End::Timeout),
+            Err(Broken::Transport(error)) => Err(anyhow!("{}: POST {path}: {}", self.base, self.describe(error))),
+            Err(Broken::Content(why)) => Err(why.context(format!("{}: POST {path}", self.base))),
+        }
+    }
+
     /// What the server serves.
     pub fn models(&self) -> anyhow::Result<Vec<ListedModel>> {
         let listed = self.get_json("/v1/models")?;
@@ -128,7 +160,7 @@ impl Client {
         let why = match ended {
             Ok(End::HungUp | End::Done) => return Ok(meter.answer),
             Ok(End::Closed) if meter.finished => return Ok(meter.answer),
-            Ok(End::Closed) => anyhow!("the server closed the stream in the middle of the answer"),
+            Ok(End::Closed | End::Timeout) => anyhow!("the server closed the stream in the middle of the answer"),
             Err(Broken::Transport(error)) => anyhow!(self.describe(error)),
             Err(Broken::Content(why)) => why,
         };
@@ -256,7 +288,7 @@ impl Meter {
 }
 
 /// The message of OpenAI's error envelope, or of what resembles it.
-fn error_message(body: &Value) -> Option<String> {
+pub fn error_message(body: &Value) -> Option<String> {
     let error = body.get("error").filter(|error| !error.is_null())?;
     let message = error["message"].as_str().or(error.as_str()).map(str::to_owned);
     Some(message.unwrap_or_else(|| error.to_string()))
@@ -269,15 +301,27 @@ fn cut(text: &str) -> String {
     text.chars().take(ERROR_CHARS_MAX).chain("…".chars()).collect()
 }
 
+/// The client ran out of time, before the answer began or in the middle of it.
+fn is_timeout(error: &ureq::Error) -> bool {
+    match error {
+        ureq::Error::Timeout(_) => true,
+        // A body's reader wraps it.
+        ureq::Error::Io(error) => error.kind() == std::io::ErrorKind::TimedOut,
+        _ => false,
+    }
+}
+
 /// How a stream ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum End {
+pub enum End {
     /// With `[DONE]`.
     Done,
     /// Without it.
     Closed,
     /// We hung up.
     HungUp,
+    /// Our time was over. Only [`Client::stream`] tells this from a failure.
+    Timeout,
 }
 
 /// Why a stream could not be read to its end.
