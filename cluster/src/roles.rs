@@ -24,6 +24,7 @@ use std::io::Read;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
@@ -173,17 +174,18 @@ pub fn kv_dtype(dtype: KvCacheDtype) -> Option<KvDtype> {
     }
 }
 
+/// The async runtime of a node: QUIC, control messages and timers.
+pub fn runtime() -> anyhow::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("cannot start tokio")
+}
+
 /// Runs a role on a runtime of its own until it ends.
 fn block_on<F, E>(supervision: &SupervisionArgs, role: impl FnOnce(Shutdown) -> F) -> anyhow::Result<()>
 where
     F: Future<Output = Result<(), E>>,
     E: std::error::Error + Send + Sync + 'static,
 {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("cannot start tokio")?;
+    let runtime = runtime()?;
     let ended = runtime.block_on(async {
         let shutdown = shutdown(supervision.stop_on_stdin_eof)?;
         Ok::<_, anyhow::Error>(role(shutdown).await?)

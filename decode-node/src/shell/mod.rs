@@ -12,7 +12,7 @@ use ridge_model::memory::PassLimits;
 use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
 use ridge_protocol::page::{PageHeader, page_digest};
 use ridge_protocol::wire::{NodeHello, NodeToRouter};
-use ridge_protocol::{Duration, Machine, NodeName, Role};
+use ridge_protocol::{BlockId, Duration, Machine, NodeName, Role};
 use std::future::Future;
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -183,14 +183,10 @@ struct Shell {
 impl Shell {
     /// Puts an arrived page where its transfer wants it and verifies it there, before anything may read it.
     fn land(&mut self, from: NodeName, header: PageHeader, bytes: &Bytes) {
-        let PageHeader { request, layer, index, len, digest } = header;
+        let PageHeader { request, layer, index, len, .. } = header;
         let destination = self.receiver.destination(&from, request, layer, index);
         // A page that nobody wants belongs to a transfer that is over; the receiver counts it.
-        let intact = destination.is_none_or(|block| {
-            let mut page = self.kv.write(layer as usize, block);
-            page.copy_from_slice(bytes);
-            page_digest(request, layer, index, &page) == digest
-        });
+        let intact = destination.is_none_or(|block| land_page(&self.kv, block, &header, bytes));
         let landed = ReceiverInput::PageLanded { from, request, layer, index, bytes: len, intact };
         self.receiver.handle(self.clock.now(), landed);
     }
@@ -235,4 +231,11 @@ impl Shell {
         }
         Ok(())
     }
+}
+
+/// Writes an arrived page into its block and says whether it is intact there. The page has the pool's page size.
+pub fn land_page(kv: &KvMemory, block: BlockId, header: &PageHeader, bytes: &[u8]) -> bool {
+    let mut page = kv.write(header.layer as usize, block);
+    page.copy_from_slice(bytes);
+    page_digest(header.request, header.layer, header.index, &page) == header.digest
 }

@@ -12,7 +12,7 @@ use ridge_model::memory::PassLimits;
 use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
 use ridge_protocol::page::{PageHeader, page_digest};
 use ridge_protocol::wire::{NodeHello, NodeToRouter};
-use ridge_protocol::{Duration, Machine, Role};
+use ridge_protocol::{BlockId, Duration, Machine, RequestId, Role};
 use std::future::Future;
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -227,12 +227,17 @@ impl Shell {
             SenderOutput::Send { to, message } => self.client.send(&to, message),
             SenderOutput::Event(event) => self.machine.handle(self.clock.now(), PrefillInput::Transfer(event)),
             SenderOutput::Ship { to, request, layer, index, block } => {
-                // Copied out of the pool here, so that the block may go the moment the hand-off is settled.
-                let bytes = Bytes::copy_from_slice(&self.kv.read(layer as usize, block));
-                let digest = page_digest(request, layer, index, &bytes);
-                let header = PageHeader { request, layer, index, len: bytes.len() as u32, digest };
+                let (header, bytes) = take_page(&self.kv, block, request, layer, index);
                 self.client.ship(&to, header, bytes);
             }
         }
     }
+}
+
+/// A page as it leaves this node, with its digest. Copied out of the pool, so that the block may go the moment the hand-off is
+/// settled.
+pub fn take_page(kv: &KvMemory, block: BlockId, request: RequestId, layer: u32, index: u32) -> (PageHeader, Bytes) {
+    let bytes = Bytes::copy_from_slice(&kv.read(layer as usize, block));
+    let digest = page_digest(request, layer, index, &bytes);
+    (PageHeader { request, layer, index, len: bytes.len() as u32, digest }, bytes)
 }
