@@ -9,7 +9,7 @@ use crate::limits;
 use crate::model::ModelIdentity;
 use crate::plan::TokenOut;
 use crate::sampling::SamplingParams;
-use crate::stats::NodeStats;
+use crate::stats::{LinkStats, NodeStats};
 use crate::transfer::KvPeer;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -56,6 +56,8 @@ pub enum NodeToRouter {
     },
     /// No request is left after a `Drain`.
     Drained,
+    /// The prefill node's connections to decode nodes, with every `Stats`.
+    Links(Vec<LinkStats>),
 }
 
 /// From the router to a node.

@@ -54,6 +54,7 @@ impl Router {
             node: *id,
             hello: node.hello.clone(),
             stats: node.stats,
+            links: node.links.clone(),
             in_flight: node.in_flight.len() as u32,
             draining: node.draining,
         };
@@ -320,6 +321,7 @@ impl Router {
             }
             NodeToRouter::Failed { request, error } => self.on_failed(now, id, request, error),
             NodeToRouter::Stats(stats) => node.stats = stats,
+            NodeToRouter::Links(links) => node.links = links,
             NodeToRouter::CacheChanged { added, removed } => {
                 node.on_cache_changed(added, removed, self.config.max_prefix_hashes);
             }

@@ -291,6 +291,14 @@ fn cluster() -> ClusterView {
         kv_layout: String::new(),
         rope: String::new(),
     };
+    let link = LinkStats {
+        peer: NodeName("decode-0".into()),
+        rtt_us: 250,
+        bytes_per_s: 1_000_000_000,
+        mtu: 8952,
+        sent_packets: 9,
+        lost_packets: 2,
+    };
     let node = |number: u32, name: &str, role: Role| NodeView {
         node: NodeId(number),
         hello: NodeHello {
@@ -308,6 +316,7 @@ fn cluster() -> ClusterView {
             busy_us: 1_500_000,
             ..NodeStats::default()
         },
+        links: if role == Role::Prefill { vec![link.clone()] } else { Vec::new() },
         in_flight: 0,
         draining: false,
     };
