@@ -25,7 +25,7 @@ pub use client::{KvClient, KvClientEvent};
 pub use control::{Control, ControlError, ControlEvent, ControlHandle};
 pub use endpoint::{Congestion, ConnectFailure, Endpoint, EndpointError, TransportOptions};
 pub use link::{LinkEvent, LinkOptions};
-pub use pages::PageError;
+pub use pages::{PageBytes, PageError};
 pub use path::Link;
 pub use registry::{ConnId, ControlServer, ControlServerEvent, JoinError, connect_control};
 pub use server::{KvServer, KvServerEvent};

@@ -15,12 +15,16 @@ use std::task::{Context, Poll};
 /// Most payload bytes in one UDP datagram over IPv4, and in one batch of datagrams.
 pub const MAX_UDP_PAYLOAD: usize = 65_507;
 
+/// Receive buffers, each of up to 64 KiB, that are filled in one call.
+const RECEIVE_SLOTS: usize = 4;
+
 /// A socket whose batches stay within [`MAX_UDP_PAYLOAD`].
 #[derive(Debug)]
 pub(crate) struct CappedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
     segments: usize,
     receive_segments: usize,
+    receive_buffer: usize,
 }
 
 impl CappedSocket {
@@ -39,7 +43,18 @@ impl CappedSocket {
         socket.bind(&addr.into())?;
         let inner = runtime.wrap_udp_socket(UdpSocket::from(socket))?;
         let mtu = usize::from(mtu.max(1));
-        Ok(Self { inner, segments: (MAX_UDP_PAYLOAD / mtu).max(1), receive_segments: 65_536_usize.div_ceil(mtu) })
+        Ok(Self {
+            inner,
+            segments: (MAX_UDP_PAYLOAD / mtu).max(1),
+            receive_segments: 65_536_usize.div_ceil(mtu),
+            // Linux doubles what it grants, for its own bookkeeping, and reports that.
+            receive_buffer: if cfg!(target_os = "linux") { receive / 2 } else { receive },
+        })
+    }
+
+    /// Payload bytes that wait in the kernel at most.
+    pub(crate) fn receive_buffer(&self) -> usize {
+        self.receive_buffer
     }
 }
 
@@ -58,7 +73,9 @@ impl AsyncUdpSocket for CappedSocket {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        self.inner.poll_recv(cx, bufs, meta)
+        // Fewer at a time than quinn has room for: what was received is copied again soon, and should still be in the cache.
+        let slots = bufs.len().min(RECEIVE_SLOTS);
+        self.inner.poll_recv(cx, &mut bufs[..slots], &mut meta[..slots])
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {

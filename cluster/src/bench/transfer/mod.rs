@@ -77,7 +77,7 @@ fn measure(
     let mut process = ReceivingProcess::start(receiver_tls, &[args.load.flags(), network.flags()].concat())?;
     let Listening { addr } = process.answer()?;
     let peer = KvPeer { name: NodeName(RECEIVER.into()), addr };
-    let runtime = roles::runtime()?;
+    let runtime = roles::node_runtime()?;
     let entered = runtime.enter();
     let mut side = SendingSide::new(&args.load, kv.clone(), tls, &network.transport(), &NodeName(SENDER.into()), peer)?;
     drop(entered);

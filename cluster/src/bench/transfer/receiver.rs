@@ -8,7 +8,7 @@ use super::usage::{Since, Usage};
 use super::{RECEIVER, SENDER, load, reference};
 use crate::roles;
 use anyhow::{Context, bail};
-use ridge_decode_node::shell::land_page;
+use ridge_decode_node::shell::{KV_BURST, land_page};
 use ridge_kvtransfer::shell::process::Clock;
 use ridge_kvtransfer::shell::{Endpoint, KvServer, KvServerEvent, NodeTls};
 use ridge_kvtransfer::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput};
@@ -62,7 +62,7 @@ pub fn run(args: &ReceiverArgs) -> anyhow::Result<()> {
     let kv = load::memory(&args.load)?;
     load::clear(&kv);
     let orders = orders()?;
-    roles::runtime()?.block_on(serve(args, kv, orders))
+    roles::node_runtime()?.block_on(serve(args, kv, orders))
 }
 
 /// A thread of its own reads stdin, as it can be neither cancelled nor waited for by the runtime.
@@ -129,6 +129,12 @@ impl ReceivingSide {
         while landed < self.load.prompts {
             self.wait().await?;
             landed += self.pump()?;
+            // As a decode node does.
+            for _ in 0..KV_BURST {
+                let Ok(event) = self.events.try_recv() else { break };
+                self.on_event(event)?;
+                landed += self.pump()?;
+            }
         }
         self.machine.check_integrity();
         let usage = since.usage();
@@ -182,20 +188,25 @@ impl ReceivingSide {
     async fn wait(&mut self) -> anyhow::Result<()> {
         let timeout = self.machine.poll_timeout();
         tokio::select! {
-            event = self.events.recv() => match event.context("the KV server has ended")? {
-                KvServerEvent::Message { from, message } => {
-                    self.machine.handle(self.clock.now(), ReceiverInput::Message { from, message });
-                }
-                KvServerEvent::Page { from, header, bytes } => {
-                    let destination = self.machine.destination(&from, header.request, header.layer, header.index);
-                    let intact = destination.is_none_or(|block| land_page(&self.kv, block, &header, &bytes));
-                    let (request, layer, index, bytes) = (header.request, header.layer, header.index, header.len);
-                    let landed = ReceiverInput::PageLanded { from, request, layer, index, bytes, intact };
-                    self.machine.handle(self.clock.now(), landed);
-                }
-                KvServerEvent::Lost { reason, .. } => bail!("{RECEIVER}: the connection is lost: {reason}"),
-            },
+            event = self.events.recv() => return self.on_event(event.context("the KV server has ended")?),
             () = self.clock.sleep_until(timeout) => self.machine.handle_timeout(self.clock.now()),
+        }
+        Ok(())
+    }
+
+    fn on_event(&mut self, event: KvServerEvent) -> anyhow::Result<()> {
+        match event {
+            KvServerEvent::Message { from, message } => {
+                self.machine.handle(self.clock.now(), ReceiverInput::Message { from, message });
+            }
+            KvServerEvent::Page { from, header, bytes } => {
+                let destination = self.machine.destination(&from, header.request, header.layer, header.index);
+                let intact = destination.is_none_or(|block| land_page(&self.kv, block, &header, &bytes));
+                let (request, layer, index, bytes) = (header.request, header.layer, header.index, header.len);
+                let landed = ReceiverInput::PageLanded { from, request, layer, index, bytes, intact };
+                self.machine.handle(self.clock.now(), landed);
+            }
+            KvServerEvent::Lost { reason, .. } => bail!("{RECEIVER}: the connection is lost: {reason}"),
         }
         Ok(())
     }

@@ -52,6 +52,8 @@ pub enum Limit {
     ReceiverCore,
     /// Together the processes used all cores of the machine.
     AllCores,
+    /// Congestion control, or its pacing, let no more be in flight.
+    CongestionWindow,
     /// The sender mostly had pages and no credit, while nobody's core was full.
     Credit,
     /// Nothing was used up: the time went into waiting for one another.
@@ -64,6 +66,7 @@ impl Display for Limit {
             Self::SenderCore => "sender core",
             Self::ReceiverCore => "receiver core",
             Self::AllCores => "all cores",
+            Self::CongestionWindow => "congestion window",
             Self::Credit => "credit",
             Self::Latency => "latency",
         })
@@ -122,6 +125,8 @@ impl Cell {
             if sending > receiving { Limit::SenderCore } else { Limit::ReceiverCore }
         } else if sender.cpu_s / sender.seconds + receiver.cpu_s / receiver.seconds >= BUSY * host::cores() as f64 {
             Limit::AllCores
+        } else if self.link.app_limited_bytes as f64 <= (1.0 - WAITS) * self.link.acked_bytes as f64 {
+            Limit::CongestionWindow
         } else if self.starved() >= WAITS {
             Limit::Credit
         } else {
@@ -170,6 +175,9 @@ fn cell_json(cell: &Cell) -> Value {
         "lost_packets": cell.link.lost_packets,
         "congestion_events": cell.link.congestion_events,
         "congestion_window": cell.link.congestion_window,
+        "rtt_s": number(cell.link.rtt.as_secs_f64()),
+        "link_bytes_per_s": cell.link.bytes_per_s,
+        "app_limited_share": number(cell.link.app_limited_bytes as f64 / cell.link.acked_bytes.max(1) as f64),
     });
     let mut spread = |name: &str, Spread { median, min, max }: Spread| {
         for (name, value) in [(name.to_owned(), median), (format!("{name}_min"), min), (format!("{name}_max"), max)] {
@@ -285,6 +293,9 @@ mod tests {
             congestion_events: 0,
             sent_packets: 9,
             lost_packets: 0,
+            bytes_per_s: 0,
+            acked_bytes: 100,
+            app_limited_bytes: 90,
         };
         Cell { mtu: 1472, bytes: 2_000_000_000, repetitions: vec![repetition], link }
     }
@@ -298,6 +309,9 @@ mod tests {
         assert_eq!(cell(spread, spread, 0.9).limit(), Limit::AllCores);
         assert_eq!(cell(idle, idle, 0.9).limit(), Limit::Credit);
         assert_eq!(cell(idle, idle, 0.1).limit(), Limit::Latency);
+        let mut waiting = cell(idle, idle, 0.9);
+        waiting.link.app_limited_bytes = 10;
+        assert_eq!(waiting.limit(), Limit::CongestionWindow);
     }
 
     #[test]
