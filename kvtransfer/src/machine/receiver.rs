@@ -33,7 +33,7 @@ impl Default for ReceiverConfig {
             expect_deadline: Duration::from_secs(600),
             offer_deadline: Duration::from_secs(600),
             progress_deadline: Duration::from_secs(600),
-            credit_pages: 64,
+            credit_pages: 256,
             max_sessions: 1 << 14,
         }
     }

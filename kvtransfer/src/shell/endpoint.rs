@@ -56,8 +56,9 @@ pub struct TransportOptions {
     pub mtu: Option<u16>,
     /// Congestion control.
     pub congestion: Congestion,
-    /// Congestion window at the start, in bytes. Large because these links are short and owned.
-    pub initial_window: u64,
+    /// Congestion window at the start, in bytes. `None`: 64 MiB when bound to loopback, where nothing is congested and pacing
+    /// would only wait for timers, else 4 MiB, large because these links are short and owned.
+    pub initial_window: Option<u64>,
     /// Unread bytes the peer may have in flight per stream.
     pub stream_window: u32,
     /// Unread bytes the peer may have in flight per connection: bounds receive memory. Cut to what the socket's receive
@@ -80,7 +81,7 @@ impl Default for TransportOptions {
         Self {
             mtu: None,
             congestion: Congestion::Cubic,
-            initial_window: 4 << 20,
+            initial_window: None,
             stream_window: 64 << 20,
             connection_window: 256 << 20,
             send_window: 64 << 20,
@@ -154,13 +155,16 @@ pub struct Endpoint {
 impl Endpoint {
     /// Binds `addr` and starts accepting. Needs a running tokio runtime, which then drives all its connections.
     pub fn bind(addr: SocketAddr, tls: &NodeTls, options: &TransportOptions) -> Result<Self, EndpointError> {
-        let mtu = options.mtu.unwrap_or(if addr.ip().is_loopback() { 65_000 } else { 8_952 }).max(1200);
+        let loopback = addr.ip().is_loopback();
+        let mtu = options.mtu.unwrap_or(if loopback { 65_000 } else { 8_952 }).max(1200);
+        let initial_window = options.initial_window.unwrap_or(if loopback { 64 << 20 } else { 4 << 20 });
         let runtime: Arc<dyn Runtime> = Arc::new(TokioRuntime);
         let socket_error = |error| EndpointError::Socket { addr, error };
         let socket = CappedSocket::bind(addr, mtu, options.socket_buffer, &*runtime).map_err(socket_error)?;
         // What a peer has in flight may all wait in the socket at once: more than fits there would be lost.
         let buffer = u32::try_from(socket.receive_buffer()).unwrap_or(u32::MAX).max(MIN_CONNECTION_WINDOW);
-        let transport = Arc::new(transport_config(mtu, options, options.connection_window.min(buffer))?);
+        let transport =
+            Arc::new(transport_config(mtu, options, initial_window, options.connection_window.min(buffer))?);
         let client = |crypto: QuicClientConfig| {
             let mut config = quinn::ClientConfig::new(Arc::new(crypto));
             config.transport_config(transport.clone());
@@ -289,6 +293,7 @@ fn alpn_of(conn: &Connection) -> Option<Vec<u8>> {
 fn transport_config(
     mtu: u16,
     options: &TransportOptions,
+    initial_window: u64,
     connection_window: u32,
 ) -> Result<TransportConfig, EndpointError> {
     let mut config = TransportConfig::default();
@@ -298,17 +303,17 @@ fn transport_config(
     let congestion: Arc<dyn ControllerFactory + Send + Sync> = match options.congestion {
         Congestion::Cubic => {
             let mut cubic = CubicConfig::default();
-            cubic.initial_window(options.initial_window);
+            cubic.initial_window(initial_window);
             Arc::new(cubic)
         }
         Congestion::NewReno => {
             let mut reno = NewRenoConfig::default();
-            reno.initial_window(options.initial_window);
+            reno.initial_window(initial_window);
             Arc::new(reno)
         }
         Congestion::Bbr => {
             let mut bbr = BbrConfig::default();
-            bbr.initial_window(options.initial_window);
+            bbr.initial_window(initial_window);
             Arc::new(bbr)
         }
     };

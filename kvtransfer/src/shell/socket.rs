@@ -15,9 +15,6 @@ use std::task::{Context, Poll};
 /// Most payload bytes in one UDP datagram over IPv4, and in one batch of datagrams.
 pub const MAX_UDP_PAYLOAD: usize = 65_507;
 
-/// Receive buffers, each of up to 64 KiB, that are filled in one call.
-const RECEIVE_SLOTS: usize = 4;
-
 /// A socket whose batches stay within [`MAX_UDP_PAYLOAD`].
 #[derive(Debug)]
 pub(crate) struct CappedSocket {
@@ -73,9 +70,7 @@ impl AsyncUdpSocket for CappedSocket {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        // Fewer at a time than quinn has room for: what was received is copied again soon, and should still be in the cache.
-        let slots = bufs.len().min(RECEIVE_SLOTS);
-        self.inner.poll_recv(cx, &mut bufs[..slots], &mut meta[..slots])
+        self.inner.poll_recv(cx, bufs, meta)
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
