@@ -1,6 +1,6 @@
 //! A byte-level model, a scripted cluster, and a server between them.
 
-use ridge_protocol::stats::{BlockCounts, NodeStats};
+use ridge_protocol::stats::{BlockCounts, LinkStats, NodeStats};
 use ridge_protocol::wire::{FinishReason, NodeHello, Receipt};
 use ridge_protocol::{ModelIdentity, NodeId, NodeName, Role, SamplingParams, TokenId, TokenOut};
 use ridge_router::machine::{NodeView, ReplyEvent, RouterError, RouterStats, Submit, Usage};

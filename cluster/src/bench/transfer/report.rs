@@ -231,8 +231,8 @@ pub fn table(args: &TransferArgs, cells: &[Cell]) -> String {
     let _ = writeln!(out, "{}, {} cores\n", host::cpu_name(), host::cores());
     let _ = writeln!(
         out,
-        "{:>9} {:>7} {:>15} {:>7} {:>7} {:>15} {:>15} {:>7} {:>6}  {}",
-        "datagrams", "GB/s", "(min .. max)", "TCP", "/ TCP", "CPU s/GB", "busiest thread", "digest", "lost", "limit"
+        "{:>9} {:>7} {:>15} {:>7} {:>7} {:>15} {:>15} {:>7} {:>6}  limit",
+        "datagrams", "GB/s", "(min .. max)", "TCP", "/ TCP", "CPU s/GB", "busiest thread", "digest", "lost"
     );
     for cell in cells {
         let (rate, sender, receiver) = (cell.rate(), cell.sender(), cell.receiver());
