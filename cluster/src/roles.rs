@@ -24,6 +24,7 @@ use std::io::Read;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
@@ -55,7 +56,7 @@ pub fn router(args: RouterArgs) -> anyhow::Result<()> {
         expect_prefill: !args.decode_only,
         record: args.record.options(),
     };
-    block_on(&args.supervision, |shutdown| ridge_router::shell::run(options, shutdown))
+    block_on(router_runtime()?, &args.supervision, |shutdown| ridge_router::shell::run(options, shutdown))
 }
 
 /// Runs a prefill node until a signal.
@@ -79,7 +80,7 @@ pub fn prefill(args: NodeArgs) -> anyhow::Result<()> {
         record: args.record.options(),
         corrupt_pages: args.chaos_corrupt_pages,
     };
-    block_on(&args.supervision, |shutdown| ridge_prefill_node::shell::run(options, shutdown))
+    block_on(node_runtime()?, &args.supervision, |shutdown| ridge_prefill_node::shell::run(options, shutdown))
 }
 
 /// Runs a decode node until a signal.
@@ -103,7 +104,7 @@ pub fn decode(args: NodeArgs) -> anyhow::Result<()> {
         sender: ridge_kvtransfer::SenderConfig::default(),
         record: args.record.options(),
     };
-    block_on(&args.supervision, |shutdown| ridge_decode_node::shell::run(options, shutdown))
+    block_on(node_runtime()?, &args.supervision, |shutdown| ridge_decode_node::shell::run(options, shutdown))
 }
 
 /// A node's place in the network.
@@ -181,17 +182,27 @@ pub fn kv_dtype(dtype: KvCacheDtype) -> Option<KvDtype> {
     }
 }
 
-/// Runs a role on a runtime of its own until it ends.
-fn block_on<F, E>(supervision: &SupervisionArgs, role: impl FnOnce(Shutdown) -> F) -> anyhow::Result<()>
+/// The async runtime of a node: its loop, QUIC, control messages and timers on one thread. A second thread would have a page
+/// handed from core to core on its way.
+pub fn node_runtime() -> anyhow::Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")
+}
+
+/// The async runtime of a router, which answers HTTP besides.
+fn router_runtime() -> anyhow::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("cannot start tokio")
+}
+
+/// Runs a role on its runtime until it ends.
+fn block_on<F, E>(
+    runtime: Runtime,
+    supervision: &SupervisionArgs,
+    role: impl FnOnce(Shutdown) -> F,
+) -> anyhow::Result<()>
 where
     F: Future<Output = Result<(), E>>,
     E: std::error::Error + Send + Sync + 'static,
 {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("cannot start tokio")?;
     let ended = runtime.block_on(async {
         let shutdown = shutdown(supervision.stop_on_stdin_eof)?;
         Ok::<_, anyhow::Error>(role(shutdown).await?)

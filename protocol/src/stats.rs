@@ -1,5 +1,6 @@
 //! What a node reports to the router about itself, for placement and for `/metrics`.
 
+use crate::ids::NodeName;
 use crate::pace::Pace;
 use crate::transfer::TransferTimes;
 use serde::{Deserialize, Serialize};
@@ -81,4 +82,21 @@ pub struct NodeStats {
     pub pace: Pace,
     /// Recordings of this process (`--record`) that were given up.
     pub recordings_stopped: u32,
+}
+
+/// What a prefill node knows of the network towards a decode node.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct LinkStats {
+    /// The decode node.
+    pub peer: NodeName,
+    /// Round-trip time, smoothed, in microseconds.
+    pub rtt_us: u64,
+    /// The highest rate of the last half minute or so at which bytes were acknowledged; 0 if little was sent.
+    pub bytes_per_s: u64,
+    /// Largest UDP payload that was found to pass, in bytes.
+    pub mtu: u16,
+    /// Packets sent on the present connection.
+    pub sent_packets: u64,
+    /// Of them, those that were lost.
+    pub lost_packets: u64,
 }

@@ -9,7 +9,7 @@ use crate::limits;
 use crate::model::ModelIdentity;
 use crate::plan::TokenOut;
 use crate::sampling::SamplingParams;
-use crate::stats::NodeStats;
+use crate::stats::{LinkStats, NodeStats};
 use crate::transfer::{KvPeer, TransferTimes};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -72,6 +72,8 @@ pub enum NodeToRouter {
         /// Prompt and answer so far, in tokens. KV of all but the last is on offer.
         len: u32,
     },
+    /// The prefill node's connections to decode nodes, with every `Stats`.
+    Links(Vec<LinkStats>),
 }
 
 /// From the router to a node.

@@ -1,6 +1,7 @@
 //! Flags of `cluster bench engine` and of `cluster roofline`.
 
 use super::interference::InterferenceArgs;
+use super::transfer::{ReceiverArgs, TransferArgs};
 use crate::cli::EngineArgs;
 use crate::size::parse_count;
 use clap::{Args, Subcommand};
@@ -21,6 +22,11 @@ pub enum BenchCommand {
     Engine(Box<EngineBenchArgs>),
     /// Measure how much decoding users feel somebody else's long prompt, on any OpenAI-compatible server.
     Interference(Box<InterferenceArgs>),
+    /// Measure the KV hand-off between two processes, beside plaintext TCP.
+    Transfer(Box<TransferArgs>),
+    /// The other process of `transfer`.
+    #[command(hide = true)]
+    TransferReceiver(Box<ReceiverArgs>),
 }
 
 /// What both commands need to set up an engine and to measure it.

@@ -3,7 +3,8 @@
 //! Both drive the engine with batch plans, as a node's shell does, and measure the machine's limits between the
 //! repetitions: the rates of a shared machine drift by a factor of two within minutes, so a time means something only
 //! beside a limit of the same second. Read [`session`] (what runs) and [`measure`] (what is made of the times), then
-//! [`roofline`] (the picture). `cluster bench interference` looks at servers from outside instead: [`interference`].
+//! [`roofline`] (the picture). `cluster bench interference` looks at servers from outside instead: [`interference`]; and `cluster bench transfer`
+//! at the hand-off between two nodes: [`transfer`].
 
 mod args;
 mod host;
@@ -12,6 +13,7 @@ mod measure;
 mod report;
 mod roofline;
 mod session;
+mod transfer;
 
 pub use args::{BenchArgs, BenchCommand, EngineBenchArgs, RooflineArgs};
 pub use roofline::run as run_roofline;
@@ -24,6 +26,8 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     match &args.command {
         BenchCommand::Engine(args) => engine(args),
         BenchCommand::Interference(args) => interference::run(args),
+        BenchCommand::Transfer(args) => transfer::run(args),
+        BenchCommand::TransferReceiver(args) => transfer::run_receiver(args),
     }
 }
 

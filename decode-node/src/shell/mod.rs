@@ -6,7 +6,8 @@ use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
 use ridge_kvtransfer::shell::record::{RecordError, RecordOptions, Recorded};
 use ridge_kvtransfer::shell::{
-    ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, KvServer, KvServerEvent, NodeTls, TlsError,
+    ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, KvServer, KvServerEvent, NodeTls, PageBytes,
+    TlsError,
 };
 use ridge_kvtransfer::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput, Sender, SenderConfig, SenderInput};
 use ridge_model::checkpoint::LoadProgress;
@@ -15,13 +16,15 @@ use ridge_model::memory::PassLimits;
 use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
 use ridge_protocol::page::{PageHeader, page_digest};
 use ridge_protocol::wire::{NodeHello, NodeToRouter};
-use ridge_protocol::{Duration, Machine, NodeName, Role};
+use ridge_protocol::{BlockId, Duration, Machine, NodeName, Role};
 use std::future::Future;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
 /// Pages and messages that wait for the loop: bounds the memory of KV that has arrived and not yet landed.
 const KV_EVENTS: usize = 256;
+/// Pages and messages taken in one go, if they are there: setting timers anew for each of them would cost more than landing it.
+pub const KV_BURST: usize = 32;
 /// How long a node that was asked to stop goes on with what it has.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -157,13 +160,13 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
             Event::Engine(WorkerEvent::StepDone { step, outputs, busy }) => {
                 shell.machine.handle(now, DecodeInput::StepDone { step, outputs, busy });
             }
-            Event::Kv(KvServerEvent::Message { from, message }) => {
-                shell.receiver.handle(now, ReceiverInput::Message { from, message });
-            }
-            Event::Kv(KvServerEvent::Page { from, header, bytes }) => shell.land(from, header, &bytes),
-            Event::Kv(KvServerEvent::Lost { peer, reason }) => {
-                tracing::warn!(%peer, %reason, "KV connection lost");
-                shell.receiver.handle(now, ReceiverInput::PeerLost { peer, reason });
+            Event::Kv(event) => {
+                shell.on_kv(event);
+                for _ in 0..KV_BURST {
+                    let Ok(event) = from_kv.try_recv() else { break };
+                    shell.pump()?;
+                    shell.on_kv(event);
+                }
             }
             Event::Sent(KvClientEvent::Message { from, message }) => {
                 shell.sender.handle(now, SenderInput::Message { from, message });
@@ -217,16 +220,25 @@ struct Shell {
 }
 
 impl Shell {
+    fn on_kv(&mut self, event: KvServerEvent) {
+        match event {
+            KvServerEvent::Message { from, message } => {
+                self.receiver.handle(self.clock.now(), ReceiverInput::Message { from, message });
+            }
+            KvServerEvent::Page { from, header, bytes } => self.land(from, header, &bytes),
+            KvServerEvent::Lost { peer, reason } => {
+                tracing::warn!(%peer, %reason, "KV connection lost");
+                self.receiver.handle(self.clock.now(), ReceiverInput::PeerLost { peer, reason });
+            }
+        }
+    }
+
     /// Puts an arrived page where its transfer wants it and verifies it there, before anything may read it.
-    fn land(&mut self, from: NodeName, header: PageHeader, bytes: &Bytes) {
-        let PageHeader { request, layer, index, len, digest } = header;
+    fn land(&mut self, from: NodeName, header: PageHeader, bytes: &PageBytes) {
+        let PageHeader { request, layer, index, len, .. } = header;
         let destination = self.receiver.destination(&from, request, layer, index);
         // A page that nobody wants belongs to a transfer that is over; the receiver counts it.
-        let intact = destination.is_none_or(|block| {
-            let mut page = self.kv.write(layer as usize, block);
-            page.copy_from_slice(bytes);
-            page_digest(request, layer, index, &page) == digest
-        });
+        let intact = destination.is_none_or(|block| land_page(&self.kv, block, &header, bytes));
         let landed = ReceiverInput::PageLanded { from, request, layer, index, bytes: len, intact };
         self.receiver.handle(self.clock.now(), landed);
     }
@@ -286,4 +298,11 @@ impl Shell {
         }
         Ok(())
     }
+}
+
+/// Writes an arrived page into its block and says whether it is intact there. The page has the pool's page size.
+pub fn land_page(kv: &KvMemory, block: BlockId, header: &PageHeader, bytes: &PageBytes) -> bool {
+    let mut page = kv.write(header.layer as usize, block);
+    bytes.copy_to(&mut page);
+    page_digest(header.request, header.layer, header.index, &page) == header.digest
 }

@@ -31,7 +31,7 @@ impl Default for ReceiverConfig {
         Self {
             lease: Duration::from_secs(10),
             patience: Duration::from_secs(600),
-            credit_pages: 64,
+            credit_pages: 256,
             max_sessions: 1 << 14,
         }
     }

@@ -4,6 +4,7 @@ use super::control::{CONTROL_QUEUE, Control, ControlError, ControlHandle};
 use super::endpoint::{CLOSE_DONE, CLOSE_PROTOCOL, Endpoint};
 use super::offences::Offence;
 use super::pages::{PageItem, write_pages};
+use super::path::Link;
 use crate::machine::SenderOutput;
 use bytes::Bytes;
 use ridge_protocol::page::{PageHeader, page_digest};
@@ -12,6 +13,7 @@ use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
 use ridge_protocol::{BlockId, ModelIdentity, NodeName, RequestId};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
 use tokio::sync::{mpsc, oneshot};
 
 /// Pages waiting for one peer. Credit bounds them long before: sessions times credit.
@@ -60,6 +62,8 @@ struct Peer {
     addr: SocketAddr,
     messages: mpsc::Sender<SenderMsg>,
     pages: mpsc::Sender<PageItem>,
+    /// Set once it is there.
+    conn: Arc<OnceLock<quinn::Connection>>,
     /// Ends the connection with a reason; dropped unused, it ends it without an event.
     fail: Option<oneshot::Sender<String>>,
 }
@@ -121,6 +125,12 @@ impl KvClient {
         self.peer(to).page(PageItem::Page(header, bytes));
     }
 
+    /// The connections that are up.
+    pub fn links(&self) -> Vec<Link> {
+        let up = |(peer, known): (&NodeName, &Peer)| known.conn.get().map(|conn| Link::of(peer.clone(), conn));
+        self.peers.iter().filter_map(up).collect()
+    }
+
     /// Forgets a peer: closes its connection if there is one, without a `Lost`; the next message dials anew.
     /// A connection to another address of the same node is kept.
     pub fn forget(&mut self, peer: &KvPeer) {
@@ -140,15 +150,17 @@ impl KvClient {
             let (messages, from_messages) = mpsc::channel(CONTROL_QUEUE);
             let (pages, from_pages) = mpsc::channel(PAGE_QUEUE);
             let (fail, failed) = oneshot::channel();
+            let conn = Arc::<OnceLock<_>>::default();
             let task = PeerTask {
                 endpoint: self.endpoint.clone(),
                 to: to.clone(),
                 hello: SenderMsg::Hello { name: self.name.clone(), identity: self.identity.clone() },
                 events: self.events.clone(),
                 resets: pages.downgrade(),
+                opened: conn.clone(),
             };
             tokio::spawn(task.run(from_messages, from_pages, failed));
-            Peer { addr: to.addr, messages, pages, fail: Some(fail) }
+            Peer { addr: to.addr, messages, pages, conn, fail: Some(fail) }
         })
     }
 }
@@ -180,6 +192,7 @@ struct PeerTask {
     events: mpsc::Sender<KvClientEvent>,
     /// Weak, so that dropping the [`Peer`] ends the page writer.
     resets: mpsc::WeakSender<PageItem>,
+    opened: Arc<OnceLock<quinn::Connection>>,
 }
 
 impl PeerTask {
@@ -189,13 +202,12 @@ impl PeerTask {
         pages: mpsc::Receiver<PageItem>,
         failed: oneshot::Receiver<String>,
     ) {
-        let mut opened = None;
         let ended = tokio::select! {
-            ended = self.converse(&mut opened, messages, pages) => Some(ended),
+            ended = self.converse(messages, pages) => Some(ended),
             failed = failed => failed.ok(),
         };
         let reason = ended.as_deref().unwrap_or("no longer needed");
-        if let Some(conn) = opened {
+        if let Some(conn) = self.opened.get() {
             conn.close(CLOSE_DONE, reason.as_bytes());
         }
         if let Some(reason) = ended {
@@ -204,13 +216,8 @@ impl PeerTask {
         }
     }
 
-    async fn converse(
-        &self,
-        opened: &mut Option<quinn::Connection>,
-        messages: mpsc::Receiver<SenderMsg>,
-        pages: mpsc::Receiver<PageItem>,
-    ) -> String {
-        let control = match self.shake_hands(opened).await {
+    async fn converse(&self, messages: mpsc::Receiver<SenderMsg>, pages: mpsc::Receiver<PageItem>) -> String {
+        let control = match self.shake_hands().await {
             Ok(control) => control,
             Err(reason) => return reason,
         };
@@ -240,12 +247,9 @@ impl PeerTask {
         }
     }
 
-    async fn shake_hands(
-        &self,
-        opened: &mut Option<quinn::Connection>,
-    ) -> Result<Control<SenderMsg, ReceiverMsg>, String> {
+    async fn shake_hands(&self) -> Result<Control<SenderMsg, ReceiverMsg>, String> {
         let conn = self.endpoint.connect_kv(self.to.addr, &self.to.name).await.map_err(|e| e.to_string())?;
-        *opened = Some(conn.clone());
+        self.opened.set(conn.clone()).expect("a task opens one connection");
         let mut control = Control::open(&self.endpoint, conn.clone()).await.map_err(|e| e.to_string())?;
         control.send(&self.hello).await.map_err(|e| e.to_string())?;
         let deadline = self.endpoint.options().handshake_deadline;

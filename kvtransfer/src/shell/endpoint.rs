@@ -2,6 +2,7 @@
 
 use super::ca::dns_name;
 use super::offences::{Offence, Offences};
+use super::path::Metering;
 use super::socket::CappedSocket;
 use super::tls::{NodeTls, PeerError, TlsError, verify_peer};
 use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
@@ -33,6 +34,10 @@ pub(crate) const MAX_PAGE_STREAMS: u32 = 64;
 /// The control stream and one to spare.
 const MAX_CONTROL_STREAMS: u32 = 2;
 
+/// Least that a peer may have in flight, in bytes, however small the socket's buffer is: congestion control copes with what
+/// is lost then, and nothing copes with a window that is too small for a long path.
+const MIN_CONNECTION_WINDOW: u32 = 4 << 20;
+
 /// Congestion control of an endpoint's connections.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Congestion {
@@ -53,11 +58,13 @@ pub struct TransportOptions {
     pub mtu: Option<u16>,
     /// Congestion control.
     pub congestion: Congestion,
-    /// Congestion window at the start, in bytes. Large because these links are short and owned.
-    pub initial_window: u64,
+    /// Congestion window at the start, in bytes. `None`: 64 MiB when bound to loopback, where nothing is congested and pacing
+    /// would only wait for timers, else 4 MiB, large because these links are short and owned.
+    pub initial_window: Option<u64>,
     /// Unread bytes the peer may have in flight per stream.
     pub stream_window: u32,
-    /// Unread bytes the peer may have in flight per connection: bounds receive memory.
+    /// Unread bytes the peer may have in flight per connection: bounds receive memory. Cut to what the socket's receive
+    /// buffer holds.
     pub connection_window: u32,
     /// Unacknowledged bytes kept per connection: bounds send memory.
     pub send_window: u64,
@@ -76,7 +83,7 @@ impl Default for TransportOptions {
         Self {
             mtu: None,
             congestion: Congestion::Cubic,
-            initial_window: 4 << 20,
+            initial_window: None,
             stream_window: 64 << 20,
             connection_window: 256 << 20,
             send_window: 64 << 20,
@@ -151,8 +158,16 @@ pub struct Endpoint {
 impl Endpoint {
     /// Binds `addr` and starts accepting. Needs a running tokio runtime, which then drives all its connections.
     pub fn bind(addr: SocketAddr, tls: &NodeTls, options: &TransportOptions) -> Result<Self, EndpointError> {
-        let mtu = options.mtu.unwrap_or(if addr.ip().is_loopback() { 65_000 } else { 8_952 }).max(1200);
-        let transport = Arc::new(transport_config(mtu, options)?);
+        let loopback = addr.ip().is_loopback();
+        let mtu = options.mtu.unwrap_or(if loopback { 65_000 } else { 8_952 }).max(1200);
+        let initial_window = options.initial_window.unwrap_or(if loopback { 64 << 20 } else { 4 << 20 });
+        let runtime: Arc<dyn Runtime> = Arc::new(TokioRuntime);
+        let socket_error = |error| EndpointError::Socket { addr, error };
+        let socket = CappedSocket::bind(addr, mtu, options.socket_buffer, &*runtime).map_err(socket_error)?;
+        // What a peer has in flight may all wait in the socket at once: more than fits there would be lost.
+        let buffer = u32::try_from(socket.receive_buffer()).unwrap_or(u32::MAX).max(MIN_CONNECTION_WINDOW);
+        let transport =
+            Arc::new(transport_config(mtu, options, initial_window, options.connection_window.min(buffer))?);
         let client = |crypto: QuicClientConfig| {
             let mut config = quinn::ClientConfig::new(Arc::new(crypto));
             config.transport_config(transport.clone());
@@ -166,9 +181,6 @@ impl Endpoint {
         server.migration(false);
         let mut endpoint_config = EndpointConfig::default();
         endpoint_config.max_udp_payload_size(mtu).map_err(|_| EndpointError::Option("mtu"))?;
-        let runtime: Arc<dyn Runtime> = Arc::new(TokioRuntime);
-        let socket_error = |error| EndpointError::Socket { addr, error };
-        let socket = CappedSocket::bind(addr, mtu, options.socket_buffer, &*runtime).map_err(socket_error)?;
         let inner = quinn::Endpoint::new_with_abstract_socket(endpoint_config, Some(server), Arc::new(socket), runtime)
             .map_err(socket_error)?;
         let services = Arc::new(Mutex::new(Services::new()));
@@ -313,7 +325,12 @@ fn alpn_of(conn: &Connection) -> Option<Vec<u8>> {
     conn.handshake_data()?.downcast::<HandshakeData>().ok()?.protocol
 }
 
-fn transport_config(mtu: u16, options: &TransportOptions) -> Result<TransportConfig, EndpointError> {
+fn transport_config(
+    mtu: u16,
+    options: &TransportOptions,
+    initial_window: u64,
+    connection_window: u32,
+) -> Result<TransportConfig, EndpointError> {
     let mut config = TransportConfig::default();
     let mut discovery = quinn::MtuDiscoveryConfig::default();
     discovery.upper_bound(mtu);
@@ -321,17 +338,17 @@ fn transport_config(mtu: u16, options: &TransportOptions) -> Result<TransportCon
     let congestion: Arc<dyn ControllerFactory + Send + Sync> = match options.congestion {
         Congestion::Cubic => {
             let mut cubic = CubicConfig::default();
-            cubic.initial_window(options.initial_window);
+            cubic.initial_window(initial_window);
             Arc::new(cubic)
         }
         Congestion::NewReno => {
             let mut reno = NewRenoConfig::default();
-            reno.initial_window(options.initial_window);
+            reno.initial_window(initial_window);
             Arc::new(reno)
         }
         Congestion::Bbr => {
             let mut bbr = BbrConfig::default();
-            bbr.initial_window(options.initial_window);
+            bbr.initial_window(initial_window);
             Arc::new(bbr)
         }
     };
@@ -339,7 +356,7 @@ fn transport_config(mtu: u16, options: &TransportOptions) -> Result<TransportCon
         .max_concurrent_uni_streams(MAX_PAGE_STREAMS.into())
         .max_concurrent_bidi_streams(MAX_CONTROL_STREAMS.into())
         .stream_receive_window(options.stream_window.into())
-        .receive_window(options.connection_window.into())
+        .receive_window(connection_window.into())
         .send_window(options.send_window)
         // One transfer after the other completes sooner than all of them at the same late time.
         .send_fairness(false)
@@ -348,6 +365,6 @@ fn transport_config(mtu: u16, options: &TransportOptions) -> Result<TransportCon
         .mtu_discovery_config(Some(discovery))
         .initial_rtt(Duration::from_millis(5))
         .datagram_receive_buffer_size(None)
-        .congestion_controller_factory(congestion);
+        .congestion_controller_factory(Arc::new(Metering(congestion)));
     Ok(config)
 }

@@ -7,12 +7,11 @@ use super::control::{ControlError, lost_reason};
 use super::endpoint::{CLOSE_PROTOCOL, MAX_PAGE_STREAMS};
 use super::offences::{Offence, Offences};
 use super::server::KvServerEvent;
-use bytes::{BufMut, Bytes, BytesMut};
-use quinn::{Connection, ReadError, ReadExactError, RecvStream, SendStream, VarInt, WriteError};
+use bytes::Bytes;
+use quinn::{Connection, ReadError, RecvStream, SendStream, VarInt, WriteError};
 use ridge_protocol::page::{PAGE_HEADER_BYTES, PageHeader, PageHeaderError};
 use ridge_protocol::{NodeName, RequestId};
-use std::collections::BTreeMap;
-use tokio::io::AsyncReadExt;
+use std::collections::{BTreeMap, VecDeque};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -21,6 +20,8 @@ const PAGE_PRIORITY: i32 = -10;
 /// Streams the writer keeps open; beyond it the least recently used one is finished. Half of what the peer allows,
 /// because a finished stream counts until the peer has read it.
 const MAX_OPEN_STREAMS: usize = MAX_PAGE_STREAMS as usize / 2;
+/// Most slices that one read of a stream yields: a page of 32 KiB in datagrams of 1472 bytes.
+const READ_CHUNKS: usize = 32;
 /// On a stream whose transfer was aborted.
 const RESET_ABORTED: VarInt = VarInt::from_u32(4);
 
@@ -157,43 +158,89 @@ pub(crate) async fn read_pages(
 }
 
 async fn read_stream(
-    mut stream: RecvStream,
+    stream: RecvStream,
     from: NodeName,
     page_bytes: usize,
     events: mpsc::Sender<KvServerEvent>,
 ) -> Result<(), PageError> {
-    let mut buffer = BytesMut::new();
-    loop {
-        let mut header = [0; PAGE_HEADER_BYTES];
-        match stream.read_exact(&mut header).await {
-            Ok(()) => {}
-            Err(ReadExactError::FinishedEarly(0) | ReadExactError::ReadError(ReadError::Reset(_))) => return Ok(()),
-            Err(ReadExactError::FinishedEarly(_)) => return Err(PageError::Truncated),
-            Err(ReadExactError::ReadError(e)) => return Err(PageError::Lost(e.to_string())),
-        }
-        let header = PageHeader::decode(&header)?;
+    let mut inflow = Inflow { stream, pieces: VecDeque::new(), len: 0 };
+    while let Some(header) = inflow.take(PAGE_HEADER_BYTES, true).await? {
+        let header = PageHeader::decode(&contiguous(&header))?;
         if header.len as usize != page_bytes {
             return Err(PageError::Size { got: header.len, want: page_bytes });
         }
-        // Takes the same memory again once the last page was dropped, and does not clear it first.
-        buffer.reserve(page_bytes);
-        while buffer.len() < page_bytes {
-            let missing = page_bytes - buffer.len();
-            match stream.read_buf(&mut (&mut buffer).limit(missing)).await {
-                Ok(0) => return Err(PageError::Truncated),
-                Ok(_) => {}
-                Err(e) => {
-                    // quinn puts its own error into the I/O error.
-                    return match e.get_ref().and_then(|inner| inner.downcast_ref::<ReadError>()) {
-                        Some(ReadError::Reset(_)) => Ok(()),
-                        _ => Err(PageError::Lost(e.to_string())),
-                    };
-                }
-            }
-        }
-        let page = KvServerEvent::Page { from: from.clone(), header, bytes: buffer.split().freeze() };
+        let Some(pieces) = inflow.take(page_bytes, false).await? else { break };
+        let page = KvServerEvent::Page { from: from.clone(), header, bytes: PageBytes(pieces) };
         if events.send(page).await.is_err() {
             return Err(PageError::Lost("nobody listens".to_owned()));
         }
+    }
+    Ok(())
+}
+
+/// A stream's bytes in the transport's own slices of datagrams, so that they are copied once: to where they belong.
+struct Inflow {
+    stream: RecvStream,
+    /// Read and not taken yet. No more than what one read yields beyond a page.
+    pieces: VecDeque<Bytes>,
+    /// Bytes in `pieces`.
+    len: usize,
+}
+
+impl Inflow {
+    /// The next `len` bytes; `None` if the stream was reset, or ended before the first of them where it may end.
+    async fn take(&mut self, len: usize, may_end: bool) -> Result<Option<Vec<Bytes>>, PageError> {
+        while self.len < len {
+            let mut chunks = [const { Bytes::new() }; READ_CHUNKS];
+            match self.stream.read_chunks(&mut chunks).await {
+                Ok(Some(count)) => {
+                    self.len += chunks[..count].iter().map(Bytes::len).sum::<usize>();
+                    self.pieces.extend(chunks.into_iter().take(count));
+                }
+                Ok(None) if may_end && self.len == 0 => return Ok(None),
+                Ok(None) => return Err(PageError::Truncated),
+                Err(ReadError::Reset(_)) => return Ok(None),
+                Err(e) => return Err(PageError::Lost(e.to_string())),
+            }
+        }
+        self.len -= len;
+        let (mut taken, mut missing) = (Vec::new(), len);
+        while missing > 0 {
+            let front = self.pieces.front_mut().expect("`len` bytes are here");
+            let piece = front.split_to(missing.min(front.len()));
+            if front.is_empty() {
+                self.pieces.pop_front();
+            }
+            missing -= piece.len();
+            taken.push(piece);
+        }
+        Ok(Some(taken))
+    }
+}
+
+/// A header's bytes in one piece.
+fn contiguous(pieces: &[Bytes]) -> [u8; PAGE_HEADER_BYTES] {
+    let mut header = [0; PAGE_HEADER_BYTES];
+    PageBytes::copy(pieces, &mut header);
+    header
+}
+
+/// The bytes of a page as they came: in slices of the datagrams that carried them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PageBytes(Vec<Bytes>);
+
+impl PageBytes {
+    /// Writes them to a page in memory, which is as long as they are.
+    pub fn copy_to(&self, page: &mut [u8]) {
+        Self::copy(&self.0, page);
+    }
+
+    fn copy(pieces: &[Bytes], mut to: &mut [u8]) {
+        for piece in pieces {
+            let (head, tail) = to.split_at_mut(piece.len());
+            head.copy_from_slice(piece);
+            to = tail;
+        }
+        assert!(to.is_empty(), "{} bytes are missing", to.len());
     }
 }

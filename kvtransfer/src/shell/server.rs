@@ -3,8 +3,7 @@
 use super::control::{Control, ControlHandle};
 use super::endpoint::{CLOSE_DONE, CLOSE_REFUSED, Endpoint};
 use super::offences::Offence;
-use super::pages::read_pages;
-use bytes::Bytes;
+use super::pages::{PageBytes, read_pages};
 use quinn::Connection;
 use ridge_protocol::page::PageHeader;
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
@@ -34,7 +33,7 @@ pub enum KvServerEvent {
         /// Where it belongs.
         header: PageHeader,
         /// Its bytes.
-        bytes: Bytes,
+        bytes: PageBytes,
     },
     /// The connection is gone. Said once per connection, after everything that came on it and before anything that
     /// comes on the same node's next connection.

@@ -21,6 +21,7 @@ pub(crate) struct CappedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
     segments: usize,
     receive_segments: usize,
+    receive_buffer: usize,
 }
 
 impl CappedSocket {
@@ -39,7 +40,18 @@ impl CappedSocket {
         socket.bind(&addr.into())?;
         let inner = runtime.wrap_udp_socket(UdpSocket::from(socket))?;
         let mtu = usize::from(mtu.max(1));
-        Ok(Self { inner, segments: (MAX_UDP_PAYLOAD / mtu).max(1), receive_segments: 65_536_usize.div_ceil(mtu) })
+        Ok(Self {
+            inner,
+            segments: (MAX_UDP_PAYLOAD / mtu).max(1),
+            receive_segments: 65_536_usize.div_ceil(mtu),
+            // Linux doubles what it grants, for its own bookkeeping, and reports that.
+            receive_buffer: if cfg!(target_os = "linux") { receive / 2 } else { receive },
+        })
+    }
+
+    /// Payload bytes that wait in the kernel at most.
+    pub(crate) fn receive_buffer(&self) -> usize {
+        self.receive_buffer
     }
 }
 

@@ -8,12 +8,15 @@ use damage::Damage;
 use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
 use ridge_kvtransfer::shell::record::{RecordError, RecordOptions, Recorded};
-use ridge_kvtransfer::shell::{ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, NodeTls, TlsError};
+use ridge_kvtransfer::shell::{
+    ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, Link, NodeTls, TlsError,
+};
 use ridge_kvtransfer::{Sender, SenderConfig, SenderInput};
 use ridge_model::checkpoint::LoadProgress;
 use ridge_model::kv::KvMemory;
 use ridge_model::memory::PassLimits;
 use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
+use ridge_protocol::stats::LinkStats;
 use ridge_protocol::wire::{NodeHello, NodeToRouter};
 use ridge_protocol::{Duration, Machine, Role};
 use std::future::Future;
@@ -237,18 +240,24 @@ impl Shell {
                         stats.protocol_errors = self.endpoint.protocol_errors();
                         let stopped = [self.machine.recordings_stopped(), self.sender.recordings_stopped()];
                         stats.recordings_stopped = stopped.iter().sum();
+                        let links: Vec<LinkStats> = self.client.links().iter().map(Link::stats).collect();
+                        self.tell_router(NodeToRouter::Links(links));
                     }
                     NodeToRouter::Drained => self.drained = true,
                     _ => {}
                 }
-                // Without a router nobody waits for the message: its loss has cancelled every request.
-                if let Some(router) = &mut self.router
-                    && let Err(error) = router.try_send(message)
-                {
-                    tracing::warn!("message to the router lost: {error}");
-                }
+                self.tell_router(message);
             }
         }
         Ok(())
+    }
+
+    /// Without a router nobody waits for the message: its loss has cancelled every request.
+    fn tell_router(&mut self, message: NodeToRouter) {
+        if let Some(router) = &mut self.router
+            && let Err(error) = router.try_send(message)
+        {
+            tracing::warn!("message to the router lost: {error}");
+        }
     }
 }

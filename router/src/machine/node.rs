@@ -1,6 +1,6 @@
 //! What the router knows about a node.
 
-use ridge_protocol::stats::NodeStats;
+use ridge_protocol::stats::{LinkStats, NodeStats};
 use ridge_protocol::transfer::KvPeer;
 use ridge_protocol::wire::NodeHello;
 use ridge_protocol::{BlockHash, RequestId};
@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub(super) struct Node {
     pub hello: NodeHello,
     pub stats: NodeStats,
+    pub links: Vec<LinkStats>,
     pub draining: bool,
     /// Dispatches that this node has a part in, with the prompt tokens it still has to compute for each.
     pub in_flight: BTreeMap<RequestId, u64>,
@@ -22,6 +23,7 @@ impl Node {
         Self {
             hello,
             stats: NodeStats::default(),
+            links: Vec::new(),
             draining: false,
             in_flight: BTreeMap::new(),
             cached: BTreeSet::new(),

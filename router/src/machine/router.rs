@@ -56,6 +56,7 @@ impl Router {
             node: *id,
             hello: node.hello.clone(),
             stats: node.stats,
+            links: node.links.clone(),
             in_flight: node.in_flight.len() as u32,
             draining: node.draining,
         };
@@ -336,6 +337,7 @@ impl Router {
             }
             NodeToRouter::Failed { request, error } => self.on_failed(now, id, request, error),
             NodeToRouter::Stats(stats) => node.stats = stats,
+            NodeToRouter::Links(links) => node.links = links,
             NodeToRouter::CacheChanged { added, removed } => {
                 node.on_cache_changed(added, removed, self.config.max_prefix_hashes);
             }

@@ -1,6 +1,6 @@
 //! What goes into the router's machine and what comes out.
 
-use ridge_protocol::stats::NodeStats;
+use ridge_protocol::stats::{LinkStats, NodeStats};
 use ridge_protocol::wire::{FinishReason, NodeHello, NodeToRouter, Receipt, RouterToNode};
 use ridge_protocol::{Duration, NodeId, SamplingParams, TokenId, TokenOut};
 use serde::{Deserialize, Serialize};
@@ -196,6 +196,8 @@ pub struct NodeView {
     pub hello: NodeHello,
     /// Its latest report.
     pub stats: NodeStats,
+    /// Its connections to decode nodes as it last reported them (prefill nodes).
+    pub links: Vec<LinkStats>,
     /// Sequences dispatched to it and not over.
     pub in_flight: u32,
     /// It takes no new sequences.

@@ -138,7 +138,14 @@ mod tests {
         };
         let (name, max_model_len) = (NodeName("some".into()), 64);
         let hello = NodeHello { name, role, kv_addr: None, identity, max_model_len, blocks: 8, pid: 1 };
-        NodeView { node: NodeId(1), hello, stats: NodeStats::default(), in_flight: 0, draining: false }
+        NodeView {
+            node: NodeId(1),
+            hello,
+            stats: NodeStats::default(),
+            links: Vec::new(),
+            in_flight: 0,
+            draining: false,
+        }
     }
 
     fn both() -> Vec<NodeView> {

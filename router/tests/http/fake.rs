@@ -1,6 +1,6 @@
 //! A byte-level model, a scripted cluster, and a server between them.
 
-use ridge_protocol::stats::{BlockCounts, NodeStats, ProtocolErrors};
+use ridge_protocol::stats::{BlockCounts, LinkStats, NodeStats, ProtocolErrors};
 use ridge_protocol::transfer::TransferTimes;
 use ridge_protocol::wire::{FinishReason, NodeHello, Receipt};
 use ridge_protocol::{ModelIdentity, NodeId, NodeName, Role, SamplingParams, TokenId, TokenOut};
@@ -300,6 +300,14 @@ fn cluster() -> ClusterView {
         kv_layout: String::new(),
         rope: String::new(),
     };
+    let link = LinkStats {
+        peer: NodeName("decode-0".into()),
+        rtt_us: 250,
+        bytes_per_s: 1_000_000_000,
+        mtu: 8952,
+        sent_packets: 9,
+        lost_packets: 2,
+    };
     let node = |number: u32, name: &str, role: Role| NodeView {
         node: NodeId(number),
         hello: NodeHello {
@@ -318,6 +326,7 @@ fn cluster() -> ClusterView {
             protocol_errors: ProtocolErrors { page: 2, ..ProtocolErrors::default() },
             ..NodeStats::default()
         },
+        links: if role == Role::Prefill { vec![link.clone()] } else { Vec::new() },
         in_flight: 0,
         draining: false,
     };

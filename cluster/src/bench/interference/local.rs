@@ -159,7 +159,7 @@ mod tests {
         let matches = command.try_get_matches_from(line).expect("is valid");
         match BenchArgs::from_arg_matches(&matches).expect("is valid").command {
             BenchCommand::Interference(args) => mode.flags(&args).join(" "),
-            BenchCommand::Engine(_) => panic!("is interference"),
+            _ => panic!("is interference"),
         }
     }
 

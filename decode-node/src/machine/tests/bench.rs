@@ -116,7 +116,7 @@ pub(super) fn show(output: DecodeOutput) -> Option<String> {
         DecodeOutput::Send(SendCommand::Finish { request, first }) => format!("sent {request} before {}", first.token),
         DecodeOutput::Send(SendCommand::Cancel { request, reason }) => format!("keep {request}: {reason}"),
         DecodeOutput::ToRouter(NodeToRouter::Stats(_) | NodeToRouter::CacheChanged { .. }) => return None,
-        DecodeOutput::ToRouter(NodeToRouter::Hello(_)) => panic!("greetings are the shell's"),
+        DecodeOutput::ToRouter(NodeToRouter::Hello(_) | NodeToRouter::Links(_)) => panic!("these are the shell's"),
     })
 }
 

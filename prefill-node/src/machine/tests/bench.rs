@@ -100,7 +100,7 @@ pub(super) fn show(output: PrefillOutput) -> Option<String> {
         PrefillOutput::ToRouter(NodeToRouter::Drained) => "drained".into(),
         PrefillOutput::ToRouter(NodeToRouter::Stats(_) | NodeToRouter::CacheChanged { .. }) => return None,
         PrefillOutput::ToRouter(NodeToRouter::Moving { .. }) => panic!("only a decode node moves sequences"),
-        PrefillOutput::ToRouter(NodeToRouter::Hello(_)) => panic!("greetings are the shell's"),
+        PrefillOutput::ToRouter(NodeToRouter::Hello(_) | NodeToRouter::Links(_)) => panic!("these are the shell's"),
     })
 }
 

@@ -10,7 +10,7 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use dashmap::DashMap;
 use ridge_protocol::Role;
-use ridge_protocol::stats::ProtocolErrors;
+use ridge_protocol::stats::{LinkStats, ProtocolErrors};
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -95,6 +95,7 @@ fn render(view: &ClusterView, metrics: &Metrics, resumable: StreamCounts, versio
     page.family("ridge_build_info", "gauge", "Always 1; the label is the version.");
     page.sample("ridge_build_info", &[("version", version)], 1);
     nodes(&mut page, &view.nodes);
+    links(&mut page, &view.nodes);
     health(&mut page, &view.health);
     router(&mut page, view);
     protocol_errors(&mut page, view);
@@ -168,6 +169,29 @@ fn nodes(page: &mut Page, nodes: &[NodeView]) {
             let direction = if node.hello.role == Role::Prefill { "out" } else { "in" };
             let [name_label, role] = labels(node);
             page.sample(name, &[name_label, role, ("direction", direction)], read(node));
+        }
+    }
+}
+
+fn links(page: &mut Page, nodes: &[NodeView]) {
+    type Read = fn(&LinkStats) -> f64;
+    let families: [(&str, &str, &str, Read); 5] = [
+        ("ridge_kv_link_rtt_seconds", "gauge", "Round-trip time between two nodes.", |l| l.rtt_us as f64 / 1e6),
+        ("ridge_kv_link_bytes_per_second", "gauge", "Highest rate of late at which a link carried KV.", |l| {
+            l.bytes_per_s as f64
+        }),
+        ("ridge_kv_link_mtu_bytes", "gauge", "Largest UDP payload that passes.", |l| l.mtu.into()),
+        ("ridge_kv_link_packets_sent_total", "counter", "Packets sent on the present connection.", |l| {
+            l.sent_packets as f64
+        }),
+        ("ridge_kv_link_packets_lost_total", "counter", "Of them, lost ones.", |l| l.lost_packets as f64),
+    ];
+    for (name, kind, help, read) in families {
+        page.family(name, kind, help);
+        for node in nodes {
+            for link in &node.links {
+                page.sample(name, &[("node", &node.hello.name.0), ("peer", &link.peer.0)], read(link));
+            }
         }
     }
 }
