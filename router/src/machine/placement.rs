@@ -11,6 +11,8 @@ const SEQUENCE_COST_TOKENS: u64 = 64;
 /// How many times faster a prompt must be computed on the decode node to be computed there although there is a prefill
 /// node: what comes next would rather find the decode node free.
 const LOCAL_MARGIN: u64 = 4;
+/// Prompt tokens that a batch hardly notices: a pass waits for the weights anyway.
+const UNNOTICED_TOKENS: u64 = 8;
 
 /// A prefill node (none if there is none to be had) and a decode node.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,9 +47,13 @@ fn local_pays(prefill: &Node, decode: &Node, tokens: usize, hashes: &[BlockHash]
     if there == 0 {
         return false; // It has not shown yet how fast it is.
     }
+    let missing = missing_tokens(decode, tokens, hashes);
+    if !decode.in_flight.is_empty() && missing > UNNOTICED_TOKENS {
+        return false; // Keeping prompts away from those who decode is what prefill nodes are for.
+    }
     let here = if here == 0 { there } else { here };
     let waiting = 1 + decode.in_flight.len() as u64;
-    let local = (decode.pending_tokens() + missing_tokens(decode, tokens, hashes)) * here * waiting;
+    let local = (decode.pending_tokens() + missing) * here * waiting;
     let remote = prefill_cost(prefill, tokens, hashes) * there;
     local * LOCAL_MARGIN < remote
 }
