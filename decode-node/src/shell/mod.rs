@@ -168,14 +168,9 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
                     shell.on_kv(event);
                 }
             }
-            Event::Sent(KvClientEvent::Message { from, message }) => {
-                shell.sender.handle(now, SenderInput::Message { from, message });
-            }
-            Event::Sent(KvClientEvent::Up { peer }) => shell.sender.handle(now, SenderInput::PeerUp(peer)),
-            Event::Sent(KvClientEvent::Lost { peer, reason }) => {
-                tracing::warn!(peer = %peer.name, %reason, "KV connection lost");
-                shell.client.forget(&peer);
-                shell.sender.handle(now, SenderInput::PeerLost { peer, reason });
+            Event::Sent(event) => {
+                let input = shell.client.heard(event);
+                shell.sender.handle(now, input);
             }
             Event::Link(LinkEvent::Up(node, handle)) => {
                 tracing::info!(node = node.0, "joined the cluster");

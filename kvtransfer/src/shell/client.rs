@@ -5,7 +5,7 @@ use super::endpoint::{CLOSE_DONE, CLOSE_PROTOCOL, Endpoint};
 use super::offences::Offence;
 use super::pages::{PageItem, write_pages};
 use super::path::Link;
-use crate::machine::SenderOutput;
+use crate::machine::{SenderInput, SenderOutput};
 use bytes::Bytes;
 use ridge_protocol::page::{PageHeader, page_digest};
 use ridge_protocol::transfer::{KvPeer, SendEvent};
@@ -47,7 +47,7 @@ pub enum KvClientEvent {
 /// All KV connections of a node that sends. Its methods never block.
 ///
 /// After a `Lost`, messages and pages for that peer are dropped until [`forget`](Self::forget) is called: they
-/// belong to transfers that ended with the connection. The node's loop calls `forget`, then tells its machine.
+/// belong to transfers that ended with the connection. [`heard`](Self::heard) calls it, and says what the node's loop then tells its machine.
 #[derive(Debug)]
 pub struct KvClient {
     endpoint: Endpoint,
@@ -77,6 +77,19 @@ impl KvClient {
         events: mpsc::Sender<KvClientEvent>,
     ) -> Self {
         Self { endpoint, name, identity, events, peers: BTreeMap::new() }
+    }
+
+    /// What an event means to the sender's machine. A peer that was lost is forgotten first.
+    pub fn heard(&mut self, event: KvClientEvent) -> SenderInput {
+        match event {
+            KvClientEvent::Up { peer } => SenderInput::PeerUp(peer),
+            KvClientEvent::Message { from, message } => SenderInput::Message { from, message },
+            KvClientEvent::Lost { peer, reason } => {
+                tracing::warn!(peer = %peer.name, %reason, "KV connection lost");
+                self.forget(&peer);
+                SenderInput::PeerLost { peer, reason }
+            }
+        }
     }
 
     /// Does what the sender's machine wants done; an event is the scheduler's. `page` copies a page out of the pool, so

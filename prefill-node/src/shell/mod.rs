@@ -157,14 +157,9 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
             Event::Engine(WorkerEvent::StepDone { step, outputs, busy }) => {
                 shell.machine.handle(now, PrefillInput::StepDone { step, outputs, busy });
             }
-            Event::Kv(KvClientEvent::Message { from, message }) => {
-                shell.sender.handle(now, SenderInput::Message { from, message });
-            }
-            Event::Kv(KvClientEvent::Up { peer }) => shell.sender.handle(now, SenderInput::PeerUp(peer)),
-            Event::Kv(KvClientEvent::Lost { peer, reason }) => {
-                tracing::warn!(peer = %peer.name, %reason, "KV connection lost");
-                shell.client.forget(&peer);
-                shell.sender.handle(now, SenderInput::PeerLost { peer, reason });
+            Event::Kv(event) => {
+                let input = shell.client.heard(event);
+                shell.sender.handle(now, input);
             }
             Event::Link(LinkEvent::Up(node, handle)) => {
                 tracing::info!(node = node.0, "joined the cluster");

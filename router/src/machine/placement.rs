@@ -53,9 +53,10 @@ fn local_pays(prefill: &Node, decode: &Node, tokens: usize, hashes: &[BlockHash]
     }
     let here = if here == 0 { there } else { here };
     let waiting = 1 + decode.in_flight.len() as u64;
-    let local = (decode.pending_tokens() + missing) * here * waiting;
-    let remote = prefill_cost(prefill, tokens, hashes) * there;
-    local * LOCAL_MARGIN < remote
+    // Saturating: the paces are what the nodes say.
+    let local = (decode.pending_tokens() + missing).saturating_mul(here).saturating_mul(waiting);
+    let remote = prefill_cost(prefill, tokens, hashes).saturating_mul(there);
+    local.saturating_mul(LOCAL_MARGIN) < remote
 }
 
 /// Chooses who continues a sequence of a decode node that drains: the smallest batch, moves under way (`coming`)
