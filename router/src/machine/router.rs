@@ -349,9 +349,13 @@ impl Router {
             NodeToRouter::Shipped { request, times } => {
                 let Some(&client) = self.requests.get(&request) else { return };
                 let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
-                if sequence.dispatch.as_ref().is_some_and(|dispatch| dispatch.prefill == Some(id)) {
-                    sequence.usage.receipt.times = sequence.usage.receipt.times + times;
-                }
+                let Some(dispatch) = sequence.dispatch.as_mut().filter(|dispatch| dispatch.prefill == Some(id)) else {
+                    return; // It has no part in this.
+                };
+                // The decode node has committed. It may not have spoken yet, and whoever handed over may leave now.
+                dispatch.handed_over = true;
+                node.in_flight.remove(&request);
+                sequence.usage.receipt.times = sequence.usage.receipt.times + times;
             }
             NodeToRouter::Moving { request, len } => self.on_moving(now, id, request, len),
             NodeToRouter::Hello(_) => {

@@ -12,7 +12,7 @@ pub(super) struct Dispatch {
     pub prefill: Option<NodeId>,
     /// `None` when the first token is also the last: then nobody decodes.
     pub decode: Option<NodeId>,
-    /// The decode node has said something: the prefill node's part is over.
+    /// The decode node has the KV: it has said something, or the prefill node has said so. The prefill node's part is over.
     pub handed_over: bool,
     /// The decode node was told to move it.
     pub moving: Option<Moving>,

@@ -1,6 +1,8 @@
 //! Sequences that go from a draining decode node to another.
 
 use super::bench::Bench;
+use ridge_protocol::RequestId;
+use ridge_protocol::transfer::TransferTimes;
 use ridge_protocol::wire::{FinishReason, NodeError, NodeToRouter, Receipt};
 
 /// One prefill and two decode nodes; `[7, 8, 9]` runs on the first and has said 10 and 11.
@@ -30,6 +32,33 @@ fn a_sequence_moves_with_its_kv() {
     bench.token_ends("d2", 2, 3, 13, Some(FinishReason::Stop));
     bench.says(&["c1: token #3 13", "c1: finished, Stop"]);
     assert_eq!((bench.router.stats().moved, bench.router.stats().redispatched), (1, 0));
+}
+
+/// Its last word and its end come on another connection than the next node's first token: which is first is chance.
+#[test]
+fn who_has_handed_over_may_leave_before_the_next_node_speaks() {
+    let mut bench = running();
+    bench.node("d1", NodeToRouter::Draining);
+    bench.moving("d1", 1, 5);
+    bench.node("d1", NodeToRouter::Shipped { request: RequestId(2), times: TransferTimes::default() });
+    bench.in_flight(&[("p1", 0), ("d1", 0), ("d2", 1)]);
+    bench.seen.clear();
+    bench.lost("d1");
+    bench.says(&[]);
+    bench.token_ends("d2", 2, 2, 12, Some(FinishReason::Stop));
+    bench.says(&["c1: token #2 12", "c1: finished, Stop"]);
+    assert_eq!(bench.router.stats().redispatched, 0);
+}
+
+#[test]
+fn who_has_not_handed_over_is_missed() {
+    let mut bench = running();
+    bench.node("d1", NodeToRouter::Draining);
+    bench.moving("d1", 1, 5);
+    // Of the dispatch before: not about this one.
+    bench.node("d1", NodeToRouter::Shipped { request: RequestId(1), times: TransferTimes::default() });
+    bench.lost("d1");
+    assert_eq!(bench.router.stats().redispatched, 1);
 }
 
 #[test]
