@@ -13,6 +13,7 @@ use crate::size::{parse_bytes, parse_count, parse_duration};
 use crate::synth::{Preset, SynthDType};
 use crate::trial::{ChaosArgs, VerifyArgs};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ridge_protocol::CacheDtype;
 use ridge_router::shell::http::ResumeConfig;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -93,6 +94,9 @@ pub struct UpArgs {
     /// What the engines are to be like.
     #[command(flatten)]
     pub engine: EngineArgs,
+    /// What prefill nodes do otherwise.
+    #[command(flatten)]
+    pub prefill_kv: PrefillKvArgs,
     /// Sequences that a decode node runs in one pass.
     #[arg(long, value_parser = parse_count)]
     pub max_num_seqs: Option<usize>,
@@ -206,6 +210,44 @@ pub struct EngineArgs {
     pub huge_pages: HugePagesArg,
 }
 
+/// Blocks of prefill nodes that are not as decode nodes': KV is converted on its way.
+#[derive(Args, Debug, Clone)]
+pub struct PrefillKvArgs {
+    /// Tokens per KV block where prompts are computed. Default: --block-size.
+    #[arg(long, value_name = "N", value_parser = parse_block_size)]
+    pub prefill_block_size: Option<usize>,
+    /// Element type of the KV cache where prompts are computed. Default: --kv-cache-dtype. f32, f16 and bf16 are converted into any
+    /// type; what has 8 bits only stays what it is.
+    #[arg(long, value_name = "DTYPE", value_enum)]
+    pub prefill_kv_cache_dtype: Option<KvCacheDtype>,
+}
+
+impl PrefillKvArgs {
+    /// Whether prompts are computed in other blocks at all.
+    pub fn is_given(&self) -> bool {
+        self.prefill_block_size.is_some() || self.prefill_kv_cache_dtype.is_some()
+    }
+
+    /// Why KV of those nodes cannot be converted into decode nodes' blocks, as far as is known without the model.
+    pub fn refusal(&self, engine: &EngineArgs) -> Option<String> {
+        let from = self.over(engine).kv_cache_dtype.protocol()?;
+        // `auto` is one of the floats, and they all take the same.
+        let to = engine.kv_cache_dtype.protocol().unwrap_or(CacheDtype::Bf16);
+        let name = engine.kv_cache_dtype.to_possible_value().expect("no type is skipped");
+        (!from.converts_into(to))
+            .then(|| format!("prefill nodes' KV: {from} is not converted into {}", name.get_name()))
+    }
+
+    /// What an engine that computes prompts is to be like.
+    pub fn over(&self, engine: &EngineArgs) -> EngineArgs {
+        EngineArgs {
+            block_size: self.prefill_block_size.unwrap_or(engine.block_size),
+            kv_cache_dtype: self.prefill_kv_cache_dtype.unwrap_or(engine.kv_cache_dtype),
+            ..engine.clone()
+        }
+    }
+}
+
 /// Where packed weights are kept.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum WeightsCache {
@@ -270,6 +312,13 @@ pub enum KvCacheDtype {
     Bf16,
     Fp8,
     Int8,
+}
+
+impl KvCacheDtype {
+    /// The protocol's type; `None` for `auto`, which follows the checkpoint.
+    pub fn protocol(self) -> Option<CacheDtype> {
+        CacheDtype::named(self.to_possible_value().expect("no type is skipped").get_name())
+    }
 }
 
 /// Flags of `cluster router`.
@@ -432,6 +481,9 @@ pub struct GenerateArgs {
     /// What the engine is to be like.
     #[command(flatten)]
     pub engine: EngineArgs,
+    /// Another engine for the prompt, whose KV is converted: what a cluster of such nodes must answer.
+    #[command(flatten)]
+    pub prefill_kv: PrefillKvArgs,
 }
 
 /// Flags of `cluster synth`.

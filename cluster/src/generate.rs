@@ -1,15 +1,15 @@
 //! `cluster generate`: one process, no scheduler, no network. What it prints is what a cluster must answer.
 
-use crate::cli::GenerateArgs;
+use crate::cli::{EngineArgs, GenerateArgs};
 use crate::{demo, dirs, roles};
-use anyhow::Context;
+use anyhow::{Context, bail};
 use ridge_kernels::sync::pool::Placement;
 use ridge_model::detokenize::StreamDecoder;
-use ridge_model::generate::generate;
+use ridge_model::generate::{generate, generate_handed_over};
 use ridge_model::memory::PassLimits;
 use ridge_model::template::RenderOptions;
 use ridge_model::worker::{LoadedEngine, load_engine};
-use ridge_protocol::SamplingParams;
+use ridge_protocol::{SamplingParams, TokenOut};
 use serde_json::json;
 use std::io::Write;
 use std::sync::Arc;
@@ -21,11 +21,17 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         None => demo::unpack(&dirs::cache()?)?.display().to_string(),
     };
     let threads = args.threads.map_or_else(roles::default_threads, usize::from);
-    let options = roles::engine(model, Placement::threads(threads), &args.engine);
-    // As `generate` rounds it.
-    let block_size = args.engine.block_size;
-    let pass = PassLimits { tokens: (args.chunk / block_size).max(1) * block_size, sequences: 1 };
-    let mut loaded = load_engine(&options, pass, &mut |_| {})?;
+    let load = |engine: &EngineArgs| {
+        let options = roles::engine(model.clone(), Placement::threads(threads), engine);
+        // As `generate` rounds it.
+        let tokens = (args.chunk / engine.block_size).max(1) * engine.block_size;
+        load_engine(&options, PassLimits { tokens, sequences: 1 }, &mut |_| {})
+    };
+    let mut loaded = load(&args.engine)?;
+    let mut prefill = args.prefill_kv.is_given().then(|| load(&args.prefill_kv.over(&args.engine))).transpose()?;
+    if let Some(reason) = prefill.as_ref().and_then(|prefill| loaded.identity.refusal(&prefill.identity)) {
+        bail!("{reason}");
+    }
     let prompt = prompt(args, &loaded)?;
     let checkpoint = loaded.checkpoint.clone();
     let params = SamplingParams {
@@ -47,12 +53,20 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         }
         text.push_str(&piece);
     };
-    let out = generate(loaded.engine.as_mut(), &prompt, &params, args.chunk, loaded.max_model_len, &mut |out| {
+    let mut on_token = |out: &TokenOut| {
         if !params.is_stop(out.token) {
             show(decoder.push(out.token));
         }
         true
-    })?;
+    };
+    let (engine, limit) = (loaded.engine.as_mut(), loaded.max_model_len);
+    let out = match &mut prefill {
+        None => generate(engine, &prompt, &params, args.chunk, limit, &mut on_token)?,
+        Some(prefill) => {
+            let first = prefill.engine.as_mut();
+            generate_handed_over(first, engine, &prompt, &params, args.chunk, limit, &mut on_token)?
+        }
+    };
     show(decoder.flush());
 
     let ids: Vec<u32> = out.iter().map(|out| out.token).collect();

@@ -37,7 +37,7 @@ pub use cpu::{
     operand::{Operand, Rows},
 };
 pub use dtype::{DType, Matrix, ShapeError};
-pub use kv::{AttentionItem, KvDtype, KvFormat, KvWrite};
+pub use kv::{AttentionItem, KvDtype, KvFormat, KvMove, KvWrite};
 #[cfg(not(loom))]
 pub use packed::Packed;
 pub use quant::{QuantizeError, dequantize_row, quantize_row};

@@ -8,8 +8,8 @@ use crate::forward::{Forward, Weights};
 use crate::kv::KvMemory;
 use crate::sampling::sample_rows;
 use crate::spec::ModelSpec;
-use ridge_kernels::{Cpu, KvFormat};
-use ridge_protocol::{BatchPlan, KV_LAYOUT, ModelIdentity, RequestId, TokenOut};
+use ridge_kernels::{Cpu, KvDtype, KvFormat};
+use ridge_protocol::{BatchPlan, CacheDtype, KV_LAYOUT, ModelIdentity, RequestId, TokenOut};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -112,6 +112,17 @@ impl Engine for CpuEngine {
     }
 }
 
+/// The protocol's name for an element type.
+pub fn cache_dtype(dtype: KvDtype) -> CacheDtype {
+    match dtype {
+        KvDtype::F32 => CacheDtype::F32,
+        KvDtype::F16 => CacheDtype::F16,
+        KvDtype::BF16 => CacheDtype::Bf16,
+        KvDtype::Fp8 => CacheDtype::Fp8,
+        KvDtype::Int8 => CacheDtype::Int8,
+    }
+}
+
 /// What another node must agree with before KV of this checkpoint in this layout may pass.
 pub fn identity(checkpoint: &Checkpoint, format: &KvFormat) -> ModelIdentity {
     let narrow = |value: usize| u32::try_from(value).expect("`ModelSpec::defect` bounds every size");
@@ -123,7 +134,7 @@ pub fn identity(checkpoint: &Checkpoint, format: &KvFormat) -> ModelIdentity {
         kv_heads: narrow(format.kv_heads),
         head_dim: narrow(format.head_dim),
         block_size: narrow(format.block_size),
-        kv_dtype: format.dtype.name().into(),
+        kv_dtype: cache_dtype(format.dtype),
         kv_layout: KV_LAYOUT.into(),
         rope: checkpoint.spec.rope.canonical(),
     };

@@ -3,8 +3,12 @@
 //! It takes the first blocks of the engine's memory, in order, for its one sequence; nothing else may use the engine
 //! meanwhile. It knows nothing of text: stop strings are the caller's, by returning `false` from `on_token`.
 
-use crate::engine::Engine;
-use ridge_protocol::{BatchPlan, BlockId, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId, TokenOut};
+use crate::engine::{Engine, cache_dtype};
+use crate::kv::KvMemory;
+use ridge_protocol::transfer::PageSource;
+use ridge_protocol::{
+    BatchPlan, BlockId, BlockShape, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId, TokenOut,
+};
 use std::sync::Arc;
 
 /// Why nothing was generated.
@@ -54,6 +58,46 @@ pub fn generate(
     max_model_len: usize,
     on_token: &mut dyn FnMut(&TokenOut) -> bool,
 ) -> Result<Vec<TokenOut>, GenerateError> {
+    let limit = check(engine, prompt, params, params.max_tokens, max_model_len)?;
+    let mut sequence = Sequence::new(prompt, params);
+    sequence.run(engine, limit, chunk, on_token);
+    Ok(sequence.out)
+}
+
+/// As [`generate`], by two engines of one model that keep KV in other blocks, or in another type: `prefill` computes the
+/// prompt and draws the first token, the prompt's KV is converted as it is on its way between two nodes, and `decode` goes on
+/// from there. With one type on both sides the answer is that of [`generate`].
+///
+/// # Panics
+///
+/// If the engines' models differ, or the one's KV is not converted into the other's type.
+pub fn generate_handed_over(
+    prefill: &mut dyn Engine,
+    decode: &mut dyn Engine,
+    prompt: &[TokenId],
+    params: &SamplingParams,
+    chunk: usize,
+    max_model_len: usize,
+    on_token: &mut dyn FnMut(&TokenOut) -> bool,
+) -> Result<Vec<TokenOut>, GenerateError> {
+    let first = check(prefill, prompt, params, params.max_tokens.min(1), max_model_len)?;
+    let limit = check(decode, prompt, params, params.max_tokens, max_model_len)?;
+    let mut sequence = Sequence::new(prompt, params);
+    if sequence.run(prefill, first, chunk, on_token) && limit > first {
+        hand_over(prefill.kv(), decode.kv(), prompt.len());
+        sequence.run(decode, limit, chunk, on_token);
+    }
+    Ok(sequence.out)
+}
+
+/// How many tokens can be generated, at most `max_tokens`.
+fn check(
+    engine: &dyn Engine,
+    prompt: &[TokenId],
+    params: &SamplingParams,
+    max_tokens: u32,
+    max_model_len: usize,
+) -> Result<usize, GenerateError> {
     let (context, vocab) = (engine.spec().context.min(max_model_len), engine.spec().vocab);
     let (block_size, blocks) = (engine.kv().format().block_size, engine.kv().blocks());
     params.check().map_err(GenerateError::Params)?;
@@ -66,36 +110,31 @@ pub fn generate(
     if prompt.len() >= context {
         return Err(GenerateError::Context { prompt: prompt.len(), context });
     }
-    let limit = (params.max_tokens as usize).min(context - prompt.len());
+    let limit = (max_tokens as usize).min(context - prompt.len());
     // The last token drawn is never run, so it needs no place in the cache.
     let needed = (prompt.len() + limit - 1).div_ceil(block_size);
     if needed > blocks {
         return Err(GenerateError::Blocks { needed, blocks });
     }
+    Ok(limit)
+}
 
-    let mut sequence = Sequence {
-        params: Arc::new(params.clone()),
-        prompt_len: prompt.len(),
-        tokens: prompt.to_vec(),
-        computed: 0,
-        block_size,
-        step: 0,
-    };
-    let chunk = (chunk / block_size).max(1) * block_size;
-    let mut out = Vec::new();
-    while out.len() < limit {
-        let plan = sequence.next_plan(chunk);
-        // A chunk before the prompt's last yields no token.
-        for output in engine.run(&plan, &mut |_| {}) {
-            sequence.tokens.push(output.token.token);
-            let stop = params.is_stop(output.token.token) || !on_token(&output.token);
-            out.push(output.token);
-            if stop {
-                return Ok(out);
-            }
+/// Puts the KV of the first tokens into another memory, page by page.
+fn hand_over(from: &KvMemory, to: &KvMemory, tokens: usize) {
+    let (own, size) = (from.format().block_size, to.format().block_size);
+    let blocks = BlockShape::new(size as u32, cache_dtype(to.format().dtype)).expect("a block holds a token");
+    for (index, first) in (0..tokens).step_by(size).enumerate() {
+        let end = (first + size).min(tokens);
+        let source = PageSource {
+            blocks: (first / own..end.div_ceil(own)).map(|block| BlockId(block as u32)).collect(),
+            skip: (first % own) as u32,
+            tokens: (end - first) as u32,
+        };
+        for layer in 0..from.layers() {
+            let page = from.page_in(blocks, layer, &source);
+            to.write(layer, BlockId(index as u32)).copy_from_slice(&page);
         }
     }
-    Ok(out)
 }
 
 /// The one sequence in flight.
@@ -106,13 +145,43 @@ struct Sequence {
     tokens: Vec<TokenId>,
     /// Leading tokens whose KV is in the cache.
     computed: usize,
-    block_size: usize,
     step: u64,
+    out: Vec<TokenOut>,
 }
 
 impl Sequence {
+    fn new(prompt: &[TokenId], params: &SamplingParams) -> Self {
+        let (params, tokens) = (Arc::new(params.clone()), prompt.to_vec());
+        Self { params, prompt_len: prompt.len(), tokens, computed: 0, step: 0, out: Vec::new() }
+    }
+
+    /// Generates until there are `limit` tokens; false if the answer ended before.
+    fn run(
+        &mut self,
+        engine: &mut dyn Engine,
+        limit: usize,
+        chunk: usize,
+        on_token: &mut dyn FnMut(&TokenOut) -> bool,
+    ) -> bool {
+        let block_size = engine.kv().format().block_size;
+        let chunk = (chunk / block_size).max(1) * block_size;
+        while self.out.len() < limit {
+            let plan = self.next_plan(chunk, block_size);
+            // A chunk before the prompt's last yields no token.
+            for output in engine.run(&plan, &mut |_| {}) {
+                self.tokens.push(output.token.token);
+                let stop = self.params.is_stop(output.token.token) || !on_token(&output.token);
+                self.out.push(output.token);
+                if stop {
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
     /// The pass over the next tokens, at most `chunk` of them; it samples if it reaches the last.
-    fn next_plan(&mut self, chunk: usize) -> BatchPlan {
+    fn next_plan(&mut self, chunk: usize, block_size: usize) -> BatchPlan {
         let start = self.computed;
         let end = (start + chunk).min(self.tokens.len());
         self.computed = end;
@@ -127,7 +196,7 @@ impl Sequence {
             request: RequestId(0),
             tokens: self.tokens[start..end].to_vec(),
             start: start as u32,
-            block_table: (0..end.div_ceil(self.block_size) as u32).map(BlockId).collect(),
+            block_table: (0..end.div_ceil(block_size) as u32).map(BlockId).collect(),
             sample,
         };
         BatchPlan { step: self.step, items: vec![item] }

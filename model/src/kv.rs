@@ -15,9 +15,10 @@
 #![allow(unsafe_code, reason = "pages are handed out as slices of one mapping that engine and network share")]
 
 use crate::mapping::{self, HugePages, HugePagesGot};
-use ridge_kernels::KvFormat;
 use ridge_kernels::sync::page_lock::PageLocks;
-use ridge_protocol::BlockId;
+use ridge_kernels::{KvDtype, KvFormat, KvMove};
+use ridge_protocol::transfer::PageSource;
+use ridge_protocol::{BlockId, BlockShape, CacheDtype};
 use std::ops::{Deref, DerefMut};
 
 /// Pages start at multiples of this many bytes, a cache line, so that no two pages share one.
@@ -142,6 +143,31 @@ impl KvMemory {
         PageRead { memory: self, page }
     }
 
+    /// The bytes of one page in another node's blocks, made from this memory's pages of the layer (rule K-12). Blocks of the
+    /// same shape are copied as they are.
+    ///
+    /// # Panics
+    ///
+    /// As [`KvMemory::read`]; if the source does not hold the tokens that it names, or they do not fit in one of those blocks;
+    /// or if this memory's type is not converted into theirs ([`CacheDtype::converts_into`]).
+    pub fn page_in(&self, blocks: BlockShape, layer: usize, source: &PageSource) -> Vec<u8> {
+        let to = KvFormat { dtype: kv_dtype(blocks.dtype), block_size: blocks.block_size() as usize, ..self.format };
+        if to == self.format {
+            assert_eq!((source.blocks.len(), source.skip), (1, 0), "a page of the same shape is one of ours");
+            return self.read(layer, source.blocks[0]).to_vec();
+        }
+        let mut page = vec![0; to.page_bytes()];
+        let (mut from, mut filled) = (source.skip as usize, 0);
+        for block in &source.blocks {
+            let tokens = (self.format.block_size - from).min(source.tokens as usize - filled);
+            let moved = KvMove { from, to: filled, tokens };
+            self.format.convert(&self.read(layer, *block), &to, &mut page, moved);
+            (from, filled) = (0, filled + tokens);
+        }
+        assert_eq!(filled, source.tokens as usize, "{source:?} does not hold its tokens");
+        page
+    }
+
     /// The bytes of a page, for its only user.
     ///
     /// # Panics
@@ -166,6 +192,17 @@ impl KvMemory {
         // `wrapping_add` needs no proof: the callers' dereferences do.
         let (block, layer) = (page / self.layers, page % self.layers);
         self.map.as_mut_ptr().wrapping_add(block * self.block_stride + layer * self.stride)
+    }
+}
+
+/// The kernels' name for an element type.
+fn kv_dtype(dtype: CacheDtype) -> KvDtype {
+    match dtype {
+        CacheDtype::F32 => KvDtype::F32,
+        CacheDtype::F16 => KvDtype::F16,
+        CacheDtype::Bf16 => KvDtype::BF16,
+        CacheDtype::Fp8 => KvDtype::Fp8,
+        CacheDtype::Int8 => KvDtype::Int8,
     }
 }
 
@@ -229,7 +266,6 @@ impl Drop for PageWrite<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ridge_kernels::KvDtype;
 
     fn memory() -> KvMemory {
         let format = KvFormat { dtype: KvDtype::F32, kv_heads: 1, head_dim: 4, block_size: 4 };
@@ -258,6 +294,44 @@ mod tests {
         let memory = memory();
         let (a, b) = (memory.read(0, BlockId(0)), memory.read(0, BlockId(0)));
         assert_eq!(*a, *b);
+    }
+
+    /// Eleven tokens in blocks of four, in blocks of three and of six of every type that they are converted into: as if
+    /// they had been written there, with zeros after the last one.
+    #[test]
+    fn pages_in_other_blocks_are_as_if_written_there() {
+        let memory = memory();
+        let (format, tokens) = (*memory.format(), 11);
+        let blocks = [2, 0, 1].map(BlockId);
+        let key = |token: usize| [token as f32 + 0.1, 1.5, -2.0, 0.25 * token as f32];
+        let value = |token: usize| key(token + 50);
+        for token in 0..tokens {
+            let mut page = memory.write(1, blocks[token / 4]);
+            format.write(&mut page, token % 4, &key(token), &value(token));
+        }
+        for (dtype, block_size) in CacheDtype::ALL.into_iter().flat_map(|dtype| [(dtype, 3), (dtype, 4), (dtype, 6)]) {
+            let shape = BlockShape::new(block_size, dtype).expect("a block holds a token");
+            let size = block_size as usize;
+            let to = KvFormat { dtype: kv_dtype(dtype), block_size: size, ..format };
+            for first in (0..tokens).step_by(size) {
+                let end = (first + size).min(tokens);
+                let source = PageSource {
+                    blocks: blocks[first / 4..end.div_ceil(4)].to_vec(),
+                    skip: (first % 4) as u32,
+                    tokens: (end - first) as u32,
+                };
+                let mut want = vec![0; to.page_bytes()];
+                (first..end).for_each(|token| to.write(&mut want, token - first, &key(token), &value(token)));
+                assert!(memory.page_in(shape, 1, &source) == want, "{shape}, tokens {first}..{end}");
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "does not hold its tokens")]
+    fn a_source_that_is_too_short_panics() {
+        let shape = BlockShape::new(8, CacheDtype::F32).expect("a block holds a token");
+        memory().page_in(shape, 0, &PageSource { blocks: vec![BlockId(0)], skip: 1, tokens: 4 });
     }
 
     #[test]

@@ -5,7 +5,7 @@ use ridge_kernels::{Cpu, DType, KvDtype, KvFormat, quantize_row};
 use ridge_model::checkpoint::{Checkpoint, LoadOptions, ModelSource, Tensor, TensorMap, load, wanted};
 use ridge_model::engine::{CpuEngine, Engine, EngineError, identity};
 use ridge_model::forward::{Forward, Weights};
-use ridge_model::generate::{GenerateError, generate};
+use ridge_model::generate::{GenerateError, generate, generate_handed_over};
 use ridge_model::kv::KvMemory;
 use ridge_model::memory::{PassLimits, activation_bytes};
 use ridge_model::sampling::uniform;
@@ -221,7 +221,11 @@ fn logits_do_not_depend_on_the_batch_q8_0() {
 }
 
 fn engine(block_size: usize, blocks: usize) -> CpuEngine {
-    let kv = Arc::new(memory(KvDtype::BF16, block_size, blocks));
+    engine_in(KvDtype::BF16, block_size, blocks)
+}
+
+fn engine_in(dtype: KvDtype, block_size: usize, blocks: usize) -> CpuEngine {
+    let kv = Arc::new(memory(dtype, block_size, blocks));
     CpuEngine::new(&checkpoint(DType::F32), kv, Cpu::new(1, None), None).expect("an engine")
 }
 
@@ -339,6 +343,23 @@ fn a_request_in_a_plan_twice_panics() {
     engine(16, 2).run(&BatchPlan { step: 0, items }, &mut |_| {});
 }
 
+/// Whatever blocks a prompt was computed in: the sequence goes on in others as if it had always been there.
+#[test]
+fn a_hand_over_into_other_blocks_changes_no_token() {
+    let params = SamplingParams::greedy(12);
+    for dtype in KvDtype::ALL {
+        for (from, to) in [(8, 16), (16, 4), (12, 5), (8, 8)] {
+            let engines = [from, to].map(|size| engine_in(dtype, size, 80_usize.div_ceil(size)));
+            let [mut prefill, mut decode] = engines;
+            for prompt in prompts() {
+                let want = generate(&mut decode, &prompt, &params, 24, 256, &mut |_| true);
+                let got = generate_handed_over(&mut prefill, &mut decode, &prompt, &params, 24, 256, &mut |_| true);
+                assert_eq!(got, want, "{dtype:?}, {} tokens in blocks of {from}, then of {to}", prompt.len());
+            }
+        }
+    }
+}
+
 #[test]
 fn memory_of_another_model_is_refused() {
     let format = KvFormat { dtype: KvDtype::F32, kv_heads: 3, head_dim: 16, block_size: 16 };
@@ -352,13 +373,14 @@ fn identity_names_what_differs() {
     let format = |dtype| KvFormat { dtype, kv_heads: 2, head_dim: 16, block_size: 16 };
     let checkpoint = checkpoint(DType::F32);
     let ours = identity(&checkpoint, &format(KvDtype::BF16));
-    assert_eq!(ours.mismatch(&ours), None);
-    let theirs = identity(&checkpoint, &format(KvDtype::F32));
-    assert_eq!(ours.mismatch(&theirs).as_deref(), Some("kv_dtype differs: bf16 here, f32 there"));
+    assert_eq!(ours.refusal(&ours), None);
+    let theirs = identity(&checkpoint, &format(KvDtype::Fp8));
+    let want = "kv_dtype differs: bf16 here, fp8 there, and fp8 is not converted into bf16";
+    assert_eq!(ours.refusal(&theirs).as_deref(), Some(want));
     let older = ModelIdentity { kv_layout: "head-major".into(), ..ours.clone() };
     assert_eq!(ours.mismatch(&older).as_deref(), Some("kv_layout differs: k-transposed here, head-major there"));
     for dtype in KvDtype::ALL {
         // Asserts that both sides compute the same size of a page.
-        assert_eq!(identity(&checkpoint, &format(dtype)).kv_dtype, dtype.name());
+        assert_eq!(identity(&checkpoint, &format(dtype)).kv_dtype.name(), dtype.name());
     }
 }

@@ -24,7 +24,7 @@ pub mod wire;
 
 pub use ids::{BlockHash, BlockId, NodeId, NodeName, RequestId, Role, TokenId};
 pub use machine::Machine;
-pub use model::{KV_LAYOUT, ModelIdentity};
+pub use model::{BlockShape, CacheDtype, Conversion, KV_LAYOUT, ModelIdentity};
 pub use plan::{BatchPlan, PlanItem, SampleSpec, TokenOut};
 pub use sampling::SamplingParams;
 pub use time::{Duration, Instant};

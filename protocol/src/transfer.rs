@@ -4,6 +4,7 @@
 //! these values between them, so neither imports the other. Block numbers only; bytes stay in the shell.
 
 use crate::ids::{BlockHash, BlockId, NodeName, RequestId};
+use crate::model::BlockShape;
 use crate::plan::TokenOut;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -15,6 +16,19 @@ pub struct KvPeer {
     pub name: NodeName,
     /// Its QUIC address.
     pub addr: SocketAddr,
+    /// Its blocks: what is sent to it comes in these, whatever the sender's own are (rule K-12).
+    pub blocks: BlockShape,
+}
+
+/// Where the tokens of one page lie in the sender's pool.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PageSource {
+    /// The sender's blocks that hold them, in order; at least one.
+    pub blocks: Vec<BlockId>,
+    /// Tokens in front of them in the first block.
+    pub skip: u32,
+    /// How many they are; the slots after them stay zero (rule K-3).
+    pub tokens: u32,
 }
 
 /// From the scheduler that has the KV to the sender.
@@ -29,7 +43,7 @@ pub enum SendCommand {
     },
     /// Offer a prompt's blocks to a decode node.
     Begin(SendJob),
-    /// The pages of blocks `first..end` of the sequence are complete in `layer`.
+    /// The pages of the receiver's blocks `first..end` of the sequence are complete in `layer`.
     Ready {
         /// The transfer.
         request: RequestId,
@@ -65,9 +79,9 @@ pub struct SendJob {
     pub to: KvPeer,
     /// Prompt length in tokens.
     pub tokens: u32,
-    /// All blocks of the prompt in order, the last possibly part-filled.
+    /// The sender's blocks of the prompt in order, the last possibly part-filled.
     pub blocks: Vec<BlockId>,
-    /// Chain hashes of the full blocks, in order.
+    /// Chain hashes of the full ones of the receiver's blocks, in order.
     pub hashes: Vec<BlockHash>,
     /// Layers of the model.
     pub layers: u32,

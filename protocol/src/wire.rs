@@ -6,7 +6,7 @@
 
 use crate::ids::{BlockHash, NodeId, NodeName, RequestId, Role, TokenId};
 use crate::limits;
-use crate::model::ModelIdentity;
+use crate::model::{BlockShape, Conversion, ModelIdentity};
 use crate::plan::TokenOut;
 use crate::sampling::SamplingParams;
 use crate::stats::{LinkStats, NodeStats};
@@ -197,6 +197,9 @@ pub struct Receipt {
     /// What of the transfer lay behind the computing and what did not, as the sender measured it. The router's to fill
     /// in; zero in a node's own receipt.
     pub times: TransferTimes,
+    /// What the blocks that came by transfer were converted from and to. The router's to fill in; `None` if they were
+    /// taken as they were.
+    pub converted: Option<Conversion>,
 }
 
 /// Why a node could not do its part.
@@ -249,6 +252,8 @@ pub enum SenderMsg {
         name: NodeName,
         /// Compared field by field.
         identity: ModelIdentity,
+        /// The blocks in which it will send: the receiver's, as the router told it.
+        blocks: BlockShape,
     },
     /// Blocks on offer.
     Offer {
@@ -256,7 +261,7 @@ pub enum SenderMsg {
         request: RequestId,
         /// Prompt length in tokens.
         tokens: u32,
-        /// Chain hashes of the full blocks.
+        /// Chain hashes of the full ones of the receiver's blocks.
         hashes: Vec<BlockHash>,
     },
     /// Every granted page has been written to a stream.
@@ -487,6 +492,7 @@ pub fn unpack<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::CacheDtype;
 
     fn round_trip<M: Message + PartialEq + std::fmt::Debug>(message: M) {
         let frame = encode(&message).expect("encodes");
@@ -516,12 +522,32 @@ mod tests {
         let frame =
             encode(&ReceiverMsg::Grant { request: RequestId(0x0102), first_block: 3, credit: 4 }).expect("encodes");
         let want: [u8; 36] = [
-            b'R', b'D', b'G', b'1', 3, 0, 4, 0, 20, 0, 0, 0, 0, 0, 0, 0, // header
+            b'R', b'D', b'G', b'1', 4, 0, 4, 0, 20, 0, 0, 0, 0, 0, 0, 0, // header
             2, 0, 0, 0, // variant
             2, 1, 0, 0, 0, 0, 0, 0, // request
             3, 0, 0, 0, 4, 0, 0, 0,
         ];
         assert_eq!(frame, want);
+    }
+
+    /// A receiver's blocks as the router tells a sender: size and number of the type.
+    #[test]
+    fn golden_bytes_of_a_peer() {
+        let blocks = BlockShape::new(32, CacheDtype::Int8).expect("a block holds a token");
+        let to = KvPeer { name: NodeName("d".into()), addr: ([127, 0, 0, 1], 0x0102).into(), blocks };
+        let message = RouterToNode::Move { request: RequestId(1), next: RequestId(2), to };
+        let frame = encode(&message).expect("encodes");
+        let want: [u8; 47] = [
+            7, 0, 0, 0, // variant
+            1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, // requests
+            1, 0, 0, 0, 0, 0, 0, 0, b'd', // name
+            0, 0, 0, 0, 127, 0, 0, 1, 2, 1, // address: v4, port
+            32, 0, 0, 0, 4, 0, 0, 0, // blocks
+        ];
+        assert_eq!(frame[FRAME_HEADER_BYTES..], want);
+        let mut none = frame[FRAME_HEADER_BYTES..].to_vec();
+        none[39] = 0;
+        assert!(matches!(decode::<RouterToNode>(&none), Err(WireError::Body(_))), "no block holds no token");
     }
 
     #[test]

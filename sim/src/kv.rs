@@ -6,6 +6,7 @@
 //! answer, as it would in a model.
 
 use super::random::mix;
+use ridge_protocol::transfer::PageSource;
 use ridge_protocol::{BatchPlan, BlockId, RequestId, SamplingParams, TokenId, TokenOut};
 use std::collections::BTreeMap;
 
@@ -162,6 +163,14 @@ impl SimKv {
         let page = &self.pages[self.at(layer, block)];
         assert!(!page.poisoned, "page {layer}/{block:?} is read, and did not match its digest");
         page
+    }
+
+    /// The cells of a page of another node's, or of this one's, as they stand in the pages that hold its tokens.
+    pub fn page_from(&self, layer: u32, source: &PageSource) -> Page {
+        let held = source.blocks.iter().flat_map(|block| &self.read(layer, *block).cells);
+        let cells: Vec<Cell> = held.copied().skip(source.skip as usize).take(source.tokens as usize).collect();
+        assert_eq!(cells.len(), source.tokens as usize, "a page is shipped before it is computed");
+        Page { cells, poisoned: false }
     }
 
     /// Writes a page that came in, checks it where it lies and says whether it is intact.

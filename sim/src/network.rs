@@ -203,11 +203,11 @@ impl World {
     /// What a node's shell does with KV for a decode node: dials it if there is no connection.
     pub fn send_to_receiver(&mut self, place: usize, to: &KvPeer, item: KvItem) {
         let known = self.nodes[place].dialed.get(&to.name).copied();
-        let conn = known.filter(|conn| self.network.kv[conn].to.addr == to.addr);
+        let conn = known.filter(|conn| self.network.kv[conn].to == *to);
         if conn.is_none()
             && let Some(old) = known
         {
-            // A node that came back under another address: the old connection leads nowhere.
+            // A node that came back under another address, or with other blocks: the old connection leads nowhere.
             self.break_kv(old);
         }
         let conn = conn.unwrap_or_else(|| self.dial_decode(place, to));
@@ -375,9 +375,9 @@ impl World {
     pub fn on_sender_notices(&mut self, conn: Conn) {
         let kv = &self.network.kv[&conn];
         let (place, peer) = (kv.from.place, kv.to.clone());
-        // Forgets the peer: whatever connection leads to that address is closed.
+        // Forgets the peer: whatever connection leads to it is closed.
         if let Some(known) = self.nodes[place].dialed.get(&peer.name).copied()
-            && self.network.kv[&known].to.addr == peer.addr
+            && self.network.kv[&known].to == peer
         {
             self.nodes[place].dialed.remove(&peer.name);
             self.break_kv(known);

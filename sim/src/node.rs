@@ -9,7 +9,9 @@ use ridge_kvtransfer::{Receiver, ReceiverConfig, Sender, SenderConfig};
 use ridge_prefill_node::machine::{PrefillConfig, PrefillNode};
 use ridge_protocol::stats::NodeStats;
 use ridge_protocol::wire::NodeHello;
-use ridge_protocol::{BatchPlan, Duration, Instant, Machine, ModelIdentity, NodeId, NodeName, Role};
+use ridge_protocol::{
+    BatchPlan, BlockShape, CacheDtype, Duration, Instant, Machine, ModelIdentity, NodeId, NodeName, Role,
+};
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 
@@ -29,6 +31,8 @@ pub struct SimNode {
     /// A decode node sends when it drains.
     pub sender: Sender,
     pub kv: SimKv,
+    /// Blocks in it, per layer.
+    blocks: u32,
     /// The pass in the engine.
     pub plan: Option<BatchPlan>,
     pub pass_began: Instant,
@@ -51,28 +55,30 @@ pub struct SimNode {
 
 impl SimNode {
     pub fn new(life: Life, name: NodeName, role: Role, scenario: &Scenario) -> Self {
-        let max_model_len = scenario.context(life.place);
+        let (max_model_len, block_size) = (scenario.context(life.place), scenario.block_size(life.place));
+        let prefill_blocks = scenario.blocks(life.place, scenario.prefill_blocks);
+        let decode_blocks = scenario.blocks(life.place, scenario.decode_blocks);
         let report_interval = Duration::from_secs(1);
         let (blocks, machines) = match role {
             Role::Prefill => {
                 let node = PrefillNode::new(PrefillConfig {
-                    blocks: scenario.prefill_blocks,
-                    block_size: scenario.block_size,
+                    blocks: prefill_blocks,
+                    block_size,
                     layers: scenario.layers,
                     vocab: VOCAB,
                     max_model_len,
-                    max_batched_tokens: scenario.chunk,
+                    max_batched_tokens: scenario.chunk.max(block_size),
                     max_running: scenario.max_running,
                     max_waiting: scenario.max_waiting,
                     prefix_caching: scenario.prefix_caching,
                     report_interval,
                 });
-                (scenario.prefill_blocks, Machines::Prefill(node))
+                (prefill_blocks, Machines::Prefill(node))
             }
             _ => {
                 let node = DecodeNode::new(DecodeConfig {
-                    blocks: scenario.decode_blocks,
-                    block_size: scenario.block_size,
+                    blocks: decode_blocks,
+                    block_size,
                     layers: scenario.layers,
                     vocab: VOCAB,
                     max_model_len,
@@ -90,15 +96,17 @@ impl SimNode {
                     credit_pages: scenario.credit_pages,
                     max_sessions: scenario.max_sessions,
                 });
-                (scenario.decode_blocks, Machines::Decode(node, receiver))
+                (decode_blocks, Machines::Decode(node, receiver))
             }
         };
         let sender = Sender::new(SenderConfig {
             lease: scenario.lease,
             patience: scenario.patience,
-            page_bytes: 1,
             max_sessions: scenario.max_sessions,
             max_credit: scenario.credit_pages,
+            blocks: BlockShape::new(block_size, CacheDtype::F32).expect("a block holds a token"),
+            kv_heads: 1,
+            head_dim: 1,
         });
         let lives = if scenario.fixed_addresses { 0 } else { life.count };
         let port = 1000 + 100 * lives as u16 + life.place as u16;
@@ -108,7 +116,8 @@ impl SimNode {
             addr: ([127, 0, 0, 1], port).into(),
             machines,
             sender,
-            kv: SimKv::new(scenario.layers, blocks, scenario.block_size),
+            kv: SimKv::new(scenario.layers, blocks, block_size),
+            blocks,
             plan: None,
             pass_began: Instant(0),
             alive: true,
@@ -143,13 +152,13 @@ impl SimNode {
                 layers: scenario.layers,
                 kv_heads: 1,
                 head_dim: 1,
-                block_size: scenario.block_size,
-                kv_dtype: "f32".into(),
+                block_size: scenario.block_size(self.life.place),
+                kv_dtype: CacheDtype::F32,
                 kv_layout: String::new(),
                 rope: "none".into(),
             },
             max_model_len: scenario.context(self.life.place),
-            blocks: if decode { scenario.decode_blocks } else { scenario.prefill_blocks },
+            blocks: self.blocks,
             pid: 0,
         }
     }

@@ -43,6 +43,8 @@ pub struct Outcome {
     pub redispatched: u64,
     /// Sequences that went from one decode node to another with their KV, as the last router counts them.
     pub moved: u64,
+    /// Pages that were made from blocks of another size.
+    pub converted: u64,
     /// Prompts that the last router left to a decode node although there was a prefill node.
     pub local_prefills: u64,
     /// Tokens computed again.
@@ -630,10 +632,10 @@ impl World {
                     self.send_to_receiver(place, &peer, KvItem::Message(message));
                 }
             }
-            Some(SenderOutput::Ship { to, request, layer, index, block }) => {
-                let page = node.kv.read(layer, block);
+            Some(SenderOutput::Ship { to, request, layer, index, source }) => {
+                let page = node.kv.page_from(layer, &source);
                 let digest = page.digest(request, layer, index);
-                let mut frame = PageFrame { request, layer, index, cells: page.cells.clone(), digest };
+                let mut frame = PageFrame { request, layer, index, cells: page.cells, digest };
                 self.damage(&mut frame);
                 self.send_to_receiver(place, &to, KvItem::Page(frame));
             }
@@ -699,6 +701,7 @@ impl World {
             outcome.preemptions += stats.preemptions;
             outcome.recomputed += stats.recomputed_tokens;
             outcome.cached += stats.cached_tokens;
+            outcome.converted += stats.converted_pages;
             if node.role() == Role::Prefill {
                 outcome.committed += stats.transfers_committed;
                 outcome.aborted += stats.transfers_aborted;

@@ -12,12 +12,14 @@ pub struct Scenario {
     pub prefill: usize,
     /// Decode nodes.
     pub decode: usize,
-    /// Blocks per prefill node.
+    /// Blocks per prefill node, were they of `block_size`.
     pub prefill_blocks: u32,
-    /// Blocks per decode node.
+    /// Blocks per decode node, were they of `block_size`.
     pub decode_blocks: u32,
     /// Tokens per block.
     pub block_size: u32,
+    /// Tokens per block of every other node: where this is another number, KV is converted on its way.
+    pub other_block_size: u32,
     /// Layers.
     pub layers: u32,
     /// Prompt tokens per prefill pass.
@@ -130,6 +132,7 @@ impl Scenario {
             prefill_blocks: 64,
             decode_blocks: 64,
             block_size: 4,
+            other_block_size: 4,
             layers: 3,
             chunk: 16,
             local_chunk: 7,
@@ -171,6 +174,9 @@ impl Scenario {
         let mut blocks = |low: u64, high: u64| least * r.range(low, high) as u32 / 2 + r.pick(5) as u32;
         let (prefill_blocks, decode_blocks) = (blocks(2, 8), blocks(2, 10));
         let seconds = Duration::from_secs;
+        // Drawn apart from the rest, so that a seed's cluster is otherwise what it was before blocks could differ.
+        let mut apart = Random::new(seed, 2);
+        let mixed = apart.chance(400);
         Self {
             seed,
             prefill: r.of(&[0, 1, 1, 1, 2, 2, 3]),
@@ -178,6 +184,7 @@ impl Scenario {
             prefill_blocks,
             decode_blocks,
             block_size,
+            other_block_size: if mixed { apart.of(&[1, 2, 3, 4, 6, 8, 16, 24]) } else { block_size },
             layers: r.range(1, 3) as u32,
             chunk: block_size * r.range(1, 6) as u32 + r.pick(4) as u32,
             local_chunk: r.range(1, 24) as u32,
@@ -217,6 +224,16 @@ impl Scenario {
     /// The context of a node, by its place.
     pub fn context(&self, place: usize) -> u32 {
         if place.is_multiple_of(2) { self.max_model_len } else { self.short_model_len }
+    }
+
+    /// Tokens per block of a node, by its place.
+    pub fn block_size(&self, place: usize) -> u32 {
+        if place.is_multiple_of(2) { self.block_size } else { self.other_block_size }
+    }
+
+    /// Blocks of a node with room for as many tokens as `blocks` of `block_size`.
+    pub fn blocks(&self, place: usize, blocks: u32) -> u32 {
+        (blocks * self.block_size).div_ceil(self.block_size(place))
     }
 
     /// Whether some limit is low enough for a client to be refused.

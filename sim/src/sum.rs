@@ -32,6 +32,7 @@ impl Sum {
             ("token recomputed", outcome.recomputed),
             ("prompt token cached", outcome.cached),
             ("hand-off committed", outcome.committed),
+            ("page converted", outcome.converted),
             ("hand-off aborted", outcome.aborted),
             ("event", outcome.events),
         ];

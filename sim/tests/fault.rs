@@ -39,6 +39,7 @@ fn invariants_hold_whatever_strikes() {
         "dispatch repeated",
         "token recomputed",
         "hand-off aborted",
+        "page converted",
     ] {
         assert!(sum.counts.get(what).is_some_and(|count| *count > 0), "no {what} in {:?}", sum.counts);
     }

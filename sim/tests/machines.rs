@@ -20,6 +20,7 @@ fn check(seeds: u64, make: impl Fn(u64) -> Scenario) -> Outcome {
         sum.moved += outcome.moved;
         sum.recomputed += outcome.recomputed;
         sum.cached += outcome.cached;
+        sum.converted += outcome.converted;
     }
     sum
 }
@@ -38,6 +39,31 @@ fn healthy_clusters_serve_everybody() {
     assert_eq!((sum.finished, sum.failed, sum.gone), (60 * 20, 0, 0));
     assert!(sum.cached > 0, "no prefix was ever reused");
     assert_eq!((sum.redispatched, sum.recomputed), (0, 0), "a healthy cluster does nothing twice");
+}
+
+/// Every other node has blocks of another size, larger, smaller, or no multiple of the others': no token changes, and
+/// prefixes are still found where they are.
+#[test]
+fn blocks_of_different_sizes_serve_everybody() {
+    let check = |prefill: usize, decode: usize| {
+        let sum = check(60, |seed| Scenario {
+            prefill,
+            decode,
+            block_size: [4, 8, 3][(seed % 3) as usize],
+            other_block_size: [16, 1, 6, 5][(seed % 4) as usize],
+            prefill_blocks: 1024,
+            decode_blocks: 1024,
+            chunk: [16, 24, 64][(seed % 3) as usize],
+            faults: Faults { restarts: u64::from(decode > 1), ..Faults::default() },
+            ..Scenario::calm(seed)
+        });
+        assert_eq!((sum.finished, sum.failed, sum.gone), (60 * 20, 0, 0));
+        assert!(sum.converted > 0, "no page was converted");
+        assert!(sum.cached > 0, "no prefix was ever reused");
+        sum
+    };
+    assert_eq!(check(1, 1).recomputed, 0, "a healthy cluster does nothing twice");
+    assert!(check(1, 3).moved > 0, "no sequence moved");
 }
 
 #[test]

@@ -49,28 +49,30 @@ struct Shape {
     decode: u16,
     kv: KvCacheDtype,
     block_size: u16,
+    /// The prefill nodes' if it is another: then pages are made anew on their way, and no token may change.
+    prefill_block_size: Option<u16>,
     /// Prompt tokens of one pass; `None` is the default.
     chunk: Option<u16>,
 }
 
 const fn shape(prefill: u16, decode: u16, kv: KvCacheDtype, block_size: u16, chunk: Option<u16>) -> Shape {
-    Shape { prefill, decode, kv, block_size, chunk }
+    Shape { prefill, decode, kv, block_size, prefill_block_size: None, chunk }
 }
 
 /// Every setting meets every other kind of setting at least once.
 const SHAPES: [Shape; 12] = [
     shape(1, 1, KvCacheDtype::Auto, 16, None),
-    shape(2, 2, KvCacheDtype::Fp8, 8, Some(24)),
+    shape(2, 2, KvCacheDtype::Fp8, 8, Some(24)).with_prefill_blocks(32),
     shape(0, 1, KvCacheDtype::Int8, 32, None),
     shape(1, 1, KvCacheDtype::F32, 1, Some(24)),
     shape(1, 1, KvCacheDtype::Bf16, 8, Some(100)),
     shape(2, 2, KvCacheDtype::Auto, 16, Some(64)),
-    shape(1, 2, KvCacheDtype::Int8, 16, Some(40)),
+    shape(1, 2, KvCacheDtype::Int8, 16, Some(40)).with_prefill_blocks(8),
     shape(2, 1, KvCacheDtype::F32, 128, None),
     shape(2, 2, KvCacheDtype::F16, 32, None),
     shape(0, 2, KvCacheDtype::Fp8, 8, None),
     shape(0, 1, KvCacheDtype::Auto, 16, None),
-    shape(1, 1, KvCacheDtype::Fp8, 64, Some(200)),
+    shape(1, 1, KvCacheDtype::Fp8, 64, Some(200)).with_prefill_blocks(16),
 ];
 /// As `up` pauses before a first restart.
 const RESTART_AFTER: Duration = Duration::from_millis(100);
@@ -78,10 +80,18 @@ const RESTART_AFTER: Duration = Duration::from_millis(100);
 const SHORT: usize = 3;
 
 impl Shape {
+    const fn with_prefill_blocks(self, tokens: u16) -> Self {
+        Self { prefill_block_size: Some(tokens), ..self }
+    }
+
     fn name(&self) -> String {
         let chunk = self.chunk.map_or("-".to_owned(), |chunk| chunk.to_string());
         let nodes = format!("{}P{}D", self.prefill, self.decode);
-        format!("{nodes}  kv {:<4}  block {:>3}  chunk {chunk:>3}", self.kv(), self.block_size)
+        let blocks = match self.prefill_block_size {
+            Some(from) => format!("{from}>{}", self.block_size),
+            None => self.block_size.to_string(),
+        };
+        format!("{nodes}  kv {:<4}  block {blocks:>5}  chunk {chunk:>3}", self.kv())
     }
 
     fn kv(&self) -> String {
@@ -96,6 +106,7 @@ impl Shape {
             format!("--block-size={}", self.block_size),
             format!("--max-model-len={}", limits.max_model_len),
         ];
+        flags.extend(self.prefill_block_size.map(|size| format!("--prefill-block-size={size}")));
         flags.extend(self.chunk.map(|chunk| format!("--max-num-batched-tokens={chunk}")));
         flags.extend(threads.map(|threads| format!("--threads={threads}")));
         flags
@@ -299,7 +310,7 @@ fn report_json(args: &VerifyArgs, model: &str, outcomes: &[(&Shape, Outcome)], t
     let one = |(shape, outcome): &(&Shape, Outcome)| {
         json!({
             "prefill": shape.prefill, "decode": shape.decode, "kv_cache_dtype": shape.kv(),
-            "block_size": shape.block_size, "chunk": shape.chunk, "streams": outcome.same, "hang_ups": outcome.left,
+            "block_size": shape.block_size, "prefill_block_size": shape.prefill_block_size, "chunk": shape.chunk, "streams": outcome.same, "hang_ups": outcome.left,
             "kills": outcome.killed, "redispatched": outcome.redispatched, "seconds": outcome.took.as_secs_f64(),
             "wrong": outcome.wrong,
         })
@@ -324,6 +335,9 @@ mod tests {
         for (prefill, decode) in [(1, 1), (2, 2), (0, 1)] {
             assert!(SHAPES[..SHORT].iter().any(|shape| (shape.prefill, shape.decode) == (prefill, decode)));
         }
+        let other = |shape: &Shape| shape.prefill_block_size.map(|from| from > shape.block_size);
+        assert!(tried(&|shape| other(shape) == Some(true)) && tried(&|shape| other(shape) == Some(false)));
+        assert!(SHAPES[..SHORT].iter().any(|shape| other(shape).is_some()));
         for block_size in [1, 8, 16, 32, 64, 128] {
             assert!(tried(&|shape| shape.block_size == block_size), "{block_size}");
         }

@@ -58,6 +58,9 @@ pub struct Launch {
 impl Launch {
     /// Finds the model, checks the port, makes folders and certificates.
     pub fn prepare(args: UpArgs, members: &[Member]) -> anyhow::Result<Self> {
+        if let Some(reason) = args.prefill_kv.refusal(&args.engine) {
+            bail!("{reason}; see --prefill-kv-cache-dtype");
+        }
         check_port(&args.http)?;
         let model = find_model(args.model.as_deref())?;
         let names = match &args.http.served_model_name[..] {
@@ -100,7 +103,10 @@ impl Launch {
         line.flag("--model", &self.model.path);
         line.0.extend(self.args.network.flags());
         line.0.extend(self.args.record.flags());
-        let engine = &self.args.engine;
+        let engine = match member.role {
+            Role::Prefill => self.args.prefill_kv.over(&self.args.engine),
+            _ => self.args.engine.clone(),
+        };
         line.option("--max-model-len", engine.max_model_len);
         if member.role == Role::Router {
             line.option("--listen", router);

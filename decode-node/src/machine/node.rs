@@ -354,8 +354,8 @@ impl DecodeNode {
             let lease = sequence.lease.as_mut().expect("a running sequence has blocks");
             self.pool.reclaim(lease, Claim::Held);
             let blocks = lease.blocks()[..Sequence::blocks_for(tokens, block_size)].to_vec();
-            let (layers, end) = (self.config.layers, blocks.len() as u32);
-            let hashes = sequence.hashes[..(tokens / block_size) as usize].to_vec();
+            let (layers, end) = (self.config.layers, to.blocks.filled_blocks(tokens, tokens));
+            let hashes = sequence.computed_hashes(to.blocks.block_size(), block_size);
             let announce = SendCommand::Announce { request: next, to: to.clone() };
             let job = SendJob { request: next, to, tokens, blocks, hashes, layers };
             let ready = (0..layers).map(|layer| SendCommand::Ready { request: next, layer, first: 0, end });

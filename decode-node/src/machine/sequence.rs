@@ -1,6 +1,6 @@
 //! One sequence on a decode node.
 
-use ridge_blocks::{HashChain, Lease};
+use ridge_blocks::{HashChain, Lease, hash_blocks};
 use ridge_protocol::transfer::KvPeer;
 use ridge_protocol::wire::{DecodeRequest, FinishReason, Receipt};
 use ridge_protocol::{BlockHash, NodeName, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId, TokenOut};
@@ -37,6 +37,7 @@ pub(super) struct Sequence {
     /// Prompt, then generated tokens.
     pub tokens: Vec<TokenId>,
     pub prompt_len: u32,
+    salt: u64,
     pub params: Arc<SamplingParams>,
     /// Who sends the KV; cleared when the sequence is to be computed here.
     pub from: Option<NodeName>,
@@ -75,6 +76,7 @@ impl Sequence {
             given: request.tokens.len() as u32,
             tokens: request.tokens,
             prompt_len: request.prompt_len,
+            salt: request.salt,
             params: Arc::new(request.params),
             from: request.from,
             phase: Phase::Waiting,
@@ -110,6 +112,15 @@ impl Sequence {
     /// Index of the latest token within the answer.
     pub fn last_index(&self) -> u32 {
         self.len() - 1 - self.prompt_len
+    }
+
+    /// Hashes of the full blocks of what is computed, were they of `size` tokens; this node's own hold `own`.
+    pub fn computed_hashes(&self, size: u32, own: u32) -> Vec<BlockHash> {
+        if size == own {
+            self.hashes[..(self.computed / own) as usize].to_vec()
+        } else {
+            hash_blocks(self.salt, size as usize, &self.tokens[..self.computed as usize])
+        }
     }
 
     /// Blocks that `positions` positions need.

@@ -116,12 +116,12 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
     let (sent_events, mut from_sent) = mpsc::channel(KV_EVENTS);
     let name = options.link.name.clone();
     let client = KvClient::new(endpoint.clone(), name, loaded.identity.clone(), sent_events);
+    let sender = options.sender.of_model(&loaded.identity);
     let server = KvServer::new(endpoint.clone(), loaded.identity, kv_events);
-    let page_bytes = loaded.kv.page_bytes() as u32;
     let (name, record) = (&options.link.name, options.record.as_ref());
     let machine = Recorded::start(name, config, record)?;
     let receiver = Recorded::start(name, options.receiver, record)?;
-    let sender = Recorded::start(name, SenderConfig { page_bytes, ..options.sender }, record)?;
+    let sender = Recorded::start(name, sender, record)?;
     let mut from_link = link::start(endpoint.clone(), &options.link, hello);
     Status::Ready { role: Role::Decode, name: &options.link.name, addr: endpoint.local_addr(), http: None }.print();
     let mut shell = Shell {
@@ -251,7 +251,8 @@ impl Shell {
                     }
                 }
             } else if let Some(output) = self.sender.poll_output() {
-                let page = |layer: u32, block| Bytes::copy_from_slice(&self.kv.read(layer as usize, block));
+                let page =
+                    |blocks, layer: u32, source: &_| Bytes::from(self.kv.page_in(blocks, layer as usize, source));
                 if let Some(event) = self.client.act(output, page, |_, bytes| bytes) {
                     self.machine.handle(self.clock.now(), DecodeInput::Sent(event));
                 }

@@ -96,8 +96,15 @@ async fn cluster(mut inbox: mpsc::Receiver<GatewayRequest>) {
 fn answer(submit: &Submit) -> Vec<ReplyEvent> {
     let edge = u32::MAX;
     let times = TransferTimes { hidden_us: u64::MAX, exposed_us: u64::MAX };
-    let receipt =
-        Receipt { cached: edge, computed: edge, transferred: edge, recomputed: edge, transfer_bytes: u64::MAX, times };
+    let receipt = Receipt {
+        cached: edge,
+        computed: edge,
+        transferred: edge,
+        recomputed: edge,
+        transfer_bytes: u64::MAX,
+        times,
+        converted: None,
+    };
     // The router's machine vouches for these, and for nothing else of what a node says.
     let prompt_tokens = submit.tokens.len() as u32;
     let usage = |completion_tokens| Usage { prompt_tokens, completion_tokens, cached_tokens: prompt_tokens, receipt };

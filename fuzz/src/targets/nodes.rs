@@ -10,13 +10,13 @@ use ridge_kvtransfer::{
 };
 use ridge_prefill_node::machine::{PrefillConfig, PrefillInput, PrefillNode, PrefillOutput};
 use ridge_protocol::stats::NodeStats;
-use ridge_protocol::transfer::{KvPeer, ReceiveCommand, ReceiveJob};
+use ridge_protocol::transfer::{ReceiveCommand, ReceiveJob};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
-use ridge_protocol::{BatchPlan, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
+use ridge_protocol::{BatchPlan, BlockShape, CacheDtype, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
 use std::collections::BTreeMap;
 
 const BLOCKS: u32 = 24;
-const BLOCK_SIZE: u32 = 4;
+pub(super) const BLOCK_SIZE: u32 = 4;
 const LAYERS: u32 = 2;
 const MAX_MODEL_LEN: u32 = 64;
 /// A pass takes this long, and whoever waits this often gives up.
@@ -43,7 +43,8 @@ fn assert_at_rest(stats: &NodeStats) {
 
 fn sender() -> Sender {
     let (lease, patience) = (DEADLINE, 4 * DEADLINE);
-    Sender::new(SenderConfig { lease, patience, max_sessions: 4, max_credit: 16, page_bytes: 64 })
+    let blocks = BlockShape::new(BLOCK_SIZE, CacheDtype::F32).expect("a block holds a token");
+    Sender::new(SenderConfig { lease, patience, max_sessions: 4, max_credit: 16, blocks, kv_heads: 1, head_dim: 2 })
 }
 
 struct Decode {
@@ -298,11 +299,9 @@ impl Prefill {
             } else if let Some(output) = self.sender.poll_output() {
                 match output {
                     SenderOutput::Event(event) => self.machine.handle(self.now, PrefillInput::Transfer(event)),
-                    SenderOutput::Ship { request, layer, block, .. } => {
-                        assert!(
-                            layer < LAYERS && block.0 < BLOCKS,
-                            "page {block:?} of layer {layer} was to be shipped"
-                        );
+                    SenderOutput::Ship { request, layer, source, .. } => {
+                        assert!(layer < LAYERS && source.tokens > 0, "{source:?} of layer {layer} was to be shipped");
+                        assert!(source.blocks.iter().all(|block| block.0 < BLOCKS), "{source:?} was to be shipped");
                         self.offered.get_mut(&request).expect("shipped after its offer").owed += 1;
                     }
                     SenderOutput::Send { to, message: SenderMsg::Offer { request, .. } } => {
@@ -404,8 +403,7 @@ fn run_prefill(bytes: &[u8]) -> NodeStats {
                 2 => node.tell(PrefillInput::Shutdown),
                 3 | 4 => node.hear(SenderInput::PeerUp(peers::peer(&mut draw))),
                 _ => {
-                    let addr = ([127, 0, 0, 1], draw.below(2) as u16).into();
-                    let peer = KvPeer { name: peers::peer(&mut draw), addr };
+                    let peer = peers::kv_peer(&mut draw);
                     node.hear(SenderInput::PeerLost { peer, reason: "gone".into() });
                 }
             },

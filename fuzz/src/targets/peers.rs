@@ -2,6 +2,7 @@
 //!
 //! A tenth of them are decoded from raw bytes, so that nothing the wire lets through is missing here.
 
+use super::nodes::BLOCK_SIZE;
 use crate::draw::Draw;
 use ridge_protocol::stats::NodeStats;
 use ridge_protocol::transfer::{KvPeer, TransferTimes};
@@ -9,7 +10,9 @@ use ridge_protocol::wire::{
     self, DecodeRequest, FinishReason, Message, NodeError, NodeHello, NodeToRouter, PrefillRequest, Receipt,
     ReceiverMsg, RouterToNode, SenderMsg,
 };
-use ridge_protocol::{BlockHash, ModelIdentity, NodeName, RequestId, Role, SamplingParams, TokenId, TokenOut};
+use ridge_protocol::{
+    BlockHash, BlockShape, CacheDtype, ModelIdentity, NodeName, RequestId, Role, SamplingParams, TokenId, TokenOut,
+};
 
 /// Tokens of the model that the machines believe in.
 pub(super) const VOCAB: u32 = 8;
@@ -32,8 +35,16 @@ pub(super) fn peer(draw: &mut Draw<'_>) -> NodeName {
     NodeName(["a", "b", "nobody"][draw.below(3) as usize].into())
 }
 
-fn kv_peer(draw: &mut Draw<'_>) -> KvPeer {
-    KvPeer { name: peer(draw), addr: ([127, 0, 0, 1], draw.below(2) as u16).into() }
+/// Mostly one whose blocks are the node's own.
+pub(super) fn kv_peer(draw: &mut Draw<'_>) -> KvPeer {
+    let (size, dtype) = match draw.below(8) {
+        0 => (3, CacheDtype::F32),
+        1 => (16, CacheDtype::Int8),
+        2 => (u32::MAX, CacheDtype::F16),
+        _ => (BLOCK_SIZE, CacheDtype::F32),
+    };
+    let blocks = BlockShape::new(size, dtype).expect("a block holds a token");
+    KvPeer { name: peer(draw), addr: ([127, 0, 0, 1], draw.below(2) as u16).into(), blocks }
 }
 
 pub(super) fn tokens(draw: &mut Draw<'_>) -> Vec<TokenId> {
@@ -166,7 +177,7 @@ pub(super) fn hello(draw: &mut Draw<'_>) -> NodeHello {
         kv_heads: size(1),
         head_dim: size(2),
         block_size: size(4),
-        kv_dtype: "f32".into(),
+        kv_dtype: CacheDtype::ALL[size(0) as usize % CacheDtype::ALL.len()],
         kv_layout: ridge_protocol::KV_LAYOUT.into(),
         rope: String::new(),
     };
@@ -219,6 +230,7 @@ pub(super) fn node_to_router(draw: &mut Draw<'_>, requests: &[RequestId]) -> Opt
                 recomputed: draw.number(),
                 transfer_bytes: draw.wide(),
                 times: times(draw),
+                converted: None,
             },
         },
         6 => NodeToRouter::Hello(hello(draw)),

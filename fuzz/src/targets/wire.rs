@@ -7,7 +7,8 @@ use ridge_protocol::wire::{
     PrefillRequest, Receipt, ReceiverMsg, RouterToNode, SenderMsg,
 };
 use ridge_protocol::{
-    BlockHash, ModelIdentity, NodeId, NodeName, RequestId, Role, SamplingParams, TokenOut, limits, stats::NodeStats,
+    BlockHash, BlockShape, CacheDtype, ModelIdentity, NodeId, NodeName, RequestId, Role, SamplingParams, TokenOut,
+    limits, stats::NodeStats,
 };
 use std::fmt::Debug;
 
@@ -78,10 +79,14 @@ fn identity() -> ModelIdentity {
         kv_heads: 2,
         head_dim: 16,
         block_size: 16,
-        kv_dtype: "bf16".into(),
+        kv_dtype: CacheDtype::Bf16,
         kv_layout: ridge_protocol::KV_LAYOUT.into(),
         rope: "theta=1e4".into(),
     }
+}
+
+fn blocks() -> BlockShape {
+    BlockShape::new(32, CacheDtype::Int8).expect("a block holds a token")
 }
 
 fn params() -> SamplingParams {
@@ -120,7 +125,7 @@ pub(super) fn node_to_router_seeds() -> Vec<Vec<u8>> {
 pub(super) fn router_to_node_seeds() -> Vec<Vec<u8>> {
     let request = RequestId(1);
     let (tokens, salt) = (vec![1, 2, 3], 9);
-    let to = KvPeer { name: NodeName("decode-0".into()), addr: ([127, 0, 0, 1], 4433).into() };
+    let to = KvPeer { name: NodeName("decode-0".into()), addr: ([127, 0, 0, 1], 4433).into(), blocks: blocks() };
     let prefill =
         PrefillRequest { request, to: Some(to), tokens: tokens.clone(), prompt_len: 3, salt, params: params() };
     let from = Some(NodeName("prefill-0".into()));
@@ -138,7 +143,7 @@ pub(super) fn router_to_node_seeds() -> Vec<Vec<u8>> {
 pub(super) fn sender_seeds() -> Vec<Vec<u8>> {
     let request = RequestId(1);
     seeds(&[
-        SenderMsg::Hello { name: NodeName("prefill-0".into()), identity: identity() },
+        SenderMsg::Hello { name: NodeName("prefill-0".into()), identity: identity(), blocks: blocks() },
         SenderMsg::Offer { request, tokens: 17, hashes: vec![BlockHash([7; 16])] },
         SenderMsg::Finish { request, pages: 4, first: token_out() },
         SenderMsg::Abort { request, reason: "cancelled".into() },

@@ -1,12 +1,18 @@
 //! How one element of a page is coded. Written without branches, so that a row vectorises under any ISA, to the same bits.
 
-use crate::quant::{f32_to_bf16, f32_to_f16};
+use crate::quant::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 
 /// A stored type of `N` bytes.
 pub(super) trait Code<const N: usize> {
     /// The scale stored with a vector; 1 where none is.
     #[inline(always)]
     fn scale(_vector: &[f32]) -> f32 {
+        1.0
+    }
+
+    /// The same from the vector's largest magnitude, where NaN is above infinity.
+    #[inline(always)]
+    fn scale_of(_largest: f32) -> f32 {
         1.0
     }
 
@@ -18,6 +24,12 @@ pub(super) trait Code<const N: usize> {
 
     /// The bytes of an element.
     fn encode(v: f32, factor: f32) -> [u8; N];
+}
+
+/// A type of which every value is an f32.
+pub(super) trait Float<const N: usize>: Code<N> {
+    /// The value, exact.
+    fn decode(bytes: [u8; N]) -> f32;
 }
 
 pub(super) struct F32;
@@ -47,6 +59,27 @@ impl Code<2> for Bf16 {
     }
 }
 
+impl Float<4> for F32 {
+    #[inline(always)]
+    fn decode(bytes: [u8; 4]) -> f32 {
+        f32::from_le_bytes(bytes)
+    }
+}
+
+impl Float<2> for F16 {
+    #[inline(always)]
+    fn decode(bytes: [u8; 2]) -> f32 {
+        f16_to_f32(u16::from_le_bytes(bytes))
+    }
+}
+
+impl Float<2> for Bf16 {
+    #[inline(always)]
+    fn decode(bytes: [u8; 2]) -> f32 {
+        bf16_to_f32(u16::from_le_bytes(bytes))
+    }
+}
+
 impl Code<1> for Fp8 {
     #[inline(always)]
     fn encode(v: f32, _: f32) -> [u8; 1] {
@@ -55,13 +88,17 @@ impl Code<1> for Fp8 {
 }
 
 impl Code<1> for Int8 {
-    /// The largest magnitude / 127; 0 for a vector too small for the quotients to be exact enough, NaN for one that is not
-    /// finite.
     #[inline(always)]
     fn scale(vector: &[f32]) -> f32 {
         // As integers, magnitudes sort as numbers do, infinity above all of them and NaN above infinity.
         let largest = vector.iter().fold(0, |largest, v| (v.to_bits() & 0x7fff_ffff).max(largest));
-        let largest = f32::from_bits(largest);
+        Self::scale_of(f32::from_bits(largest))
+    }
+
+    /// The largest magnitude / 127; 0 for a vector too small for the quotients to be exact enough, NaN for one that is not
+    /// finite.
+    #[inline(always)]
+    fn scale_of(largest: f32) -> f32 {
         if largest < 128.0 * f32::MIN_POSITIVE {
             0.0
         } else if largest.is_finite() {

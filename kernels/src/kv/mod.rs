@@ -14,10 +14,12 @@
 //! prompt was cut into chunks.
 
 mod codec;
+mod convert;
 
 use codec::{Bf16, Code, F16, F32, Fp8, Int8};
 
 pub(crate) use codec::e4m3_to_f32;
+pub use convert::KvMove;
 
 /// Element type of cached keys and values. All round to nearest even.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

@@ -41,6 +41,8 @@ pub struct TransferStats {
     pub pages: u64,
     /// Their bytes, headers not counted.
     pub bytes: u64,
+    /// Pages shipped that were made from other blocks than the receiver's. Sender only.
+    pub converted: u64,
     /// Summed over committed transfers. Sender only.
     pub times: TransferTimes,
     /// Pages whose digest did not match. Receiver only.
@@ -61,6 +63,7 @@ impl std::ops::Add for TransferStats {
             aborted: self.aborted + other.aborted,
             pages: self.pages + other.pages,
             bytes: self.bytes + other.bytes,
+            converted: self.converted + other.converted,
             times: self.times + other.times,
             digest_failures: self.digest_failures + other.digest_failures,
             unacknowledged: self.unacknowledged + other.unacknowledged,
@@ -74,6 +77,7 @@ impl TransferStats {
     pub fn report(&self, stats: &mut NodeStats) {
         stats.transfer_bytes = self.bytes;
         stats.transfer_pages = self.pages;
+        stats.converted_pages = self.converted;
         stats.transfers_committed = self.committed;
         stats.transfers_aborted = self.aborted;
         stats.aborts_unacknowledged = self.unacknowledged;

@@ -1,13 +1,16 @@
 //! The sending half of a hand-off, for all transfers of a prefill node.
 //!
 //! The prefill scheduler says what is ready; this machine says when it may leave. It never ships a page that is not
-//! ready, that the receiver did not ask for, or for which it has no credit. Read [`SenderInput`], then `step`.
+//! ready, that the receiver did not ask for, or for which it has no credit. Pages are the receiver's: where its blocks are
+//! not the sender's, each names the blocks that it is made from (rule K-12). Read [`SenderInput`], then `step`.
 
 use super::upkeep::{Aborts, MAX_ALIVE, Pulse};
 use super::{PageSet, Step, TransferStats};
-use ridge_protocol::transfer::{KvPeer, Outcome, SendCommand, SendEvent, SendJob, TransferTimes};
+use ridge_protocol::transfer::{KvPeer, Outcome, PageSource, SendCommand, SendEvent, SendJob, TransferTimes};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
-use ridge_protocol::{BlockId, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
+use ridge_protocol::{
+    BlockId, BlockShape, CacheDtype, Duration, Instant, Machine, ModelIdentity, NodeName, RequestId, TokenOut, limits,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -23,18 +26,33 @@ pub struct SenderConfig {
     pub max_sessions: usize,
     /// Most credit one transfer may hold. More is a violation: it bounds the pages queued towards one peer.
     pub max_credit: u32,
-    /// Bytes of one page, for the accounts.
-    pub page_bytes: u32,
+    /// This node's blocks. The model's like the next two, which say how large a receiver's pages are.
+    pub blocks: BlockShape,
+    /// KV heads per layer.
+    pub kv_heads: u32,
+    /// Elements per head.
+    pub head_dim: u32,
+}
+
+impl SenderConfig {
+    /// The same for a node of this model, whose blocks hold at least one token.
+    pub fn of_model(self, identity: &ModelIdentity) -> Self {
+        let blocks = identity.block_shape().expect("a node's own blocks hold a token");
+        Self { blocks, kv_heads: identity.kv_heads, head_dim: identity.head_dim, ..self }
+    }
 }
 
 impl Default for SenderConfig {
+    /// The model's fields are the smallest there can be and must be filled in.
     fn default() -> Self {
         Self {
             lease: Duration::from_secs(10),
             patience: Duration::from_secs(600),
             max_sessions: 1 << 14,
             max_credit: 1024,
-            page_bytes: 0,
+            blocks: BlockShape::new(1, CacheDtype::F32).expect("a block holds a token"),
+            kv_heads: 1,
+            head_dim: 1,
         }
     }
 }
@@ -80,7 +98,7 @@ pub enum SenderOutput {
         /// What.
         message: SenderMsg,
     },
-    /// Read this page from the pool and write it to the peer's page stream.
+    /// Make this page of the peer's from the pool and write it to the peer's page stream.
     Ship {
         /// To whom.
         to: KvPeer,
@@ -88,10 +106,10 @@ pub enum SenderOutput {
         request: RequestId,
         /// Layer, from 0.
         layer: u32,
-        /// Index of the block within the sequence.
+        /// Index of the receiver's block within the sequence.
         index: u32,
-        /// The block in this node's pool.
-        block: BlockId,
+        /// What it is made from.
+        source: PageSource,
     },
     /// Tell the scheduler.
     Event(SendEvent),
@@ -114,6 +132,9 @@ pub struct Sender {
 #[derive(Debug)]
 struct Session {
     to: KvPeer,
+    /// Prompt length.
+    tokens: u32,
+    /// This node's blocks of the prompt.
     blocks: Vec<BlockId>,
     layers: u32,
     /// Pages the scheduler has declared complete.
@@ -266,9 +287,8 @@ impl Sender {
     fn on_announce(&mut self, now: Instant, request: RequestId, to: KvPeer) {
         assert_eq!(step(self.phase(request), Cause::Announce), Step::Enter(Phase::Announced), "{request}: twice");
         self.begun += 1;
-        if self.sessions.len() >= self.config.max_sessions {
+        if let Some(reason) = self.refusal(&to) {
             self.ended += 1;
-            let reason = format!("sender is full: {} transfers", self.config.max_sessions);
             self.abort(now, to, request, reason.clone());
             self.settle(request, Outcome::Aborted(reason));
             return;
@@ -276,6 +296,7 @@ impl Sender {
         let session = Session {
             ready: PageSet::new(0, 0),
             to: to.clone(),
+            tokens: 0,
             blocks: Vec::new(),
             layers: 0,
             queue: VecDeque::new(),
@@ -291,15 +312,35 @@ impl Sender {
         self.pulse.wake(now);
     }
 
+    /// Why nothing can be sent to this peer now.
+    fn refusal(&self, to: &KvPeer) -> Option<String> {
+        let SenderConfig { max_sessions, blocks, kv_heads, head_dim, .. } = self.config;
+        if self.sessions.len() >= max_sessions {
+            return Some(format!("sender is full: {max_sessions} transfers"));
+        }
+        let page_bytes = to.blocks.page_bytes(kv_heads, head_dim);
+        let too_large = || format!("pages of {page_bytes} bytes where {} are allowed", limits::MAX_PAGE_BYTES);
+        // The receiver refuses the first of these too; here it is known before anything was dialed.
+        blocks.refusal(to.blocks).or_else(|| (page_bytes > limits::MAX_PAGE_BYTES).then(too_large))
+    }
+
     fn on_begin(&mut self, now: Instant, job: SendJob) {
         let request = job.request;
-        assert!(!job.blocks.is_empty(), "{request}: a prompt has at least one block");
-        assert!(job.hashes.len() <= job.blocks.len(), "{request}: more hashes than blocks");
+        assert!(job.tokens > 0, "{request}: a prompt has at least one token");
+        assert_eq!(
+            job.blocks.len() as u32,
+            job.tokens.div_ceil(self.config.blocks.block_size()),
+            "{request}: blocks for {} tokens",
+            job.tokens
+        );
         assert!(job.layers > 0, "{request}: a model has layers");
         let (lease, patience) = (self.config.lease, self.config.patience);
         let Some(session) = self.step_own(request, Cause::Begin) else { return };
-        let blocks = u32::try_from(job.blocks.len()).expect("a prompt's blocks are counted in u32");
+        assert_eq!(job.to, session.to, "{request}: announced to another");
+        let blocks = job.tokens.div_ceil(job.to.blocks.block_size());
+        assert!(job.hashes.len() <= blocks as usize, "{request}: more hashes than blocks");
         session.ready = PageSet::new(job.layers, blocks);
+        session.tokens = job.tokens;
         session.blocks = job.blocks;
         session.layers = job.layers;
         session.state = State::Offered;
@@ -403,7 +444,7 @@ impl Sender {
     fn on_commit(&mut self, now: Instant, request: RequestId) {
         let session = self.end(request);
         let State::Finished { pages } = session.state else { unreachable!("{request}: committed before Finish") };
-        let bytes = pages * u64::from(self.config.page_bytes);
+        let bytes = pages * self.page_bytes(session.to.blocks);
         let times = session.times(now);
         self.stats.times = self.stats.times + times;
         self.settle(request, Outcome::Committed { pages, bytes, times });
@@ -411,16 +452,19 @@ impl Sender {
 
     /// Ships what may be shipped, says `Finish` when nothing is left, and sets the deadline of what is waited for.
     fn advance(&mut self, now: Instant, request: RequestId) {
+        let own = self.config.blocks;
+        let page_bytes = self.page_bytes(self.sessions[&request].to.blocks);
         let session = self.sessions.get_mut(&request).expect("advanced while it lives");
         if matches!(session.state, State::Announced | State::Offered) {
             return;
         }
         while let Some((layer, index)) = session.next_page() {
-            let block = session.blocks[index as usize];
+            let source = session.source(index, own.block_size());
             session.began.get_or_insert(now);
             self.stats.pages += 1;
-            self.stats.bytes += u64::from(self.config.page_bytes);
-            self.outputs.push_back(SenderOutput::Ship { to: session.to.clone(), request, layer, index, block });
+            self.stats.bytes += page_bytes;
+            self.stats.converted += u64::from(session.to.blocks != own);
+            self.outputs.push_back(SenderOutput::Ship { to: session.to.clone(), request, layer, index, source });
         }
         if let Some(pages) = session.all_shipped() {
             assert_eq!(step(session.phase(), Cause::AllShipped), Step::Enter(Phase::Finished), "{request}");
@@ -436,6 +480,10 @@ impl Sender {
         } else if session.deadline.is_none() {
             session.deadline = Some(now + self.config.lease);
         }
+    }
+
+    fn page_bytes(&self, blocks: BlockShape) -> u64 {
+        blocks.page_bytes(self.config.kv_heads, self.config.head_dim) as u64
     }
 
     /// The session a scheduler's word is about, or `None` if it is over.
@@ -495,6 +543,15 @@ impl Session {
 
     fn pages(&self) -> u64 {
         u64::from(self.blocks_len()) * u64::from(self.layers)
+    }
+
+    /// Where the tokens of the receiver's block `index` lie in blocks of `own` tokens.
+    fn source(&self, index: u32, own: u32) -> PageSource {
+        let size = self.to.blocks.block_size();
+        let first = index * size;
+        let end = first.saturating_add(size).min(self.tokens);
+        let blocks = self.blocks[(first / own) as usize..end.div_ceil(own) as usize].to_vec();
+        PageSource { blocks, skip: first % own, tokens: end - first }
     }
 
     fn on_ready(&mut self, layer: u32, first: u32, end: u32) {

@@ -6,13 +6,17 @@
 
 use super::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput, Sender, SenderConfig, SenderInput, SenderOutput};
 use ridge_protocol::transfer::{
-    KvPeer, Outcome, ReceiveCommand, ReceiveEvent, ReceiveJob, SendCommand, SendEvent, SendJob,
+    KvPeer, Outcome, PageSource, ReceiveCommand, ReceiveEvent, ReceiveJob, SendCommand, SendEvent, SendJob,
 };
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
-use ridge_protocol::{BlockHash, BlockId, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
+use ridge_protocol::{
+    BlockHash, BlockId, BlockShape, CacheDtype, Duration, Instant, Machine, NodeName, RequestId, TokenOut,
+};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-const PAGE_BYTES: u32 = 100;
+/// Tokens in a sender's block, and in a block of each receiver: one takes pages as they are, one made of pieces.
+const SENDER_BLOCK: u32 = 16;
+const RECEIVER_BLOCKS: [u32; NODES] = [16, 24];
 const NODES: usize = 2;
 
 /// What may go wrong in a run, in chances per thousand steps or transfers.
@@ -55,6 +59,7 @@ impl Rng {
 struct Transfer {
     from: usize,
     to: usize,
+    tokens: u32,
     blocks: u32,
     layers: u32,
     have: u32,
@@ -99,7 +104,17 @@ fn sender_name(at: usize) -> NodeName {
 }
 
 fn receiver_peer(at: usize) -> KvPeer {
-    KvPeer { name: receiver_name(at), addr: "127.0.0.1:1".parse().expect("an address") }
+    let addr = "127.0.0.1:1".parse().expect("an address");
+    KvPeer { name: receiver_name(at), addr, blocks: shape(RECEIVER_BLOCKS[at]) }
+}
+
+fn shape(block_size: u32) -> BlockShape {
+    BlockShape::new(block_size, CacheDtype::F32).expect("a block holds a token")
+}
+
+/// Bytes of a page of one head of one element.
+fn page_bytes(receiver: usize) -> u32 {
+    2 * 4 * RECEIVER_BLOCKS[receiver]
 }
 
 fn receiver_name(at: usize) -> NodeName {
@@ -113,7 +128,7 @@ fn first() -> TokenOut {
 impl World {
     fn new(seed: u64, faults: Faults) -> Self {
         let mut rng = Rng(seed);
-        let sender = SenderConfig { page_bytes: PAGE_BYTES, ..SenderConfig::default() };
+        let sender = SenderConfig { blocks: shape(SENDER_BLOCK), ..SenderConfig::default() };
         let receiver = ReceiverConfig { credit_pages: 1 + rng.below(6) as u32, ..ReceiverConfig::default() };
         let mut world = World {
             now: Instant(1),
@@ -136,6 +151,7 @@ impl World {
         let blocks = 1 + rng.below(6) as u32;
         let layers = 1 + rng.below(3) as u32;
         let (from, to) = (rng.below(NODES), rng.below(NODES));
+        let tokens = blocks * RECEIVER_BLOCKS[to] - rng.below(RECEIVER_BLOCKS[to] as usize) as u32;
         let offered: Vec<BlockHash> = (1..blocks).map(|at| BlockHash([at as u8; 16])).collect();
         let mut expected = offered.clone();
         if rng.chance(self.faults.mismatch) {
@@ -146,8 +162,8 @@ impl World {
         script.push_back(SendCommand::Begin(SendJob {
             request,
             to: receiver_peer(to),
-            tokens: blocks * 16,
-            blocks: (0..blocks).map(|at| BlockId(100 + at)).collect(),
+            tokens,
+            blocks: (0..tokens.div_ceil(SENDER_BLOCK)).map(|at| BlockId(100 + at)).collect(),
             hashes: offered.clone(),
             layers,
         }));
@@ -162,7 +178,7 @@ impl World {
         let expect = ReceiveJob {
             request,
             from: sender_name(from),
-            tokens: blocks * 16,
+            tokens,
             blocks: (0..blocks).map(|at| BlockId(200 + at)).collect(),
             hashes: expected.clone(),
             have,
@@ -175,6 +191,7 @@ impl World {
         Transfer {
             from,
             to,
+            tokens,
             blocks,
             layers,
             have,
@@ -365,7 +382,7 @@ impl World {
                 self.transfers.get_mut(&request).expect("one of ours").landed.insert((layer, index));
             }
         }
-        let input = ReceiverInput::PageLanded { from, request, layer, index, bytes: PAGE_BYTES, intact };
+        let input = ReceiverInput::PageLanded { from, request, layer, index, bytes: page_bytes(at.1), intact };
         self.receivers[at.1].handle(self.now, input);
         self.drain_receiver(at.1);
     }
@@ -385,9 +402,13 @@ impl World {
                         link.to_receiver.push_back(message);
                     }
                 }
-                SenderOutput::Ship { to, request, layer, index, block } => {
-                    assert_eq!(block, BlockId(100 + index));
+                SenderOutput::Ship { to, request, layer, index, source } => {
                     let transfer = self.transfers.get_mut(&request).expect("one of ours");
+                    let size = RECEIVER_BLOCKS[transfer.to];
+                    let (first, end) = (index * size, ((index + 1) * size).min(transfer.tokens));
+                    let blocks = (first / SENDER_BLOCK..end.div_ceil(SENDER_BLOCK)).map(|at| BlockId(100 + at));
+                    let (skip, tokens) = (first % SENDER_BLOCK, end - first);
+                    assert_eq!(source, PageSource { blocks: blocks.collect(), skip, tokens }, "{request}: {index}");
                     assert!(transfer.ready.contains(&(layer, index)), "{request}: shipped before it was ready");
                     assert!(index >= transfer.have, "{request}: shipped although the receiver has it");
                     assert!(transfer.shipped.insert((layer, index)), "{request}: shipped twice");
@@ -405,7 +426,7 @@ impl World {
                     if let Outcome::Committed { pages, bytes, .. } = outcome {
                         assert!(transfer.has_landed, "{request}: committed before it landed");
                         assert_eq!(pages, transfer.shipped.len() as u64);
-                        assert_eq!(bytes, pages * u64::from(PAGE_BYTES));
+                        assert_eq!(bytes, pages * u64::from(page_bytes(transfer.to)));
                         transfer.committed = true;
                     }
                 }
@@ -433,7 +454,7 @@ impl World {
                             .flat_map(|layer| (transfer.have..transfer.blocks).map(move |index| (layer, index)));
                         assert_eq!(transfer.landed, all.collect(), "{request}: landed incomplete");
                         assert_eq!(pages, transfer.landed.len() as u64);
-                        assert_eq!(bytes, pages * u64::from(PAGE_BYTES));
+                        assert_eq!(bytes, pages * u64::from(page_bytes(at)));
                         assert_eq!(transfer.offered, transfer.expected, "{request}: landed for another prompt");
                         transfer.has_landed = true;
                     }

@@ -4,10 +4,13 @@ use super::{
     Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput, Sender, SenderConfig, SenderInput, SenderOutput, Step,
 };
 use ridge_protocol::transfer::{
-    KvPeer, Outcome, ReceiveCommand, ReceiveEvent, ReceiveJob, SendCommand, SendEvent, SendJob, TransferTimes,
+    KvPeer, Outcome, PageSource, ReceiveCommand, ReceiveEvent, ReceiveJob, SendCommand, SendEvent, SendJob,
+    TransferTimes,
 };
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
-use ridge_protocol::{BlockHash, BlockId, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
+use ridge_protocol::{
+    BlockHash, BlockId, BlockShape, CacheDtype, Duration, Instant, Machine, NodeName, RequestId, TokenOut,
+};
 use std::fmt::Debug;
 
 const R: RequestId = RequestId(1);
@@ -45,7 +48,13 @@ fn transitions_are_as_recorded() {
 }
 
 fn peer() -> KvPeer {
-    KvPeer { name: NodeName("decode-0".into()), addr: "127.0.0.1:1".parse().expect("an address") }
+    peer_with(16, CacheDtype::F32)
+}
+
+/// A receiver with these blocks.
+fn peer_with(block_size: u32, dtype: CacheDtype) -> KvPeer {
+    let blocks = BlockShape::new(block_size, dtype).expect("a block holds a token");
+    KvPeer { name: NodeName("decode-0".into()), addr: "127.0.0.1:1".parse().expect("an address"), blocks }
 }
 
 fn from() -> NodeName {
@@ -120,7 +129,9 @@ fn sender() -> Sender {
         patience: Duration::from_millis(100),
         max_sessions: 2,
         max_credit: 16,
-        page_bytes: 8,
+        blocks: peer().blocks,
+        kv_heads: 1,
+        head_dim: 1,
     };
     Sender::new(config)
 }
@@ -210,9 +221,83 @@ fn pages_leave_in_ready_order_from_the_first_wanted_block() {
     assert_eq!(pages_of(&out), [(0, 3), (1, 2), (1, 3)]);
     assert!(matches!(out.last(), Some(SenderOutput::Send { message: SenderMsg::Finish { pages: 6, .. }, .. })));
     let out = run(&mut sender, [says(ReceiverMsg::Commit { request: R })]);
-    let committed = Outcome::Committed { pages: 6, bytes: 48, times: TransferTimes::default() };
+    let committed = Outcome::Committed { pages: 6, bytes: 6 * 128, times: TransferTimes::default() };
     assert_eq!(out, [SenderOutput::Event(SendEvent::Settled { request: R, outcome: committed })]);
     assert_eq!(sender.stats().committed, 1);
+}
+
+/// Sixty tokens in blocks of sixteen, for a receiver of other blocks: which of the sender's each page is made from, as
+/// `first block..end, tokens skipped, tokens`.
+#[test]
+fn pages_are_made_from_the_blocks_that_hold_their_tokens() {
+    let check = |block_size: u32, want: &[(std::ops::Range<u32>, u32, u32)]| {
+        let to = peer_with(block_size, CacheDtype::F32);
+        let mut sender = sender();
+        let job = SendJob {
+            request: R,
+            to: to.clone(),
+            tokens: 60,
+            blocks: (10..14).map(BlockId).collect(),
+            hashes: hashes((60 / block_size) as u8),
+            layers: 1,
+        };
+        let announce = SenderInput::Command(SendCommand::Announce { request: R, to });
+        let begin = SenderInput::Command(SendCommand::Begin(job));
+        let grant = says(ReceiverMsg::Grant { request: R, first_block: 0, credit: 16 });
+        let finish = SenderInput::Command(SendCommand::Finish { request: R, first: first() });
+        let inputs = [announce, begin, grant, ready(0, 0, want.len() as u32), finish];
+        let out = run(&mut sender, inputs);
+        let sources: Vec<PageSource> = out
+            .iter()
+            .filter_map(|output| match output {
+                SenderOutput::Ship { source, .. } => Some(source.clone()),
+                _ => None,
+            })
+            .collect();
+        let want: Vec<PageSource> = want
+            .iter()
+            .map(|(blocks, skip, tokens)| {
+                let blocks = blocks.clone().map(|block| BlockId(10 + block)).collect();
+                PageSource { blocks, skip: *skip, tokens: *tokens }
+            })
+            .collect();
+        assert_eq!(sources, want, "blocks of {block_size}");
+        assert_eq!(sender.stats().converted, if block_size == 16 { 0 } else { want.len() as u64 });
+        assert_eq!(sender.stats().bytes, want.len() as u64 * u64::from(block_size) * 8);
+    };
+    check(16, &[(0..1, 0, 16), (1..2, 0, 16), (2..3, 0, 16), (3..4, 0, 12)]);
+    check(32, &[(0..2, 0, 32), (2..4, 0, 28)]);
+    check(24, &[(0..2, 0, 24), (1..3, 8, 24), (3..4, 0, 12)]);
+    check(
+        8,
+        &[
+            (0..1, 0, 8),
+            (0..1, 8, 8),
+            (1..2, 0, 8),
+            (1..2, 8, 8),
+            (2..3, 0, 8),
+            (2..3, 8, 8),
+            (3..4, 0, 8),
+            (3..4, 8, 4),
+        ],
+    );
+    check(100, &[(0..4, 0, 60)]);
+}
+
+#[test]
+fn what_cannot_be_converted_is_never_begun() {
+    let check = |to: KvPeer, reason: &str| {
+        let mut sender =
+            Sender::new(SenderConfig { blocks: peer_with(16, CacheDtype::Fp8).blocks, ..SenderConfig::default() });
+        let announce = SenderInput::Command(SendCommand::Announce { request: R, to });
+        assert!(aborted(&run(&mut sender, [announce])).contains(reason));
+        assert!(run(&mut sender, [begin(R)]).is_empty(), "what the scheduler says meanwhile is ignored");
+    };
+    check(
+        peer_with(16, CacheDtype::Bf16),
+        "kv_dtype differs: bf16 here, fp8 there, and fp8 is not converted into bf16",
+    );
+    check(peer_with(u32::MAX, CacheDtype::Fp8), "pages of 8589934590 bytes where 16777216 are allowed");
 }
 
 #[test]

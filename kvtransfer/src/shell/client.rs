@@ -8,11 +8,10 @@ use super::path::Link;
 use crate::machine::{SenderInput, SenderOutput};
 use bytes::Bytes;
 use ridge_protocol::page::{PageHeader, page_digest};
-use ridge_protocol::transfer::{KvPeer, SendEvent};
+use ridge_protocol::transfer::{KvPeer, PageSource, SendEvent};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
-use ridge_protocol::{BlockId, ModelIdentity, NodeName, RequestId};
+use ridge_protocol::{BlockShape, ModelIdentity, NodeName, RequestId};
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use tokio::sync::{mpsc, oneshot};
 
@@ -59,7 +58,7 @@ pub struct KvClient {
 
 #[derive(Debug)]
 struct Peer {
-    addr: SocketAddr,
+    to: KvPeer,
     messages: mpsc::Sender<SenderMsg>,
     pages: mpsc::Sender<PageItem>,
     /// Set once it is there.
@@ -92,13 +91,13 @@ impl KvClient {
         }
     }
 
-    /// Does what the sender's machine wants done; an event is the scheduler's. `page` copies a page out of the pool, so
-    /// that its block may go the moment the hand-off is settled. `damage` gets it after its digest was computed: tests
+    /// Does what the sender's machine wants done; an event is the scheduler's. `page` makes a page of a layer in these
+    /// blocks out of the pool's, so that those may go the moment the hand-off is settled. `damage` gets it after its digest was computed: tests
     /// break pages there.
     pub fn act(
         &mut self,
         output: SenderOutput,
-        page: impl FnOnce(u32, BlockId) -> Bytes,
+        page: impl FnOnce(BlockShape, u32, &PageSource) -> Bytes,
         damage: impl FnOnce(RequestId, Bytes) -> Bytes,
     ) -> Option<SendEvent> {
         match output {
@@ -108,8 +107,8 @@ impl KvClient {
                     peer.say(message);
                 }
             }
-            SenderOutput::Ship { to, request, layer, index, block } => {
-                let bytes = page(layer, block);
+            SenderOutput::Ship { to, request, layer, index, source } => {
+                let bytes = page(to.blocks, layer, &source);
                 let digest = page_digest(request, layer, index, &bytes);
                 let header = PageHeader { request, layer, index, len: bytes.len() as u32, digest };
                 self.ship(&to, header, damage(request, bytes));
@@ -145,19 +144,19 @@ impl KvClient {
     }
 
     /// Forgets a peer: closes its connection if there is one, without a `Lost`; the next message dials anew.
-    /// A connection to another address of the same node is kept.
+    /// A connection to another address or to other blocks of the same node is kept.
     pub fn forget(&mut self, peer: &KvPeer) {
-        if self.peers.get(&peer.name).is_some_and(|known| known.addr == peer.addr) {
+        if self.peers.get(&peer.name).is_some_and(|known| known.to == *peer) {
             self.peers.remove(&peer.name);
         }
     }
 
     fn peer(&mut self, to: &KvPeer) -> &mut Peer {
-        // A node that came back under another address: the old connection leads nowhere.
-        if self.peers.get(&to.name).is_some_and(|peer| peer.addr != to.addr)
+        // A node that came back under another address, or with other blocks: the old connection leads nowhere.
+        if self.peers.get(&to.name).is_some_and(|peer| peer.to != *to)
             && let Some(mut old) = self.peers.remove(&to.name)
         {
-            old.fail(format!("{} is now at {}", to.name, to.addr));
+            old.fail(format!("{} is now at {}, {}", to.name, to.addr, to.blocks));
         }
         self.peers.entry(to.name.clone()).or_insert_with(|| {
             let (messages, from_messages) = mpsc::channel(CONTROL_QUEUE);
@@ -167,13 +166,13 @@ impl KvClient {
             let task = PeerTask {
                 endpoint: self.endpoint.clone(),
                 to: to.clone(),
-                hello: SenderMsg::Hello { name: self.name.clone(), identity: self.identity.clone() },
+                hello: SenderMsg::Hello { name: self.name.clone(), identity: self.identity.clone(), blocks: to.blocks },
                 events: self.events.clone(),
                 resets: pages.downgrade(),
                 opened: conn.clone(),
             };
             tokio::spawn(task.run(from_messages, from_pages, failed));
-            Peer { addr: to.addr, messages, pages, conn, fail: Some(fail) }
+            Peer { to: to.clone(), messages, pages, conn, fail: Some(fail) }
         })
     }
 }

@@ -7,7 +7,7 @@ use super::pages::{PageBytes, read_pages};
 use quinn::Connection;
 use ridge_protocol::page::PageHeader;
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
-use ridge_protocol::{ModelIdentity, NodeName, Role, limits};
+use ridge_protocol::{BlockShape, ModelIdentity, NodeName, Role, limits};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc;
@@ -148,14 +148,16 @@ impl Service {
     /// Who dials, and whether KV may pass.
     async fn hello(&self, control: &mut Control<ReceiverMsg, SenderMsg>) -> Result<NodeName, String> {
         let deadline = self.endpoint.options().handshake_deadline;
-        let SenderMsg::Hello { name, identity } = control.recv(deadline).await.map_err(|e| e.to_string())? else {
+        let SenderMsg::Hello { name, identity, blocks } = control.recv(deadline).await.map_err(|e| e.to_string())?
+        else {
             self.endpoint.offences().count(Offence::Control);
             return Err("the first message is not Hello".to_owned());
         };
         // Prefill nodes send what they computed, decode nodes that drain what they have.
         let verified = control.verify_peer(&name, Role::Prefill);
         let verified = verified.or_else(|e| control.verify_peer(&name, Role::Decode).map_err(|_| e.to_string()));
-        let objection = verified.err().or_else(|| self.identity.mismatch(&identity));
+        let objection = verified.err().or_else(|| self.identity.refusal(&identity));
+        let objection = objection.or_else(|| self.not_ours(blocks));
         match objection {
             None => Ok(name),
             Some(reason) => {
@@ -163,6 +165,12 @@ impl Service {
                 Err(reason)
             }
         }
+    }
+
+    /// Rule K-12: pages come in this node's blocks. A sender may have been told of an earlier process at this address.
+    fn not_ours(&self, blocks: BlockShape) -> Option<String> {
+        let ours = self.identity.block_shape()?;
+        (blocks != ours).then(|| format!("this node's blocks are {ours}, and pages would come as {blocks}"))
     }
 
     /// Closes the same node's earlier connection; the seat is free when its lock is.

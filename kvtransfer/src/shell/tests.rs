@@ -9,7 +9,7 @@ use bytes::Bytes;
 use ridge_protocol::page::{PageHeader, page_digest};
 use ridge_protocol::transfer::KvPeer;
 use ridge_protocol::wire::{self, NodeHello, NodeToRouter, ReceiverMsg, RouterToNode, SenderMsg};
-use ridge_protocol::{Duration, ModelIdentity, NodeId, NodeName, RequestId, Role};
+use ridge_protocol::{BlockShape, CacheDtype, Duration, ModelIdentity, NodeId, NodeName, RequestId, Role};
 use tokio::sync::mpsc;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -80,7 +80,7 @@ impl Decode {
     }
 
     fn peer(&self, name: &str) -> KvPeer {
-        KvPeer { name: node(name), addr: self.endpoint.local_addr() }
+        KvPeer { name: node(name), addr: self.endpoint.local_addr(), blocks: blocks() }
     }
 
     async fn next(&mut self) -> KvServerEvent {
@@ -103,6 +103,10 @@ fn node(name: &str) -> NodeName {
     NodeName(name.to_owned())
 }
 
+fn blocks() -> BlockShape {
+    identity().block_shape().expect("a block holds a token")
+}
+
 /// Pages of 32 KiB.
 fn identity() -> ModelIdentity {
     ModelIdentity {
@@ -113,7 +117,7 @@ fn identity() -> ModelIdentity {
         kv_heads: 8,
         head_dim: 64,
         block_size: 16,
-        kv_dtype: "bf16".into(),
+        kv_dtype: CacheDtype::Bf16,
         kv_layout: String::new(),
         rope: "500000".into(),
     }
@@ -189,10 +193,32 @@ async fn an_impostor_and_a_node_of_another_role_are_refused() {
 async fn another_model_is_refused_by_field() {
     let cluster = Cluster::new();
     let decode = Decode::new(cluster.endpoint("decode-0", Role::Decode), identity());
-    let other = ModelIdentity { block_size: 32, ..identity() };
+    let check = async |other: ModelIdentity, want: &str| {
+        let mut prefill = Prefill::new(cluster.endpoint("prefill-0", Role::Prefill), "prefill-0", other);
+        prefill.client.send(&decode.peer("decode-0"), abort(1));
+        contains(&prefill.lost().await, want);
+    };
+    check(ModelIdentity { layers: 17, ..identity() }, "refused: layers differs: 16 here, 17 there").await;
+    let int8 = ModelIdentity { kv_dtype: CacheDtype::Int8, ..identity() };
+    check(int8, "refused: kv_dtype differs: bf16 here, int8 there, and int8 is not converted into bf16").await;
+}
+
+/// A sender whose own blocks are others may come, if it says that it sends this node's.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_must_be_the_receivers() {
+    let cluster = Cluster::new();
+    let mut decode = Decode::new(cluster.endpoint("decode-0", Role::Decode), identity());
+    let other = ModelIdentity { block_size: 32, kv_dtype: CacheDtype::F32, ..identity() };
     let mut prefill = Prefill::new(cluster.endpoint("prefill-0", Role::Prefill), "prefill-0", other);
-    prefill.client.send(&decode.peer("decode-0"), abort(1));
-    contains(&prefill.lost().await, "refused: block_size differs: 16 here, 32 there");
+    // What the router told it of an earlier process: pages of the same number of bytes, but not the same pages.
+    let blocks = BlockShape::new(32, CacheDtype::Int8).expect("a block holds a token");
+    let stale = KvPeer { blocks, ..decode.peer("decode-0") };
+    prefill.client.send(&stale, abort(1));
+    let want = "refused: this node's blocks are bf16 in blocks of 16, and pages would come as int8 in blocks of 32";
+    contains(&prefill.lost().await, want);
+    prefill.client.send(&decode.peer("decode-0"), abort(2));
+    assert_eq!(prefill.next().await, KvClientEvent::Up { peer: node("decode-0") });
+    assert_eq!(decode.next().await, KvServerEvent::Message { from: node("prefill-0"), message: abort(2) });
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

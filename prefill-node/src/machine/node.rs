@@ -90,6 +90,15 @@ impl Prompt {
     fn remaining(&self) -> u32 {
         self.len() - self.computed
     }
+
+    /// Hashes of its full blocks, were they of `size` tokens; this node's own hold `own`.
+    fn hashes_in(&self, size: u32, own: u32) -> Vec<BlockHash> {
+        if size == own {
+            self.hashes.clone()
+        } else {
+            hash_blocks(self.request.salt, size as usize, &self.request.tokens)
+        }
+    }
 }
 
 /// The part of one prompt that the running pass computes.
@@ -243,19 +252,17 @@ impl PrefillNode {
         let Some((_, chunks)) = self.pass.as_ref().filter(|(running, _)| *running == step) else {
             panic!("layer of pass {step} reported, which is not running");
         };
-        let block_size = self.config.block_size;
         for chunk in chunks {
             let prompt = &self.prompts[&chunk.request];
-            if prompt.settled || prompt.request.to.is_none() {
-                continue;
+            let Some(to) = prompt.request.to.as_ref().filter(|_| !prompt.settled) else { continue };
+            // A chunk ends on one of this node's block boundaries unless it ends the prompt: of the receiver's blocks the
+            // last one that it touches may be finished by a later chunk.
+            let filled = |computed| to.blocks.filled_blocks(computed, prompt.len());
+            let (request, first, end) = (chunk.request, filled(chunk.start), filled(chunk.end));
+            if first < end {
+                let ready = SendCommand::Ready { request, layer, first, end };
+                self.outputs.push_back(PrefillOutput::Transfer(ready));
             }
-            // A chunk ends on a block boundary unless it ends the prompt, so every block it touches is complete.
-            self.outputs.push_back(PrefillOutput::Transfer(SendCommand::Ready {
-                request: chunk.request,
-                layer,
-                first: chunk.start / block_size,
-                end: chunk.end.div_ceil(block_size),
-            }));
         }
     }
 
@@ -361,16 +368,17 @@ impl PrefillNode {
             prompt.computed = prompt.cached;
             self.stats.cached_tokens += u64::from(prompt.cached);
             if let Some(to) = prompt.request.to.clone() {
+                let end = to.blocks.filled_blocks(prompt.cached, prompt.len());
                 self.outputs.push_back(PrefillOutput::Transfer(SendCommand::Begin(SendJob {
                     request: id,
-                    to,
                     tokens: prompt.len(),
                     blocks: lease.blocks().to_vec(),
-                    hashes: prompt.hashes.clone(),
+                    hashes: prompt.hashes_in(to.blocks.block_size(), block_size),
                     layers: self.config.layers,
+                    to,
                 })));
-                for layer in (0..self.config.layers).filter(|_| cached > 0) {
-                    let ready = SendCommand::Ready { request: id, layer, first: 0, end: cached as u32 };
+                for layer in (0..self.config.layers).filter(|_| end > 0) {
+                    let ready = SendCommand::Ready { request: id, layer, first: 0, end };
                     self.outputs.push_back(PrefillOutput::Transfer(ready));
                 }
             }

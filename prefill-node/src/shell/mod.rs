@@ -113,11 +113,10 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
         let _ = engine_events.blocking_send(event);
     });
     let (kv_events, mut from_kv) = mpsc::channel(KV_EVENTS);
+    let sender = options.sender.of_model(&loaded.identity);
     let client = KvClient::new(endpoint.clone(), options.link.name.clone(), loaded.identity, kv_events);
-    let page_bytes = loaded.kv.page_bytes();
     let (name, record) = (&options.link.name, options.record.as_ref());
     let machine = Recorded::start(name, config, record)?;
-    let sender = SenderConfig { page_bytes: page_bytes as u32, ..options.sender };
     let sender = Recorded::start(name, sender, record)?;
     let mut from_link = link::start(endpoint.clone(), &options.link, hello);
     Status::Ready { role: Role::Prefill, name: &options.link.name, addr: endpoint.local_addr(), http: None }.print();
@@ -208,7 +207,8 @@ impl Shell {
             if let Some(output) = self.machine.poll_output() {
                 self.act(output)?;
             } else if let Some(output) = self.sender.poll_output() {
-                let page = |layer: u32, block| Bytes::copy_from_slice(&self.kv.read(layer as usize, block));
+                let page =
+                    |blocks, layer: u32, source: &_| Bytes::from(self.kv.page_in(blocks, layer as usize, source));
                 let damage = |request, bytes| match &mut self.damage {
                     Some(damage) => damage.apply(request, bytes),
                     None => bytes,

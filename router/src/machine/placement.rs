@@ -1,7 +1,7 @@
 //! Where a sequence goes. Pure functions of what the router knows; lower cost wins, ties go to the lower number.
 
-use super::node::Node;
-use ridge_protocol::{BlockHash, NodeId, Role};
+use super::node::{Node, PromptHashes};
+use ridge_protocol::{NodeId, Role};
 use std::collections::BTreeMap;
 
 /// What one more decoding sequence costs the others, in prompt tokens: about the time that one decode step of a
@@ -25,8 +25,7 @@ pub(super) struct Placement {
 /// part if there is one, whatever it costs.
 pub(super) fn place(
     nodes: &BTreeMap<NodeId, Node>,
-    tokens: usize,
-    hashes: &[BlockHash],
+    prompt: &PromptHashes,
     avoid: &[NodeId],
     whole_path: bool,
 ) -> Option<Placement> {
@@ -34,20 +33,20 @@ pub(super) fn place(
         let usable = nodes.iter().filter(|(_, n)| n.hello.role == role && !n.draining);
         usable.min_by_key(|(id, node)| (avoid.contains(id), cost(node), **id)).map(|(id, _)| *id)
     };
-    let decode = pick(Role::Decode, &|node| decode_cost(node, tokens, hashes))?;
-    let prefill = pick(Role::Prefill, &|node| prefill_cost(node, tokens, hashes));
-    let prefill = prefill.filter(|id| whole_path || !local_pays(&nodes[id], &nodes[&decode], tokens, hashes));
+    let decode = pick(Role::Decode, &|node| decode_cost(node, prompt))?;
+    let prefill = pick(Role::Prefill, &|node| prefill_cost(node, prompt));
+    let prefill = prefill.filter(|id| whole_path || !local_pays(&nodes[id], &nodes[&decode], prompt));
     Some(Placement { prefill, decode })
 }
 
 /// Whether the decode node would have computed a prompt long before the prefill node has: because that one has a queue, or
 /// because this one has most of it in its cache. Everybody in the batch waits for each prompt token computed here.
-fn local_pays(prefill: &Node, decode: &Node, tokens: usize, hashes: &[BlockHash]) -> bool {
+fn local_pays(prefill: &Node, decode: &Node, prompt: &PromptHashes) -> bool {
     let (there, here) = (prefill.stats.pace.prompt_token_ns, decode.stats.pace.prompt_token_ns);
     if there == 0 {
         return false; // It has not shown yet how fast it is.
     }
-    let missing = missing_tokens(decode, tokens, hashes);
+    let missing = decode.missing_tokens(prompt);
     if !decode.in_flight.is_empty() && missing > UNNOTICED_TOKENS {
         return false; // Keeping prompts away from those who decode is what prefill nodes are for.
     }
@@ -55,38 +54,33 @@ fn local_pays(prefill: &Node, decode: &Node, tokens: usize, hashes: &[BlockHash]
     let waiting = 1 + decode.in_flight.len() as u64;
     // Saturating: the paces are what the nodes say.
     let local = (decode.pending_tokens() + missing).saturating_mul(here).saturating_mul(waiting);
-    let remote = prefill_cost(prefill, tokens, hashes).saturating_mul(there);
+    let remote = prefill_cost(prefill, prompt).saturating_mul(there);
     local.saturating_mul(LOCAL_MARGIN) < remote
 }
 
 /// Chooses who continues a sequence of a decode node that drains: the smallest batch, moves under way (`coming`)
-/// included. Its context must not be shorter, or the answer would end earlier than it was to.
+/// included. Its context must not be shorter, or the answer would end earlier than it was to, and it must take the KV.
 pub(super) fn place_move(
     nodes: &BTreeMap<NodeId, Node>,
     from: NodeId,
     coming: &BTreeMap<NodeId, u64>,
 ) -> Option<NodeId> {
-    let context = nodes[&from].hello.max_model_len;
-    let fits = |node: &Node| node.hello.role == Role::Decode && !node.draining && node.hello.max_model_len >= context;
+    let (context, blocks) = (nodes[&from].hello.max_model_len, nodes[&from].blocks());
+    let takes = |node: &Node| node.hello.max_model_len >= context && blocks.refusal(node.blocks()).is_none();
+    let fits = |node: &Node| node.hello.role == Role::Decode && !node.draining && takes(node);
     let load = |id: &NodeId, node: &Node| node.in_flight.len() as u64 + coming.get(id).copied().unwrap_or(0);
     let usable = nodes.iter().filter(|(id, node)| **id != from && fits(node));
     usable.min_by_key(|(id, node)| (load(id, node), **id)).map(|(id, _)| *id)
 }
 
 /// Tokens that stand before this prompt's first token, its own included.
-fn prefill_cost(node: &Node, tokens: usize, hashes: &[BlockHash]) -> u64 {
-    node.pending_tokens() + missing_tokens(node, tokens, hashes)
+fn prefill_cost(node: &Node, prompt: &PromptHashes) -> u64 {
+    node.pending_tokens() + node.missing_tokens(prompt)
 }
 
 /// Sequences that share the batch, and the tokens whose KV must travel.
-fn decode_cost(node: &Node, tokens: usize, hashes: &[BlockHash]) -> u64 {
-    node.in_flight.len() as u64 * SEQUENCE_COST_TOKENS + missing_tokens(node, tokens, hashes)
-}
-
-/// Prompt tokens that the node does not have.
-pub(super) fn missing_tokens(node: &Node, tokens: usize, hashes: &[BlockHash]) -> u64 {
-    let cached = node.overlap(hashes) * node.hello.identity.block_size as usize;
-    tokens.saturating_sub(cached) as u64
+fn decode_cost(node: &Node, prompt: &PromptHashes) -> u64 {
+    node.in_flight.len() as u64 * SEQUENCE_COST_TOKENS + node.missing_tokens(prompt)
 }
 
 #[cfg(test)]
@@ -94,7 +88,7 @@ mod tests {
     use super::*;
     use ridge_blocks::hash_blocks;
     use ridge_protocol::wire::NodeHello;
-    use ridge_protocol::{ModelIdentity, NodeName, RequestId, TokenId};
+    use ridge_protocol::{CacheDtype, ModelIdentity, NodeName, RequestId, TokenId};
 
     const PROMPT: [TokenId; 5] = [1, 2, 3, 4, 5];
 
@@ -108,12 +102,22 @@ mod tests {
             kv_heads: 1,
             head_dim: 1,
             block_size: 2,
-            kv_dtype: "f32".into(),
+            kv_dtype: CacheDtype::F32,
             kv_layout: String::new(),
             rope: String::new(),
         };
         let (name, max_model_len) = (NodeName("some".into()), 64);
         Node::new(NodeHello { name, role, kv_addr: None, identity, max_model_len, blocks: 8, pid: 1 })
+    }
+
+    /// In blocks of so many tokens.
+    fn blocks_of(mut node: Node, block_size: u32) -> Node {
+        node.hello.identity.block_size = block_size;
+        node
+    }
+
+    fn hashed(nodes: &BTreeMap<NodeId, Node>) -> PromptHashes {
+        PromptHashes::new(nodes.values(), 0, &PROMPT)
     }
 
     /// With one dispatch per entry, each of so many prompt tokens.
@@ -124,7 +128,8 @@ mod tests {
 
     /// Having the first `blocks` blocks of the prompt.
     fn warm(mut node: Node, blocks: usize) -> Node {
-        node.on_cache_changed(hash_blocks(0, 2, &PROMPT)[..blocks].to_vec(), vec![], usize::MAX);
+        let size = node.blocks().block_size() as usize;
+        node.on_cache_changed(hash_blocks(0, size, &PROMPT)[..blocks].to_vec(), vec![], usize::MAX);
         node
     }
 
@@ -141,11 +146,15 @@ mod tests {
         node(Role::Decode)
     }
 
+    fn numbered(nodes: impl IntoIterator<Item = Node>) -> BTreeMap<NodeId, Node> {
+        nodes.into_iter().enumerate().map(|(at, node)| (NodeId(at as u32), node)).collect()
+    }
+
     /// Nodes are numbered from 0. Wanted: the prefill and the decode node.
     fn check(nodes: Vec<Node>, avoid: &[u32], want: Option<(Option<u32>, u32)>) {
-        let nodes = nodes.into_iter().enumerate().map(|(at, node)| (NodeId(at as u32), node)).collect();
+        let nodes = numbered(nodes);
         let avoid: Vec<NodeId> = avoid.iter().copied().map(NodeId).collect();
-        let placement = place(&nodes, PROMPT.len(), &hash_blocks(0, 2, &PROMPT), &avoid, false);
+        let placement = place(&nodes, &hashed(&nodes), &avoid, false);
         assert_eq!(placement.map(|p| (p.prefill.map(|id| id.0), p.decode.0)), want);
     }
 
@@ -207,9 +216,8 @@ mod tests {
         check_local(warm(paced(prefill(), 10), 1), warm(decode(), 2), false);
         // Nothing is known of its speed.
         check_local(busy(prefill(), &[999]), decode(), false);
-        let nodes = [decode(), busy(paced(prefill(), 10), &[999])].into_iter().enumerate();
-        let nodes = nodes.map(|(at, node)| (NodeId(at as u32), node)).collect();
-        let placement = place(&nodes, PROMPT.len(), &hash_blocks(0, 2, &PROMPT), &[], true);
+        let nodes = numbered([decode(), busy(paced(prefill(), 10), &[999])]);
+        let placement = place(&nodes, &hashed(&nodes), &[], true);
         assert_eq!(placement.and_then(|p| p.prefill), Some(NodeId(1)), "the whole path was asked for");
     }
 
@@ -227,21 +235,53 @@ mod tests {
         check(vec![decode(), prefill()], &[0, 1], Some((Some(1), 0)));
     }
 
+    /// Tokens of the prompt's first `len` that this node lacks.
+    fn check_missing(node: Node, len: usize, want: u64) {
+        let prompt = PromptHashes::new([&node].into_iter(), 0, &PROMPT[..len]);
+        assert_eq!(node.missing_tokens(&prompt), want);
+    }
+
     #[test]
     fn what_a_node_has_is_not_missing() {
-        let hashes = hash_blocks(0, 2, &PROMPT);
-        assert_eq!(missing_tokens(&prefill(), 5, &hashes), 5);
-        assert_eq!(missing_tokens(&warm(prefill(), 1), 5, &hashes), 3);
-        assert_eq!(missing_tokens(&warm(prefill(), 2), 5, &hashes), 1);
-        assert_eq!(missing_tokens(&warm(prefill(), 2), 4, &hashes), 0);
+        check_missing(prefill(), 5, 5);
+        check_missing(warm(prefill(), 1), 5, 3);
+        check_missing(warm(prefill(), 2), 5, 1);
+        check_missing(warm(prefill(), 2), 4, 0);
+        check_missing(warm(blocks_of(prefill(), 3), 1), 5, 2);
+        check_missing(warm(blocks_of(prefill(), 5), 1), 5, 0);
+    }
+
+    #[test]
+    fn prefixes_attract_in_blocks_of_any_size() {
+        let (threes, ones) = (|| blocks_of(prefill(), 3), || blocks_of(prefill(), 1));
+        // Two tokens there, three, four here: the most cached one wins whatever its blocks are.
+        check(vec![decode(), warm(prefill(), 1), warm(threes(), 1)], &[], Some((Some(2), 0)));
+        check(vec![decode(), warm(prefill(), 2), warm(threes(), 1)], &[], Some((Some(1), 0)));
+        check(vec![decode(), warm(ones(), 5), warm(prefill(), 2)], &[], Some((Some(1), 0)));
+        check(vec![warm(blocks_of(decode(), 3), 1), warm(decode(), 2)], &[], Some((None, 1)));
+    }
+
+    #[test]
+    fn a_sequence_moves_where_its_kv_is_taken() {
+        let with = |kv_dtype| {
+            let mut node = decode();
+            node.hello.identity.kv_dtype = kv_dtype;
+            node
+        };
+        let check = |nodes: [CacheDtype; 2], want: Option<u32>| {
+            let to = place_move(&numbered(nodes.map(with)), NodeId(0), &BTreeMap::new());
+            assert_eq!(to.map(|id| id.0), want, "{nodes:?}");
+        };
+        check([CacheDtype::F32, CacheDtype::F32], Some(1));
+        check([CacheDtype::Bf16, CacheDtype::Int8], Some(1));
+        check([CacheDtype::Int8, CacheDtype::Bf16], None);
     }
 
     #[test]
     fn a_prefix_ends_at_the_first_block_that_is_missing() {
         let mut node = warm(prefill(), 2);
-        let hashes = hash_blocks(0, 2, &PROMPT);
-        node.on_cache_changed(vec![], vec![hashes[0]], usize::MAX);
-        assert_eq!(node.overlap(&hashes), 0);
+        node.on_cache_changed(vec![], vec![hash_blocks(0, 2, &PROMPT)[0]], usize::MAX);
+        check_missing(node, 5, 5);
     }
 
     #[test]
@@ -249,8 +289,9 @@ mod tests {
         let mut node = prefill();
         let hashes = hash_blocks(0, 2, &PROMPT);
         node.on_cache_changed(hashes.clone(), vec![], 1);
-        assert_eq!(node.overlap(&hashes), 1);
+        let missing = |node: &Node| node.missing_tokens(&PromptHashes::new([node].into_iter(), 0, &PROMPT));
+        assert_eq!(missing(&node), 3);
         node.on_cache_changed(vec![hashes[0]], vec![hashes[0]], 1);
-        assert_eq!(node.overlap(&hashes), 1);
+        assert_eq!(missing(&node), 3);
     }
 }

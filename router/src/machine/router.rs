@@ -1,14 +1,13 @@
 //! [`Router`].
 
-use super::node::Node;
-use super::placement::{missing_tokens, place, place_move};
+use super::node::{Node, PromptHashes};
+use super::placement::{place, place_move};
 use super::sequence::{Arrival, Dispatch, Early, Moving, Sequence};
 use super::types::{
     ClientId, NodeView, ReplyEvent, RouterConfig, RouterError, RouterInput, RouterOutput, RouterStats, Submit, Usage,
 };
-use ridge_blocks::hash_blocks;
 use ridge_protocol::wire::{
-    DecodeRequest, FinishReason, NodeError, NodeHello, NodeToRouter, PrefillRequest, RouterToNode,
+    DecodeRequest, FinishReason, NodeError, NodeHello, NodeToRouter, PrefillRequest, Receipt, RouterToNode,
 };
 use ridge_protocol::{Instant, Machine, ModelIdentity, NodeId, RequestId, Role, SamplingParams, TokenOut};
 use std::collections::{BTreeMap, VecDeque};
@@ -105,12 +104,9 @@ impl Router {
     fn dispatch(&mut self, now: Instant, client: ClientId) {
         let sequence = self.sequences.get_mut(&client).expect("a dispatched sequence is kept");
         assert!(sequence.dispatch.is_none(), "a sequence has one dispatch at a time");
-        let Some(block_size) = self.nodes.values().next().map(|n| n.hello.identity.block_size) else { return };
-        let hashes = hash_blocks(sequence.salt, block_size as usize, &sequence.tokens);
-        let Some(placement) = place(&self.nodes, sequence.tokens.len(), &hashes, &sequence.avoid, sequence.whole_path)
-        else {
-            return;
-        };
+        let prompt = PromptHashes::new(self.nodes.values(), sequence.salt, &sequence.tokens);
+        let placement = place(&self.nodes, &prompt, &sequence.avoid, sequence.whole_path);
+        let Some(placement) = placement else { return };
         let chosen = placement.prefill.into_iter().chain([placement.decode]);
         if sequence.pause.is_some_and(|until| now < until) && chosen.clone().any(|id| sequence.avoid.contains(&id)) {
             return; // Nobody else can be asked, and whoever had no room needs time to make some.
@@ -155,11 +151,12 @@ impl Router {
         for id in placement.prefill.into_iter().chain(decode) {
             let node = self.nodes.get_mut(&id).expect("placed on a connected node");
             let computes = id == placement.prefill.unwrap_or(placement.decode);
-            let work = if computes { missing_tokens(node, tokens.len(), &hashes) } else { 0 };
+            let work = if computes { node.missing_tokens(&prompt) } else { 0 };
             node.in_flight.insert(request, work);
         }
-        sequence.dispatch =
-            Some(Dispatch { request, prefill: placement.prefill, decode, handed_over: false, moving: None });
+        let prefill = placement.prefill;
+        let conversion = prefill.zip(decode).and_then(|(from, to)| self.nodes[&from].conversion(&self.nodes[&to]));
+        sequence.dispatch = Some(Dispatch { request, prefill, decode, handed_over: false, moving: None, conversion });
         let deadline = sequence.deadline;
         self.expect_by(deadline);
         self.requests.insert(request, client);
@@ -283,7 +280,7 @@ impl Router {
         self.move_sequences();
     }
 
-    /// What keeps a node's model from being this cluster's, if anything (rule P-4).
+    /// What keeps a node out of this cluster, if anything: another model, or KV that could not pass (rule P-4).
     fn mismatch(&self, hello: &NodeHello, identity: &ModelIdentity) -> Option<String> {
         let ours = self.config.model.map(|model| ModelIdentity {
             weights: model.weights,
@@ -293,8 +290,16 @@ impl Router {
         });
         // A node that comes back may come back changed: its own old entry does not count.
         let others = self.nodes.values().filter(|n| n.hello.name != hello.name).map(|n| &n.hello.identity);
-        let mismatch = ours.iter().chain(others).find_map(|known| known.mismatch(identity))?;
-        Some(format!("this cluster serves another model than {}: {mismatch}", hello.name))
+        if let Some(mismatch) = ours.iter().chain(others).find_map(|known| known.mismatch(identity)) {
+            return Some(format!("this cluster serves another model than {}: {mismatch}", hello.name));
+        }
+        // Any prefill node may be asked to send to any decode node. Between decode nodes it is a matter of placement.
+        let partners = self.nodes.values().map(|node| &node.hello).filter(|other| other.role != hello.role);
+        let mut pairs = partners.map(|other| if hello.role == Role::Prefill { (hello, other) } else { (other, hello) });
+        pairs.find_map(|(sender, receiver)| {
+            let refusal = receiver.identity.refusal(&sender.identity)?;
+            Some(format!("{} takes no KV from {}: {refusal}", receiver.name, sender.name))
+        })
     }
 
     fn dispatch_waiting(&mut self, now: Instant) {
@@ -329,7 +334,9 @@ impl Router {
                 if !from_prefill && !from_decode {
                     return; // It has no part in this.
                 }
-                sequence.on_receipt(from_decode, receipt);
+                let transferred = from_decode && receipt.transferred > 0;
+                let converted = dispatch.conversion.filter(|_| transferred);
+                sequence.on_receipt(from_decode, Receipt { converted, ..receipt });
                 if from_decode && receipt.recomputed > 0 {
                     // The decode node did not wait for the hand-off: nobody needs it any more.
                     self.release_prefill(client, true);
@@ -395,6 +402,7 @@ impl Router {
         {
             node.in_flight.remove(&request);
         }
+        let rounds = dispatch.rounds();
         match sequence.arrive(id, index, out, finish) {
             Arrival::Nothing => {}
             Arrival::Ends(reason) => self.finish(client, Some(id), reason),
@@ -409,6 +417,11 @@ impl Router {
                         return self.finish(client, Some(by), reason);
                     }
                 }
+            }
+            Arrival::Diverged { .. } if rounds => {
+                // A prompt computed again in another KV type may well be answered otherwise. What the client has stands,
+                // and is part of the prompt from now on (rule C-4).
+                self.retry(now, client, None, "its nodes keep KV in different types");
             }
             Arrival::Diverged { index, had } => {
                 // Never paper over it: a client must not get an answer that two nodes disagree about.
@@ -510,6 +523,7 @@ impl Router {
         };
         let context = target.hello.max_model_len.min(self.nodes[&id].hello.max_model_len);
         let from = self.nodes[&id].hello.name.clone();
+        let conversion = self.nodes[&id].conversion(target);
         let dispatch = sequence.dispatch.take().expect("looked up above");
         sequence.drop_early();
         let message = RouterToNode::Decode(DecodeRequest {
@@ -525,8 +539,14 @@ impl Router {
             },
         });
         sequence.deadline = now + self.config.progress_deadline;
-        sequence.dispatch =
-            Some(Dispatch { request: next, prefill: Some(id), decode: Some(to), handed_over: false, moving: None });
+        sequence.dispatch = Some(Dispatch {
+            request: next,
+            prefill: Some(id),
+            decode: Some(to),
+            handed_over: false,
+            moving: None,
+            conversion,
+        });
         self.leave(&dispatch);
         self.requests.insert(next, client);
         for node in [id, to] {

@@ -2,7 +2,7 @@
 
 use super::types::{ClientId, Submit, Usage};
 use ridge_protocol::wire::{FinishReason, Receipt};
-use ridge_protocol::{Instant, NodeId, RequestId, SamplingParams, TokenId, TokenOut};
+use ridge_protocol::{Conversion, Instant, NodeId, RequestId, SamplingParams, TokenId, TokenOut};
 use std::collections::BTreeMap;
 
 /// The present dispatch.
@@ -16,6 +16,15 @@ pub(super) struct Dispatch {
     pub handed_over: bool,
     /// The decode node was told to move it.
     pub moving: Option<Moving>,
+    /// What KV becomes between the two nodes, if their blocks differ.
+    pub conversion: Option<Conversion>,
+}
+
+impl Dispatch {
+    /// Whether its nodes keep KV in different types: what they compute may then differ in a last place, and in a token.
+    pub fn rounds(&self) -> bool {
+        self.conversion.is_some_and(|conversion| conversion.from.dtype != conversion.to.dtype)
+    }
 }
 
 /// Where a sequence goes whose decode node drains.
@@ -157,6 +166,7 @@ impl Sequence {
                 recomputed: so_far.recomputed.saturating_add(receipt.computed).saturating_add(receipt.recomputed),
                 transferred: so_far.transferred.saturating_add(receipt.transferred),
                 transfer_bytes: so_far.transfer_bytes.saturating_add(receipt.transfer_bytes),
+                converted: receipt.converted.or(so_far.converted),
                 ..so_far
             };
             return;

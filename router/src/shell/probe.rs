@@ -121,7 +121,7 @@ mod tests {
     use crate::machine::Usage;
     use ridge_protocol::stats::NodeStats;
     use ridge_protocol::wire::{FinishReason, NodeHello, Receipt};
-    use ridge_protocol::{ModelIdentity, NodeId, NodeName, TokenOut};
+    use ridge_protocol::{CacheDtype, ModelIdentity, NodeId, NodeName, TokenOut};
 
     fn node(role: Role) -> NodeView {
         let identity = ModelIdentity {
@@ -132,7 +132,7 @@ mod tests {
             kv_heads: 1,
             head_dim: 1,
             block_size: 2,
-            kv_dtype: "f32".into(),
+            kv_dtype: CacheDtype::F32,
             kv_layout: String::new(),
             rope: String::new(),
         };

@@ -177,6 +177,9 @@ async fn a_receipt_comes_on_request() {
     let receipt = json!({
         "cached": 2, "computed": 1, "transferred": 3, "recomputed": 0, "transfer_bytes": 4096,
         "times": { "hidden_us": 70, "exposed_us": 5 },
+        "converted": {
+            "from": { "block_size": 16, "dtype": "bf16" }, "to": { "block_size": 32, "dtype": "int8" },
+        },
     });
     assert_eq!(answer["ridge"], json!({ "receipt": receipt }));
 }

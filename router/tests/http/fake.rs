@@ -3,7 +3,9 @@
 use ridge_protocol::stats::{BlockCounts, LinkStats, NodeStats, ProtocolErrors};
 use ridge_protocol::transfer::TransferTimes;
 use ridge_protocol::wire::{FinishReason, NodeHello, Receipt};
-use ridge_protocol::{ModelIdentity, NodeId, NodeName, Role, SamplingParams, TokenId, TokenOut};
+use ridge_protocol::{
+    BlockShape, CacheDtype, Conversion, ModelIdentity, NodeId, NodeName, Role, SamplingParams, TokenId, TokenOut,
+};
 use ridge_router::machine::{NodeView, ReplyEvent, RouterError, RouterStats, Submit, Usage};
 use ridge_router::shell::gateway::{ClusterView, Gateway, GatewayRequest, Health};
 use ridge_router::shell::http::{Defaults, HttpConfig, TextModel, TextStream, serve};
@@ -158,14 +160,19 @@ pub fn fail(error: RouterError) -> Script {
     script(vec![Do::Fail(error)])
 }
 
-pub const RECEIPT: Receipt = Receipt {
-    cached: 2,
-    computed: 1,
-    transferred: 3,
-    recomputed: 0,
-    transfer_bytes: 4096,
-    times: TransferTimes { hidden_us: 70, exposed_us: 5 },
-};
+/// What every answer's KV came by.
+pub fn receipt() -> Receipt {
+    let blocks = |size, dtype| BlockShape::new(size, dtype).expect("a block holds a token");
+    Receipt {
+        cached: 2,
+        computed: 1,
+        transferred: 3,
+        recomputed: 0,
+        transfer_bytes: 4096,
+        times: TransferTimes { hidden_us: 70, exposed_us: 5 },
+        converted: Some(Conversion { from: blocks(16, CacheDtype::Bf16), to: blocks(32, CacheDtype::Int8) }),
+    }
+}
 
 #[derive(Default)]
 pub struct Log {
@@ -266,7 +273,7 @@ async fn act(actions: Vec<Do>, events: mpsc::Sender<ReplyEvent>, prompt_tokens: 
         let event = match action {
             Do::Token(out) => {
                 index += 1;
-                let usage = Usage { prompt_tokens, completion_tokens: index, cached_tokens: 2, receipt: RECEIPT };
+                let usage = Usage { prompt_tokens, completion_tokens: index, cached_tokens: 2, receipt: receipt() };
                 ReplyEvent::Token { index: index - 1, out, usage }
             }
             Do::Sleep(ms) => {
@@ -275,7 +282,7 @@ async fn act(actions: Vec<Do>, events: mpsc::Sender<ReplyEvent>, prompt_tokens: 
             }
             Do::Finish(reason) => {
                 log.lock().unwrap().finished += 1;
-                let usage = Usage { prompt_tokens, completion_tokens: index, cached_tokens: 2, receipt: RECEIPT };
+                let usage = Usage { prompt_tokens, completion_tokens: index, cached_tokens: 2, receipt: receipt() };
                 ReplyEvent::Finished { reason, usage }
             }
             Do::Fail(error) => ReplyEvent::Failed(error),
@@ -296,7 +303,7 @@ fn cluster() -> ClusterView {
         kv_heads: 1,
         head_dim: 1,
         block_size: 16,
-        kv_dtype: "f32".into(),
+        kv_dtype: CacheDtype::F32,
         kv_layout: String::new(),
         rope: String::new(),
     };

@@ -7,6 +7,7 @@ use crate::size::parse_count;
 use crate::synth::Preset;
 use clap::{Args, ValueEnum};
 use ridge_kernels::{KvDtype, KvFormat};
+use ridge_model::engine::cache_dtype;
 use ridge_protocol::ModelIdentity;
 use ridge_protocol::model::KV_LAYOUT;
 use std::path::PathBuf;
@@ -121,7 +122,7 @@ impl LoadArgs {
             kv_heads: format.kv_heads as u32,
             head_dim: format.head_dim as u32,
             block_size: format.block_size as u32,
-            kv_dtype: format.dtype.name().into(),
+            kv_dtype: cache_dtype(format.dtype),
             kv_layout: KV_LAYOUT.into(),
             rope: String::new(),
         }

@@ -76,7 +76,8 @@ fn measure(
     let network = args.network(mtu);
     let mut process = ReceivingProcess::start(receiver_tls, &[args.load.flags(), network.flags()].concat())?;
     let Listening { addr } = process.answer()?;
-    let peer = KvPeer { name: NodeName(RECEIVER.into()), addr };
+    let blocks = args.load.identity().block_shape().context("blocks hold at least one token")?;
+    let peer = KvPeer { name: NodeName(RECEIVER.into()), addr, blocks };
     let runtime = roles::node_runtime()?;
     let entered = runtime.enter();
     let mut side = SendingSide::new(&args.load, kv.clone(), tls, &network.transport(), &NodeName(SENDER.into()), peer)?;

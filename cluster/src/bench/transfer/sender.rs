@@ -60,8 +60,7 @@ impl SendingSide {
         let endpoint = Endpoint::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), tls, transport)?;
         let (to_events, events) = mpsc::channel(KV_EVENTS);
         let client = KvClient::new(endpoint, name.clone(), load.identity(), to_events);
-        let page_bytes = kv.page_bytes() as u32;
-        let machine = Sender::new(SenderConfig { page_bytes, ..SenderConfig::default() });
+        let machine = Sender::new(SenderConfig::default().of_model(&load.identity()));
         Ok(Self { load: load.clone(), kv, clock: Clock::start(), machine, client, events, peer })
     }
 
@@ -130,7 +129,7 @@ impl SendingSide {
     fn pump(&mut self) -> anyhow::Result<Vec<(u64, u64)>> {
         let mut committed = Vec::new();
         while let Some(output) = self.machine.poll_output() {
-            let page = |layer: u32, block| Bytes::copy_from_slice(&self.kv.read(layer as usize, block));
+            let page = |blocks, layer: u32, source: &_| Bytes::from(self.kv.page_in(blocks, layer as usize, source));
             match self.client.act(output, page, |_, bytes| bytes) {
                 None => {}
                 Some(SendEvent::Settled { outcome: Outcome::Committed { pages, bytes, .. }, .. }) => {

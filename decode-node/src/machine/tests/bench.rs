@@ -6,7 +6,8 @@ use ridge_protocol::stats::{BlockCounts, NodeStats};
 use ridge_protocol::transfer::{KvPeer, Outcome, ReceiveCommand, ReceiveEvent, SendCommand, SendEvent, TransferTimes};
 use ridge_protocol::wire::{DecodeRequest, NodeToRouter, Receipt, RouterToNode};
 use ridge_protocol::{
-    BatchPlan, Duration, Instant, Machine, NodeName, PlanItem, RequestId, SamplingParams, TokenId, TokenOut,
+    BatchPlan, BlockShape, CacheDtype, Duration, Instant, Machine, NodeName, PlanItem, RequestId, SamplingParams,
+    TokenId, TokenOut,
 };
 
 /// Eight blocks of four tokens, a context that fills the pool, eight prompt tokens a pass, no headroom.
@@ -183,7 +184,13 @@ impl Bench {
 
     /// The router wants `id` to go on elsewhere, as `next`.
     pub fn moves(&mut self, id: u64, next: u64) {
-        let to = KvPeer { name: NodeName("d2".into()), addr: "127.0.0.1:1".parse().expect("an address") };
+        self.moves_into(id, next, 4);
+    }
+
+    /// As `moves`, to a node whose blocks hold so many tokens.
+    pub fn moves_into(&mut self, id: u64, next: u64, block_size: u32) {
+        let blocks = BlockShape::new(block_size, CacheDtype::F32).expect("a block holds a token");
+        let to = KvPeer { name: NodeName("d2".into()), addr: "127.0.0.1:1".parse().expect("an address"), blocks };
         self.router(RouterToNode::Move { request: RequestId(id), next: RequestId(next), to });
     }
 

@@ -35,6 +35,24 @@ fn a_sequence_leaves_when_its_pass_ends() {
     assert!(bench.node.is_idle());
 }
 
+/// Eight tokens in two blocks of four, for a node whose blocks hold three: the pages and their hashes are that node's.
+#[test]
+fn a_sequence_leaves_in_its_receivers_blocks() {
+    let mut bench = decoding();
+    bench.moves_into(1, 9, 3);
+    bench.step();
+    bench.says(&[
+        "token r1 #2 42",
+        "moving r1 of 9 tokens",
+        "offer r9 to d2: 8 tokens in [0, 1]",
+        "ready r9 layer 0: 0..3",
+        "ready r9 layer 1: 0..3",
+        "sent r9 before 42",
+    ]);
+    bench.settles(9, true);
+    assert!(bench.node.is_idle());
+}
+
 #[test]
 fn what_does_not_arrive_is_computed_there() {
     let mut bench = decoding();

@@ -85,7 +85,7 @@ async fn to_decode(cluster: &Cluster, decode: &Decode) -> ByHand {
 }
 
 fn kv_hello() -> Vec<u8> {
-    frame(&SenderMsg::Hello { name: node("prefill-0"), identity: identity() })
+    frame(&SenderMsg::Hello { name: node("prefill-0"), identity: identity(), blocks: blocks() })
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -95,7 +95,8 @@ async fn malformed_frames_to_a_decode_node() {
     let out_of_turn = |bytes, reason| Malformed { bytes, finish: false, reason };
     let mut after_hello = malformed(&abort(1));
     after_hello.push(out_of_turn(kv_hello(), "second Hello"));
-    let mut instead_of_hello = malformed(&SenderMsg::Hello { name: node("prefill-0"), identity: identity() });
+    let mut instead_of_hello =
+        malformed(&SenderMsg::Hello { name: node("prefill-0"), identity: identity(), blocks: blocks() });
     instead_of_hello.push(out_of_turn(frame(&abort(1)), "not Hello"));
     let mut control = 0;
     for (before, cases) in [(kv_hello(), after_hello), (Vec::new(), instead_of_hello)] {
@@ -203,7 +204,7 @@ async fn malformed_frames_to_a_prefill_node() {
     let cluster = Cluster::new();
     let hostile = cluster.endpoint("decode-0", Role::Decode);
     let mut accepted = hostile.serve(limits::ALPN_KV);
-    let peer = KvPeer { name: node("decode-0"), addr: hostile.local_addr() };
+    let peer = KvPeer { name: node("decode-0"), addr: hostile.local_addr(), blocks: blocks() };
     let endpoint = cluster.endpoint("prefill-0", Role::Prefill);
     let mut prefill = Prefill::new(endpoint.clone(), "prefill-0", identity());
     let commit = ReceiverMsg::Commit { request: RequestId(1) };

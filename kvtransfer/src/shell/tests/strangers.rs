@@ -103,7 +103,7 @@ async fn nobody_without_a_good_certificate_gets_past_the_handshake() {
             // In TLS 1.3 the client is done before the server has seen its certificate, and may speak into the void.
             if let Ok(conn) = dial(&cluster, &stranger, door, name).await {
                 if let Ok((mut send, _recv)) = conn.open_bi().await {
-                    let hello = SenderMsg::Hello { name: node("prefill-0"), identity: identity() };
+                    let hello = SenderMsg::Hello { name: node("prefill-0"), identity: identity(), blocks: blocks() };
                     let _ = send.write_all(&wire::encode(&hello).expect("encodes")).await;
                 }
                 let closed = patient(conn.closed()).await;
@@ -127,7 +127,7 @@ async fn nobody_without_a_good_certificate_gets_past_the_handshake() {
     let friend = Stranger { who: "of the cluster", shows: Some(good), alpn: limits::ALPN_KV };
     let conn = dial(&cluster, &friend, &decode.endpoint, "decode-0").await.expect("connects");
     let (mut send, _recv) = conn.open_bi().await.expect("opens");
-    let hello = SenderMsg::Hello { name: node("prefill-0"), identity: identity() };
+    let hello = SenderMsg::Hello { name: node("prefill-0"), identity: identity(), blocks: blocks() };
     send.write_all(&[wire::encode(&hello), wire::encode(&abort(1))].map(|m| m.expect("encodes")).concat())
         .await
         .expect("writes");

@@ -6,7 +6,8 @@ use ridge_protocol::stats::{BlockCounts, NodeStats};
 use ridge_protocol::transfer::{KvPeer, Outcome, SendCommand, SendEvent, TransferTimes};
 use ridge_protocol::wire::{NodeToRouter, PrefillRequest, RouterToNode};
 use ridge_protocol::{
-    BatchPlan, Duration, Instant, Machine, NodeName, PlanItem, RequestId, SamplingParams, TokenId, TokenOut,
+    BatchPlan, BlockShape, CacheDtype, Duration, Instant, Machine, NodeName, PlanItem, RequestId, SamplingParams,
+    TokenId, TokenOut,
 };
 
 /// Eight blocks of four tokens, two layers, a context that fills the pool, eight tokens a pass.
@@ -25,7 +26,13 @@ pub(super) fn config() -> PrefillConfig {
 }
 
 pub(super) fn peer() -> KvPeer {
-    KvPeer { name: NodeName("d1".into()), addr: "127.0.0.1:1".parse().expect("an address") }
+    peer_with(4)
+}
+
+/// A decode node whose blocks hold so many tokens.
+pub(super) fn peer_with(block_size: u32) -> KvPeer {
+    let blocks = BlockShape::new(block_size, CacheDtype::F32).expect("a block holds a token");
+    KvPeer { name: NodeName("d1".into()), addr: "127.0.0.1:1".parse().expect("an address"), blocks }
 }
 
 /// A prompt that shares no block with a prompt of another number.

@@ -2,6 +2,7 @@
 //! the point. Read `bench` first.
 
 mod bench;
+mod blocks;
 
 use super::{PrefillConfig, PrefillInput, PrefillOutput};
 use bench::*;

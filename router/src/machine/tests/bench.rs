@@ -6,7 +6,8 @@ use crate::machine::{
 };
 use ridge_protocol::wire::{FinishReason, NodeError, NodeHello, NodeToRouter, Receipt, RouterToNode};
 use ridge_protocol::{
-    Duration, Instant, Machine, ModelIdentity, NodeId, NodeName, RequestId, Role, SamplingParams, TokenId, TokenOut,
+    CacheDtype, Duration, Instant, Machine, ModelIdentity, NodeId, NodeName, RequestId, Role, SamplingParams, TokenId,
+    TokenOut,
 };
 
 /// Node numbers: prefill nodes are 1 and 2, decode nodes 11 and 12, as `p1` and `d2` in what follows.
@@ -28,7 +29,7 @@ pub(super) fn identity() -> ModelIdentity {
         kv_heads: 1,
         head_dim: 8,
         block_size: 4,
-        kv_dtype: "f32".into(),
+        kv_dtype: CacheDtype::F32,
         kv_layout: String::new(),
         rope: "10000".into(),
     }

@@ -1,6 +1,7 @@
 //! What the router's machine does, case by case. Placement has tests of its own beside it. Read `bench` first.
 
 mod bench;
+mod blocks;
 mod moves;
 mod nodes;
 

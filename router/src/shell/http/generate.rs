@@ -170,9 +170,9 @@ impl Generation {
 
     /// Says in the log how the prompts' KV came, for whoever looks into one answer.
     pub(super) fn log_receipt(&self, id: &str) {
-        let Some(Receipt { cached, computed, transferred, recomputed, transfer_bytes, times }) = self.receipt() else {
-            return;
-        };
+        let Some(receipt) = self.receipt() else { return };
+        let Receipt { cached, computed, transferred, recomputed, transfer_bytes, times, converted } = receipt;
+        let converted = converted.map(|conversion| conversion.to_string());
         let TransferTimes { hidden_us, exposed_us } = times;
         tracing::info!(
             id,
@@ -183,6 +183,7 @@ impl Generation {
             transfer_bytes,
             hidden_us,
             exposed_us,
+            converted,
             "answer complete"
         );
     }
@@ -204,12 +205,15 @@ fn sum(a: Receipt, b: Receipt) -> Receipt {
         recomputed: a.recomputed.saturating_add(b.recomputed),
         transfer_bytes: a.transfer_bytes.saturating_add(b.transfer_bytes),
         times: a.times + b.times,
+        // The answers of one request may have come by different nodes; one is named.
+        converted: a.converted.or(b.converted),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ridge_protocol::{BlockShape, CacheDtype, Conversion};
 
     #[test]
     fn receipts_of_lying_nodes_do_not_overflow() {
@@ -220,12 +224,26 @@ mod tests {
             recomputed: u32::MAX,
             transfer_bytes: u64::MAX,
             times: TransferTimes { hidden_us: u64::MAX, exposed_us: u64::MAX },
+            converted: None,
         };
         assert_eq!(sum(edge, edge), edge);
         let times = |n: u64| TransferTimes { hidden_us: 6 * n, exposed_us: 7 * n };
-        let few = Receipt { cached: 1, computed: 2, transferred: 3, recomputed: 4, transfer_bytes: 5, times: times(1) };
-        let twice =
-            Receipt { cached: 2, computed: 4, transferred: 6, recomputed: 8, transfer_bytes: 10, times: times(2) };
-        assert_eq!(sum(few, few), twice);
+        let few = |n: u32| Receipt {
+            cached: n,
+            computed: 2 * n,
+            transferred: 3 * n,
+            recomputed: 4 * n,
+            transfer_bytes: 5 * u64::from(n),
+            times: times(n.into()),
+            converted: None,
+        };
+        assert_eq!(sum(few(1), few(1)), few(2));
+        let blocks = |size| BlockShape::new(size, CacheDtype::F32).expect("a block holds a token");
+        let converted = Some(Conversion { from: blocks(16), to: blocks(32) });
+        let other = Receipt { converted, ..few(1) };
+        assert_eq!(
+            (sum(few(1), other), sum(other, few(1))),
+            (Receipt { converted, ..few(2) }, Receipt { converted, ..few(2) })
+        );
     }
 }

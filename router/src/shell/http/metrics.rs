@@ -123,7 +123,7 @@ fn nodes(page: &mut Page, nodes: &[NodeView]) {
             n.stats.recordings_stopped.into()
         }),
     ];
-    let counters: [(&str, &str, Read); 10] = [
+    let counters: [(&str, &str, Read); 11] = [
         ("ridge_kv_transfers_committed_total", "Hand-offs committed.", |n| n.stats.transfers_committed),
         ("ridge_kv_transfers_aborted_total", "Hand-offs aborted by either side.", |n| n.stats.transfers_aborted),
         ("ridge_kv_digest_failures_total", "KV pages whose digest did not match.", |n| n.stats.digest_failures),
@@ -137,6 +137,11 @@ fn nodes(page: &mut Page, nodes: &[NodeView]) {
         ("ridge_prompt_tokens_total", "Prompt tokens computed.", |n| n.stats.computed_tokens),
         ("ridge_cached_tokens_total", "Prompt tokens found in the prefix cache.", |n| n.stats.cached_tokens),
         ("ridge_generation_tokens_total", "Tokens sampled.", |n| n.stats.generated_tokens),
+        (
+            "ridge_kv_converted_pages_total",
+            "KV pages sent that were made from blocks of another size or type than the receiver's.",
+            |n| n.stats.converted_pages,
+        ),
         ("ridge_engine_steps_total", "Engine passes run.", |n| n.stats.steps),
     ];
     let gauges = gauges.into_iter().map(|gauge| (gauge, "gauge"));

@@ -51,6 +51,8 @@ fn show(node: &NodeView) -> Value {
         "role": hello.role.to_string(),
         "pid": hello.pid,
         "kv_address": hello.kv_addr,
+        "block_size": hello.identity.block_size,
+        "kv_dtype": hello.identity.kv_dtype,
         "draining": draining,
         "in_flight": in_flight,
         "blocks": stats.blocks,
