@@ -4,6 +4,7 @@
 
 mod config;
 mod node;
+mod phase;
 mod record;
 mod sequence;
 #[cfg(test)]

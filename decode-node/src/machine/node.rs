@@ -1,14 +1,15 @@
 //! [`DecodeNode`].
 
 use super::DecodeConfig;
-use super::sequence::{Move, Phase, Sequence};
+use super::phase::{Cause, Phase, step};
+use super::sequence::{Move, Sequence};
 use ridge_blocks::{BlockPool, CacheChange, Claim, Lease};
 use ridge_protocol::stats::NodeStats;
 use ridge_protocol::transfer::{
     KvPeer, Outcome, ReceiveCommand, ReceiveEvent, ReceiveJob, SendCommand, SendEvent, SendJob,
 };
 use ridge_protocol::wire::{DecodeRequest, FinishReason, NodeError, NodeToRouter, RouterToNode};
-use ridge_protocol::{BatchPlan, Duration, Instant, Machine, RequestId, TokenOut};
+use ridge_protocol::{BatchPlan, Duration, Instant, Machine, RequestId, Step, TokenOut};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -129,8 +130,8 @@ impl DecodeNode {
 
     fn on_decode(&mut self, request: DecodeRequest) {
         let id = request.request;
-        if self.sequences.contains_key(&id) {
-            return; // A duplicate is not an error.
+        if self.step(id, Cause::Submit) == Step::Ignore {
+            return;
         }
         if let Err(error) = self.check(&request) {
             return self.tell_router(NodeToRouter::Failed { request: id, error });
@@ -155,26 +156,51 @@ impl DecodeNode {
         self.outputs.push_back(DecodeOutput::ToRouter(message));
     }
 
+    /// What an event means for a sequence now; a phase that it brings about is entered.
+    ///
+    /// # Panics
+    ///
+    /// If only a bug of ours can have brought it about.
+    fn step(&mut self, id: RequestId, cause: Cause) -> Step<Phase> {
+        let sequence = self.sequences.get_mut(&id);
+        let phase = sequence.as_ref().map_or(Phase::Absent, |sequence| sequence.phase);
+        let step = step(phase, cause);
+        match step {
+            Step::Enter(next) => {
+                if let Some(sequence) = sequence {
+                    sequence.phase = next;
+                }
+            }
+            Step::End | Step::Ignore => {}
+            Step::Violation | Step::Bug => panic!("{id}: {cause:?} while {phase:?}"),
+        }
+        step
+    }
+
+    fn phase(&self, id: RequestId) -> Phase {
+        self.sequences.get(&id).map_or(Phase::Absent, |sequence| sequence.phase)
+    }
+
     /// Forgets a sequence; its blocks go now, or after the running pass if that writes them. Idempotent.
     fn cancel(&mut self, id: RequestId, reason: &str) {
         let in_pass = self.pass.as_ref().is_some_and(|(_, items)| items.iter().any(|(r, _)| *r == id));
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
-        match sequence.phase {
+        let (phase, reason) = (self.phase(id), reason.to_owned());
+        let step = self.step(id, if in_pass { Cause::CancelInPass } else { Cause::Cancel });
+        if step != Step::End {
+            return;
+        }
+        match phase {
             Phase::Transferring => {
-                let command = ReceiveCommand::Cancel { request: id, reason: reason.into() };
+                let command = ReceiveCommand::Cancel { request: id, reason };
                 self.outputs.push_back(DecodeOutput::Transfer(command));
             }
             Phase::Moving => {
-                let command = SendCommand::Cancel { request: id, reason: reason.into() };
+                let command = SendCommand::Cancel { request: id, reason };
                 self.outputs.push_back(DecodeOutput::Send(command));
             }
-            Phase::Waiting | Phase::Running => {}
+            Phase::Absent | Phase::Waiting | Phase::Running | Phase::Doomed => {}
         }
-        if in_pass {
-            sequence.doomed = true;
-        } else {
-            self.remove(id);
-        }
+        self.remove(id);
     }
 
     fn remove(&mut self, id: RequestId) {
@@ -190,56 +216,52 @@ impl DecodeNode {
     fn on_transfer(&mut self, event: ReceiveEvent) {
         match event {
             ReceiveEvent::Landed { request, first, bytes, .. } => self.on_landed(request, first, bytes),
-            ReceiveEvent::Failed { request, reason: _ } => {
-                // Unless it was given up already (see `on_no_transfer`).
-                if self.sequences.get(&request).is_some_and(|s| s.phase == Phase::Transferring) {
-                    self.compute_here(request);
-                }
-            }
+            ReceiveEvent::Failed { request, reason: _ } => self.compute_here(request, Cause::Fail),
         }
     }
 
     /// The router knows of a failed hand-off that this node may not have heard of.
     fn on_no_transfer(&mut self, id: RequestId, reason: &str) {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return };
-        match sequence.phase {
-            Phase::Waiting if sequence.from.is_some() => {
-                sequence.from = None;
-                sequence.again_until = sequence.given;
-            }
-            Phase::Transferring => {
-                let command = ReceiveCommand::Cancel { request: id, reason: reason.into() };
-                self.outputs.push_back(DecodeOutput::Transfer(command));
-                self.compute_here(id);
-            }
-            Phase::Waiting | Phase::Running | Phase::Moving => {}
+        if self.phase(id) == Phase::Transferring {
+            let command = ReceiveCommand::Cancel { request: id, reason: reason.into() };
+            self.outputs.push_back(DecodeOutput::Transfer(command));
         }
+        self.compute_here(id, Cause::FailAfar);
     }
 
-    /// Gives up a hand-off and computes the prompt here: the client sees a pause, not an error. The receipt and
-    /// `recomputed_tokens` tell that it happened (rule C-8).
-    fn compute_here(&mut self, id: RequestId) {
-        let sequence = self.sequences.get_mut(&id).expect("a sequence in transfer is kept");
-        sequence.from = None;
-        sequence.again_until = sequence.given;
-        if sequence.remaining() > 0 {
-            return self.start(id);
-        }
+    /// Gives up a hand-off, if there is one still, and computes the prompt here: the client sees a pause, not an error. The
+    /// receipt and `recomputed_tokens` tell that it happened (rule C-8).
+    fn compute_here(&mut self, id: RequestId, cause: Cause) {
+        let transferring = self.phase(id) == Phase::Transferring;
         // All of it was cached, but its last token must be run for its logits, and that would write into a block
         // that others read. Admitted anew, it gets a block of its own.
-        let lease = sequence.lease.take().expect("a sequence in transfer has blocks");
-        self.pool.release(lease);
-        sequence.phase = Phase::Waiting;
-        self.waiting.push_front(id);
+        let whole = transferring && self.sequences[&id].remaining() == 0;
+        if self.step(id, if whole { Cause::FailWhole } else { cause }) == Step::Ignore {
+            return;
+        }
+        let sequence = self.sequences.get_mut(&id).expect("a sequence that goes on is kept");
+        if sequence.from.take().is_some() {
+            sequence.again_until = sequence.given;
+        }
+        if whole {
+            let lease = sequence.lease.take().expect("a sequence in transfer has blocks");
+            self.pool.release(lease);
+            self.waiting.push_front(id);
+        } else if transferring {
+            self.start(id);
+        }
     }
 
     /// A reservation's KV is complete and verified: commit it.
     fn on_landed(&mut self, id: RequestId, first: TokenOut, bytes: u64) {
-        let Some(sequence) = self.sequences.get_mut(&id).filter(|s| s.phase == Phase::Transferring) else { return };
         if first.token >= self.config.vocab {
             // A peer's word is input like any other; what it sends is not believed further than this.
-            return self.compute_here(id);
+            return self.compute_here(id, Cause::Fail);
         }
+        if self.step(id, Cause::Land) == Step::Ignore {
+            return;
+        }
+        let sequence = self.sequences.get_mut(&id).expect("a sequence that landed is kept");
         sequence.receipt.transferred = sequence.given - sequence.receipt.cached;
         sequence.receipt.transfer_bytes = bytes;
         sequence.computed = sequence.given;
@@ -250,12 +272,11 @@ impl DecodeNode {
         self.on_token(id, first);
     }
 
-    /// Moves a sequence that has its blocks into the batch.
+    /// Puts a sequence that has its blocks into the batch.
     fn start(&mut self, id: RequestId) {
         let sequence = self.sequences.get_mut(&id).expect("a started sequence is kept");
         let lease = sequence.lease.as_mut().expect("a started sequence has blocks");
         self.pool.reclaim(lease, Claim::Used);
-        sequence.phase = Phase::Running;
         self.running.push(id);
     }
 
@@ -285,6 +306,7 @@ impl DecodeNode {
         let index = sequence.last_index();
         self.tell_router(NodeToRouter::Token { request: id, index, out, finish });
         if let Some(FinishReason::Stop | FinishReason::Length) = finish {
+            self.step(id, Cause::Finish);
             self.remove(id);
         }
     }
@@ -308,9 +330,10 @@ impl DecodeNode {
             self.stats.recomputed_tokens += u64::from(again);
             self.stats.computed_tokens += u64::from(prompt - again.min(prompt));
             let finished = sequence.remaining() == 0;
-            let doomed = sequence.doomed;
+            let doomed = sequence.phase == Phase::Doomed;
             self.publish(id);
             if doomed {
+                self.step(id, Cause::PassOver);
                 outputs.remove(&id);
                 self.remove(id);
             } else if finished {
@@ -325,14 +348,16 @@ impl DecodeNode {
 
     /// Another node is to continue a sequence. It leaves when its KV is whole: between two passes, after a first token.
     fn on_move(&mut self, id: RequestId, next: RequestId, to: KvPeer) {
-        let Some(sequence) = self.sequences.get_mut(&id) else { return }; // Its last token is on the way.
-        match sequence.phase {
-            Phase::Waiting => {
+        match self.step(id, Cause::Move) {
+            Step::End => {
                 self.remove(id);
                 self.tell_router(NodeToRouter::Failed { request: id, error: NodeError::Draining });
             }
-            Phase::Transferring | Phase::Running => sequence.moving = Some(Move { next, to }),
-            Phase::Moving => {}
+            Step::Ignore => {}
+            _ => {
+                let sequence = self.sequences.get_mut(&id).expect("a sequence that is to move is kept");
+                sequence.moving = Some(Move { next, to });
+            }
         }
     }
 
@@ -345,6 +370,7 @@ impl DecodeNode {
             if self.sequences.contains_key(&next) {
                 continue; // A router never uses a number twice. What it meant is unclear: the sequence stays.
             }
+            self.step(id, Cause::Leave);
             self.running.retain(|&r| r != id);
             let mut sequence = self.sequences.remove(&id).expect("just seen");
             let first = sequence.last.clone().expect("a sequence that can move has said a token");
@@ -362,7 +388,6 @@ impl DecodeNode {
             let commands = [announce, SendCommand::Begin(job)].into_iter().chain(ready);
             let commands = commands.chain([SendCommand::Finish { request: next, first }]);
             self.outputs.extend(commands.map(DecodeOutput::Send));
-            sequence.phase = Phase::Moving;
             self.sequences.insert(next, sequence);
         }
     }
@@ -370,7 +395,7 @@ impl DecodeNode {
     /// A sequence that left has arrived, or has not: then its next node computes it again.
     fn on_sent(&mut self, event: SendEvent) {
         let SendEvent::Settled { request, outcome } = event;
-        if self.sequences.get(&request).is_none_or(|s| s.phase != Phase::Moving) {
+        if self.step(request, Cause::Settle) == Step::Ignore {
             return;
         }
         self.tell_router(match outcome {
@@ -433,7 +458,6 @@ impl DecodeNode {
             }
             let prompt_blocks = Sequence::blocks_for(sequence.len(), block_size);
             if let Some(from) = sequence.from.clone() {
-                sequence.phase = Phase::Transferring;
                 let job = ReceiveJob {
                     request: id,
                     from,
@@ -444,9 +468,11 @@ impl DecodeNode {
                     layers: self.config.layers,
                 };
                 sequence.lease = Some(lease);
+                self.step(id, Cause::Reserve);
                 self.outputs.push_back(DecodeOutput::Transfer(ReceiveCommand::Expect(job)));
             } else {
                 sequence.lease = Some(lease);
+                self.step(id, Cause::Admit);
                 self.start(id);
             }
         }
@@ -456,10 +482,10 @@ impl DecodeNode {
     /// of it is then still cached.
     fn preempt_last(&mut self) {
         let id = self.running.pop().expect("a batch that needs blocks is not empty");
+        self.step(id, Cause::Preempt);
         let sequence = self.sequences.get_mut(&id).expect("a running sequence is kept");
         let lease = sequence.lease.take().expect("a running sequence has blocks");
         self.pool.release(lease);
-        sequence.phase = Phase::Waiting;
         sequence.from = None;
         sequence.again_until = sequence.again_until.max(sequence.computed);
         sequence.computed = 0;
@@ -606,19 +632,15 @@ impl Machine for DecodeNode {
         for (id, sequence) in &self.sequences {
             let (waiting, running) = (self.waiting.contains(id), self.running.contains(id));
             let claim = sequence.lease.as_ref().map(Lease::claim);
-            match sequence.phase {
-                Phase::Waiting => assert_eq!((waiting, running, claim), (true, false, None), "{id} is lost"),
-                Phase::Transferring => {
-                    assert_eq!((waiting, running, claim), (false, false, Some(Claim::Reserved)), "{id} is lost");
-                }
-                Phase::Running => {
-                    assert_eq!((waiting, running, claim), (false, true, Some(Claim::Used)), "{id} is lost");
-                    assert!(sequence.remaining() > 0, "{id} has nothing left to compute");
-                }
-                Phase::Moving => {
-                    assert_eq!((waiting, running, claim), (false, false, Some(Claim::Held)), "{id} is lost");
-                }
-            }
+            let want = match sequence.phase {
+                Phase::Absent => panic!("{id} is kept although it is over"),
+                Phase::Waiting => (true, false, None),
+                Phase::Transferring => (false, false, Some(Claim::Reserved)),
+                Phase::Running | Phase::Doomed => (false, true, Some(Claim::Used)),
+                Phase::Moving => (false, false, Some(Claim::Held)),
+            };
+            assert_eq!((waiting, running, claim), want, "{id} is lost");
+            assert!(sequence.phase != Phase::Running || sequence.remaining() > 0, "{id} has nothing left to compute");
         }
         assert!(self.waiting.len() + self.running.len() <= self.sequences.len(), "a queue holds a stranger");
         if self.is_idle() {

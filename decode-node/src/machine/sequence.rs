@@ -1,27 +1,11 @@
 //! One sequence on a decode node.
 
+use super::phase::Phase;
 use ridge_blocks::{HashChain, Lease, hash_blocks};
 use ridge_protocol::transfer::KvPeer;
 use ridge_protocol::wire::{DecodeRequest, FinishReason, Receipt};
 use ridge_protocol::{BlockHash, NodeName, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId, TokenOut};
 use std::sync::Arc;
-
-/// Where a sequence stands.
-///
-/// `Waiting → Transferring → Running` by hand-off; `Waiting → Running` when computed here; `Transferring → Running`
-/// with the prompt still to compute when the hand-off failed; `Running → Waiting` by preemption; `Running → Moving` when
-/// another decode node is to continue it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Phase {
-    /// Without blocks.
-    Waiting,
-    /// Blocks are reserved and KV lands in them.
-    Transferring,
-    /// In the batch: to be computed, chunk by chunk, then token by token.
-    Running,
-    /// Its KV is held until another decode node has it, or nobody wants it any more.
-    Moving,
-}
 
 /// Where a sequence is to be continued.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -59,8 +43,6 @@ pub(super) struct Sequence {
     pub again_until: u32,
     /// Blocks were leased for it once: what the cache gave is accounted for.
     pub admitted: bool,
-    /// Cancelled, but the running pass still writes its blocks.
-    pub doomed: bool,
     /// The latest token as it was said, with its log-probabilities.
     pub last: Option<TokenOut>,
     /// It goes to another node as soon as it can.
@@ -89,7 +71,6 @@ impl Sequence {
             receipt_sent: false,
             again_until: 0,
             admitted: false,
-            doomed: false,
             last: None,
             moving: None,
         }
@@ -106,7 +87,7 @@ impl Sequence {
 
     /// It is to move, its KV is whole but for the last token's, and that token was said here.
     pub fn can_move(&self) -> bool {
-        self.moving.is_some() && self.remaining() == 1 && self.last.is_some() && !self.doomed
+        self.phase == Phase::Running && self.moving.is_some() && self.remaining() == 1 && self.last.is_some()
     }
 
     /// Index of the latest token within the answer.

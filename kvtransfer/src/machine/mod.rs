@@ -86,21 +86,6 @@ impl TransferStats {
     }
 }
 
-/// What an event means in a phase. The value of both machines' transition tables.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Step<Phase> {
-    /// The session is (or stays) in this phase.
-    Enter(Phase),
-    /// The session is over.
-    End,
-    /// Nothing happens: late or repeated.
-    Ignore,
-    /// The peer broke the protocol: the session is aborted.
-    Violation,
-    /// Our own scheduler broke its contract: the machine panics.
-    Bug,
-}
-
 /// A set of pages of one transfer: `layers` x `blocks` bits.
 #[derive(Clone, Debug)]
 struct PageSet {

@@ -5,10 +5,10 @@
 //! verified; anything else gives the reservation back. Read [`ReceiverInput`], then `step`.
 
 use super::upkeep::{Aborts, MAX_ALIVE, Pulse};
-use super::{PageSet, Step, TransferStats};
+use super::{PageSet, TransferStats};
 use ridge_protocol::transfer::{ReceiveCommand, ReceiveEvent, ReceiveJob};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
-use ridge_protocol::{BlockHash, BlockId, Duration, Instant, Machine, NodeName, RequestId, TokenOut, limits};
+use ridge_protocol::{BlockHash, BlockId, Duration, Instant, Machine, NodeName, RequestId, Step, TokenOut, limits};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -765,5 +765,5 @@ pub(super) fn table() -> String {
     use Cause::*;
     let phases = [Phase::Absent, Phase::Expected, Phase::Offered, Phase::Landing, Phase::Closing, Phase::Gone];
     let causes = [Expect, Cause::Offer, Finish, Cancel, Page, PeerAbort, PeerLost, Deadline, AllLanded];
-    super::tests::table("receiver", &phases, &causes, step)
+    ridge_protocol::step::table("receiver", &phases, &causes, step)
 }

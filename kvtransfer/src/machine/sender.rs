@@ -5,11 +5,12 @@
 //! not the sender's, each names the blocks that it is made from (rule K-12). Read [`SenderInput`], then `step`.
 
 use super::upkeep::{Aborts, MAX_ALIVE, Pulse};
-use super::{PageSet, Step, TransferStats};
+use super::{PageSet, TransferStats};
 use ridge_protocol::transfer::{KvPeer, Outcome, PageSource, SendCommand, SendEvent, SendJob, TransferTimes};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
 use ridge_protocol::{
-    BlockId, BlockShape, CacheDtype, Duration, Instant, Machine, ModelIdentity, NodeName, RequestId, TokenOut, limits,
+    BlockId, BlockShape, CacheDtype, Duration, Instant, Machine, ModelIdentity, NodeName, RequestId, Step, TokenOut,
+    limits,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
@@ -715,7 +716,7 @@ pub(super) fn table() -> String {
     use Cause::*;
     let causes =
         [Announce, Begin, Ready, Finish, Cancel, Grant, Credit, Commit, PeerAbort, PeerLost, Deadline, AllShipped];
-    super::tests::table(
+    ridge_protocol::step::table(
         "sender",
         &[Phase::Absent, Phase::Announced, Phase::Offered, Phase::Shipping, Phase::Finished],
         &causes,

@@ -1,8 +1,7 @@
 //! Cases of each machine on its own, and the snapshot of both transition tables.
 
-use super::{
-    Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput, Sender, SenderConfig, SenderInput, SenderOutput, Step,
-};
+use super::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput, Sender, SenderConfig, SenderInput, SenderOutput};
+use ridge_protocol::step::check_table;
 use ridge_protocol::transfer::{
     KvPeer, Outcome, PageSource, ReceiveCommand, ReceiveEvent, ReceiveJob, SendCommand, SendEvent, SendJob,
     TransferTimes,
@@ -11,40 +10,13 @@ use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
 use ridge_protocol::{
     BlockHash, BlockId, BlockShape, CacheDtype, Duration, Instant, Machine, NodeName, RequestId, TokenOut,
 };
-use std::fmt::Debug;
 
 const R: RequestId = RequestId(1);
 
-/// One line per phase and cause. `Bug` marks what only our own mistake can bring about.
-pub(super) fn table<P: Copy + PartialEq + Debug, C: Copy + Debug>(
-    machine: &str,
-    phases: &[P],
-    causes: &[C],
-    step: fn(P, C) -> Step<P>,
-) -> String {
-    let mut text = String::new();
-    for phase in phases {
-        for cause in causes {
-            let end = match step(*phase, *cause) {
-                Step::Enter(to) if to == *phase => "stays".to_owned(),
-                Step::Enter(to) => format!("-> {to:?}"),
-                other => format!("{other:?}").to_lowercase(),
-            };
-            text.push_str(&format!("{machine:8} {:8} {:10} {end}\n", format!("{phase:?}"), format!("{cause:?}")));
-        }
-    }
-    text
-}
-
-/// Run with `RIDGE_BLESS=1` to rewrite the file after a deliberate change.
 #[test]
 fn transitions_are_as_recorded() {
     let table = super::sender::table() + &super::receiver::table();
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/machine/transitions.txt");
-    if std::env::var_os("RIDGE_BLESS").is_some() {
-        std::fs::write(path, &table).expect("writes the snapshot");
-    }
-    assert_eq!(std::fs::read_to_string(path).unwrap_or_default(), table);
+    check_table(concat!(env!("CARGO_MANIFEST_DIR"), "/src/machine/transitions.txt"), &table);
 }
 
 fn peer() -> KvPeer {

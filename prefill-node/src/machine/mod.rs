@@ -5,6 +5,7 @@
 
 mod config;
 mod node;
+mod phase;
 mod record;
 #[cfg(test)]
 mod tests;

@@ -1,12 +1,13 @@
 //! [`PrefillNode`].
 
 use super::PrefillConfig;
+use super::phase::{Cause, Phase, step};
 use ridge_blocks::{BlockPool, CacheChange, Claim, Lease, hash_blocks};
 use ridge_protocol::stats::NodeStats;
 use ridge_protocol::transfer::{Outcome, SendCommand, SendEvent, SendJob};
 use ridge_protocol::wire::{FinishReason, NodeError, NodeToRouter, PrefillRequest, Receipt, RouterToNode};
 use ridge_protocol::{
-    BatchPlan, BlockHash, Duration, Instant, Machine, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId,
+    BatchPlan, BlockHash, Duration, Instant, Machine, PlanItem, RequestId, SampleSpec, SamplingParams, Step, TokenId,
     TokenOut,
 };
 use serde::{Deserialize, Serialize};
@@ -74,12 +75,7 @@ struct Prompt {
     computed: u32,
     /// Tokens found in the prefix cache.
     cached: u32,
-    /// All tokens are computed; only the hand-off is open.
-    finished: bool,
-    /// The hand-off is settled or was never wanted: blocks go as soon as the computation is over.
-    settled: bool,
-    /// Cancelled, but the running pass still writes its blocks.
-    doomed: bool,
+    phase: Phase,
 }
 
 impl Prompt {
@@ -177,8 +173,8 @@ impl PrefillNode {
 
     fn on_prefill(&mut self, request: PrefillRequest) {
         let id = request.request;
-        if self.prompts.contains_key(&id) {
-            return; // A duplicate is not an error.
+        if self.step(id, Cause::Submit) == Step::Ignore {
+            return;
         }
         if let Err(error) = self.check(&request) {
             return self.refuse(id, error);
@@ -191,9 +187,7 @@ impl PrefillNode {
             lease: None,
             computed: 0,
             cached: 0,
-            finished: false,
-            settled: false,
-            doomed: false,
+            phase: Phase::Waiting,
         };
         if let Some(to) = prompt.request.to.clone() {
             self.outputs.push_back(PrefillOutput::Transfer(SendCommand::Announce { request: id, to }));
@@ -218,18 +212,38 @@ impl PrefillNode {
         self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Failed { request, error }));
     }
 
+    /// What an event means for a prompt now; a phase that it brings about is entered.
+    ///
+    /// # Panics
+    ///
+    /// If only a bug of ours can have brought it about.
+    fn step(&mut self, id: RequestId, cause: Cause) -> Step<Phase> {
+        let prompt = self.prompts.get_mut(&id);
+        let phase = prompt.as_ref().map_or(Phase::Absent, |prompt| prompt.phase);
+        let step = step(phase, cause);
+        match step {
+            Step::Enter(next) => {
+                if let Some(prompt) = prompt {
+                    prompt.phase = next;
+                }
+            }
+            Step::End | Step::Ignore => {}
+            Step::Violation | Step::Bug => panic!("{id}: {cause:?} while {phase:?}"),
+        }
+        step
+    }
+
     /// Forgets a prompt; its blocks go now, or after the running pass if that writes them. Idempotent.
     fn cancel(&mut self, id: RequestId, reason: &str) {
-        let in_pass = self.is_in_pass(id);
-        let Some(prompt) = self.prompts.get_mut(&id) else { return };
-        if prompt.request.to.is_some() && !prompt.settled {
+        let step = self.step(id, if self.is_in_pass(id) { Cause::CancelInPass } else { Cause::Cancel });
+        if step == Step::Ignore {
+            return;
+        }
+        if self.prompts[&id].request.to.is_some() {
             let command = SendCommand::Cancel { request: id, reason: reason.into() };
             self.outputs.push_back(PrefillOutput::Transfer(command));
-            prompt.settled = true;
         }
-        if in_pass {
-            prompt.doomed = true;
-        } else {
+        if step == Step::End {
             self.remove(id);
         }
     }
@@ -254,7 +268,7 @@ impl PrefillNode {
         };
         for chunk in chunks {
             let prompt = &self.prompts[&chunk.request];
-            let Some(to) = prompt.request.to.as_ref().filter(|_| !prompt.settled) else { continue };
+            let Some(to) = prompt.request.to.as_ref().filter(|_| prompt.phase == Phase::Running) else { continue };
             // A chunk ends on one of this node's block boundaries unless it ends the prompt: of the receiver's blocks the
             // last one that it touches may be finished by a later chunk.
             let filled = |computed| to.blocks.filled_blocks(computed, prompt.len());
@@ -288,7 +302,8 @@ impl PrefillNode {
             for at in first..full {
                 self.pool.publish(lease.blocks()[at], prompt.hashes[at]);
             }
-            if prompt.doomed {
+            if prompt.phase == Phase::Doomed {
+                assert_eq!(self.step(chunk.request, Cause::PassOver), Step::End);
                 outputs.remove(&chunk.request);
                 self.remove(chunk.request);
             } else if prompt.remaining() == 0 {
@@ -304,7 +319,6 @@ impl PrefillNode {
         let prompt = self.prompts.get_mut(&id).expect("a prompt in a pass is kept");
         self.running.retain(|&r| r != id);
         self.stats.generated_tokens += 1;
-        prompt.finished = true;
         let receipt = Receipt { cached: prompt.cached, computed: prompt.len() - prompt.cached, ..Receipt::default() };
         let index = prompt.len() - prompt.request.prompt_len;
         let finish = if prompt.params.is_stop(out.token) {
@@ -314,7 +328,7 @@ impl PrefillNode {
         } else {
             None
         };
-        let wanted = prompt.request.to.is_some() && !prompt.settled;
+        let wanted = prompt.request.to.is_some();
         self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Receipt { request: id, receipt }));
         self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Token {
             request: id,
@@ -322,7 +336,8 @@ impl PrefillNode {
             out: out.clone(),
             finish,
         }));
-        if wanted {
+        if self.step(id, if wanted { Cause::Finish } else { Cause::FinishAlone }) == Step::Enter(Phase::Held) {
+            let prompt = self.prompts.get_mut(&id).expect("a held prompt is kept");
             let lease = prompt.lease.as_mut().expect("a finished prompt has blocks");
             self.pool.reclaim(lease, Claim::Held);
             self.outputs.push_back(PrefillOutput::Transfer(SendCommand::Finish { request: id, first: out }));
@@ -333,25 +348,23 @@ impl PrefillNode {
 
     fn on_transfer(&mut self, event: SendEvent) {
         let SendEvent::Settled { request, outcome } = event;
-        let in_pass = self.is_in_pass(request);
-        let Some(prompt) = self.prompts.get_mut(&request) else { return };
-        prompt.settled = true;
-        match outcome {
-            Outcome::Committed { times, .. } => {
-                assert!(prompt.finished, "a hand-off cannot be committed before the prompt is computed");
-                self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Shipped { request, times }));
-            }
-            Outcome::Aborted(reason) => {
-                // The decode node decides what becomes of the sequence; what is computed so far stays cached.
-                let error = NodeError::Transfer(reason);
-                self.outputs.push_back(PrefillOutput::ToRouter(NodeToRouter::Failed { request, error }));
-                if in_pass {
-                    self.prompts.get_mut(&request).expect("looked up above").doomed = true;
-                    return;
-                }
-            }
+        let cause = match outcome {
+            Outcome::Committed { .. } => Cause::Commit,
+            Outcome::Aborted(_) if self.is_in_pass(request) => Cause::AbortInPass,
+            Outcome::Aborted(_) => Cause::Abort,
+        };
+        let step = self.step(request, cause);
+        if step == Step::Ignore {
+            return;
         }
-        self.remove(request);
+        self.outputs.push_back(PrefillOutput::ToRouter(match outcome {
+            Outcome::Committed { times, .. } => NodeToRouter::Shipped { request, times },
+            // The decode node decides what becomes of the sequence; what is computed so far stays cached.
+            Outcome::Aborted(reason) => NodeToRouter::Failed { request, error: NodeError::Transfer(reason) },
+        }));
+        if step == Step::End {
+            self.remove(request);
+        }
     }
 
     /// Admits waiting prompts, oldest first, while blocks and places last.
@@ -383,6 +396,7 @@ impl PrefillNode {
                 }
             }
             prompt.lease = Some(lease);
+            self.step(id, Cause::Admit);
             self.waiting.pop_front();
             self.running.push_back(id);
         }
@@ -441,7 +455,12 @@ impl PrefillNode {
             orphaned_blocks: self.pool.check_integrity(self.leases()),
             waiting: self.waiting.len() as u32,
             running: self.running.len() as u32,
-            queued_tokens: self.prompts.values().filter(|p| !p.finished).map(|p| u64::from(p.remaining())).sum(),
+            queued_tokens: self
+                .prompts
+                .values()
+                .filter(|p| p.phase != Phase::Held)
+                .map(|p| u64::from(p.remaining()))
+                .sum(),
             ..self.stats
         }
     }
@@ -530,8 +549,15 @@ impl Machine for PrefillNode {
             assert!(self.prompts.contains_key(id), "{id} is queued but unknown");
         }
         for (id, prompt) in &self.prompts {
-            let queued = self.waiting.contains(id) || self.running.contains(id);
-            assert_eq!(queued, !prompt.finished, "{id} is lost");
+            let (waiting, running) = (self.waiting.contains(id), self.running.contains(id));
+            let claim = prompt.lease.as_ref().map(Lease::claim);
+            let want = match prompt.phase {
+                Phase::Absent => panic!("{id} is kept although it is over"),
+                Phase::Waiting => (true, false, None),
+                Phase::Running | Phase::Doomed => (false, true, Some(Claim::Used)),
+                Phase::Held => (false, false, Some(Claim::Held)),
+            };
+            assert_eq!((waiting, running, claim), want, "{id} is lost");
             assert!(prompt.computed <= prompt.len(), "{id} computed more than it has");
         }
         if self.is_idle() {

@@ -2,6 +2,7 @@
 //!
 //! Knows no HTTP, socket, tokenizer or clock; see [`ridge_protocol::Machine`] for how it is driven.
 
+mod dispatch;
 mod node;
 mod placement;
 mod record;

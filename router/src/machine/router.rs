@@ -1,15 +1,16 @@
 //! [`Router`].
 
+use super::dispatch::{Dispatch, Moving, Phase, Word};
 use super::node::{Node, PromptHashes};
 use super::placement::{place, place_move};
-use super::sequence::{Arrival, Dispatch, Early, Moving, Sequence};
+use super::sequence::{Arrival, Early, Sequence};
 use super::types::{
     ClientId, NodeView, ReplyEvent, RouterConfig, RouterError, RouterInput, RouterOutput, RouterStats, Submit, Usage,
 };
 use ridge_protocol::wire::{
     DecodeRequest, FinishReason, NodeError, NodeHello, NodeToRouter, PrefillRequest, Receipt, RouterToNode,
 };
-use ridge_protocol::{Instant, Machine, ModelIdentity, NodeId, RequestId, Role, SamplingParams, TokenOut};
+use ridge_protocol::{Instant, Machine, ModelIdentity, NodeId, RequestId, Role, SamplingParams, Step, TokenOut};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Dispatches after which a client is told that the cluster is overloaded.
@@ -156,7 +157,12 @@ impl Router {
         }
         let prefill = placement.prefill;
         let conversion = prefill.zip(decode).and_then(|(from, to)| self.nodes[&from].conversion(&self.nodes[&to]));
-        sequence.dispatch = Some(Dispatch { request, prefill, decode, handed_over: false, moving: None, conversion });
+        let phase = match (prefill, decode) {
+            (Some(_), None) => Phase::FirstOnly,
+            (Some(_), Some(_)) => Phase::HandOff,
+            (None, _) => Phase::Alone,
+        };
+        sequence.dispatch = Some(Dispatch { request, prefill, decode, phase, moving: None, conversion });
         let deadline = sequence.deadline;
         self.expect_by(deadline);
         self.requests.insert(request, client);
@@ -227,7 +233,7 @@ impl Router {
             // A decode node that has spoken has settled with the prefill node. Until then the prefill node holds blocks
             // for it, even if it said the last token itself; and the decode node may never have heard of the request,
             // so both must be told that nobody wants them.
-            let holds_nothing = dispatch.handed_over || dispatch.decode.is_none();
+            let holds_nothing = dispatch.phase != Phase::HandOff;
             let decoded = dispatch.decode == Some(by);
             for (side, done) in [(&mut dispatch.prefill, holds_nothing), (&mut dispatch.decode, decoded)] {
                 if let Some(id) = side.filter(|_| done) {
@@ -314,11 +320,12 @@ impl Router {
         let Some(node) = self.nodes.remove(&id) else { return };
         for request in node.in_flight.into_keys() {
             let client = self.requests[&request];
-            let dispatch = self.sequences[&client].dispatch.as_ref().expect("a dispatch in flight is kept");
-            if dispatch.decode != Some(id) && dispatch.handed_over {
-                continue; // The decode node has everything it needs.
+            let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
+            let dispatch = sequence.dispatch.as_mut().expect("a dispatch in flight is kept");
+            let word = dispatch.word(id, Word::PrefillLost, Word::DecodeLost);
+            if word.is_some_and(|word| dispatch.hear(word) == Step::End) {
+                self.retry(now, client, Some(id), &format!("node {} was lost: {reason}", node.hello.name));
             }
-            self.retry(now, client, Some(id), &format!("node {} was lost: {reason}", node.hello.name));
         }
     }
 
@@ -329,15 +336,17 @@ impl Router {
             NodeToRouter::Receipt { request, receipt } => {
                 let Some(&client) = self.requests.get(&request) else { return };
                 let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
-                let dispatch = sequence.dispatch.as_ref().expect("a dispatch in flight is kept");
+                let dispatch = sequence.dispatch.as_mut().expect("a dispatch in flight is kept");
                 let (from_prefill, from_decode) = (dispatch.prefill == Some(id), dispatch.decode == Some(id));
                 if !from_prefill && !from_decode {
                     return; // It has no part in this.
                 }
+                let recomputed = from_decode && receipt.recomputed > 0;
                 let transferred = from_decode && receipt.transferred > 0;
                 let converted = dispatch.conversion.filter(|_| transferred);
+                let alone = recomputed && dispatch.hear(Word::Recomputed) == Step::Enter(Phase::Alone);
                 sequence.on_receipt(from_decode, Receipt { converted, ..receipt });
-                if from_decode && receipt.recomputed > 0 {
+                if alone {
                     // The decode node did not wait for the hand-off: nobody needs it any more.
                     self.release_prefill(client, true);
                 }
@@ -359,8 +368,7 @@ impl Router {
                 let Some(dispatch) = sequence.dispatch.as_mut().filter(|dispatch| dispatch.prefill == Some(id)) else {
                     return; // It has no part in this.
                 };
-                // The decode node has committed. It may not have spoken yet, and whoever handed over may leave now.
-                dispatch.handed_over = true;
+                dispatch.hear(Word::Shipped);
                 node.in_flight.remove(&request);
                 sequence.usage.receipt.times = sequence.usage.receipt.times + times;
             }
@@ -385,19 +393,15 @@ impl Router {
         let Some(&client) = self.requests.get(&request) else { return }; // Of a dispatch that is over.
         let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
         let dispatch = sequence.dispatch.as_mut().expect("a dispatch in flight is kept");
-        if dispatch.decode != Some(id) && dispatch.prefill != Some(id) {
-            return; // It has no part in this.
-        }
+        let Some(word) = dispatch.word(id, Word::PrefillToken, Word::DecodeToken) else { return };
+        dispatch.hear(word);
         sequence.deadline = now + self.config.progress_deadline;
-        if dispatch.decode == Some(id) {
-            dispatch.handed_over = true;
-        }
         for node in dispatch.prefill.iter().chain(&dispatch.decode) {
             if let Some(work) = self.nodes.get_mut(node).and_then(|node| node.in_flight.get_mut(&request)) {
                 *work = 0; // The prompt is computed.
             }
         }
-        if dispatch.handed_over
+        if dispatch.phase == Phase::HandedOver
             && let Some(node) = dispatch.prefill.and_then(|prefill| self.nodes.get_mut(&prefill))
         {
             node.in_flight.remove(&request);
@@ -433,16 +437,23 @@ impl Router {
 
     fn on_failed(&mut self, now: Instant, id: NodeId, request: RequestId, error: NodeError) {
         let Some(&client) = self.requests.get(&request) else { return };
-        let dispatch = self.sequences[&client].dispatch.as_ref().expect("a dispatch in flight is kept");
-        let from_prefill = dispatch.prefill == Some(id);
-        if !from_prefill && dispatch.decode != Some(id) || from_prefill && dispatch.handed_over {
-            return; // It has no part in this, or no longer.
-        }
-        if from_prefill && let (NodeError::Transfer(reason), Some(decode)) = (&error, dispatch.decode) {
-            // The decode node computes the prompt itself; it may not have heard (rule C-8).
-            let message = RouterToNode::TransferFailed { request, reason: reason.clone() };
-            self.outputs.push_back(RouterOutput::Send { node: decode, message });
-            return self.release_prefill(client, false);
+        let sequence = self.sequences.get_mut(&client).expect("a dispatch in flight is kept");
+        let dispatch = sequence.dispatch.as_mut().expect("a dispatch in flight is kept");
+        let of_prefill = if matches!(error, NodeError::Transfer(_)) { Word::Unshipped } else { Word::PrefillFailed };
+        let Some(word) = dispatch.word(id, of_prefill, Word::DecodeFailed) else { return };
+        match dispatch.hear(word) {
+            Step::End => {}
+            Step::Enter(_) => {
+                // The decode node computes the prompt itself; it may not have heard (rule C-8).
+                let decode = dispatch.decode.expect("somebody goes on alone");
+                let NodeError::Transfer(reason) = error else {
+                    unreachable!("only a hand-off that failed leaves it to the decode node")
+                };
+                let message = RouterToNode::TransferFailed { request, reason };
+                self.outputs.push_back(RouterOutput::Send { node: decode, message });
+                return self.release_prefill(client, false);
+            }
+            _ => return, // Its part is over.
         }
         match error {
             NodeError::Invalid(reason) => self.fail(client, RouterError::Invalid(reason)),
@@ -524,7 +535,8 @@ impl Router {
         let context = target.hello.max_model_len.min(self.nodes[&id].hello.max_model_len);
         let from = self.nodes[&id].hello.name.clone();
         let conversion = self.nodes[&id].conversion(target);
-        let dispatch = sequence.dispatch.take().expect("looked up above");
+        let mut dispatch = sequence.dispatch.take().expect("looked up above");
+        dispatch.hear(Word::Moves);
         sequence.drop_early();
         let message = RouterToNode::Decode(DecodeRequest {
             request: next,
@@ -543,7 +555,7 @@ impl Router {
             request: next,
             prefill: Some(id),
             decode: Some(to),
-            handed_over: false,
+            phase: dispatch.phase,
             moving: None,
             conversion,
         });
@@ -608,14 +620,14 @@ impl Machine for Router {
             let sequence = self.sequences.get_mut(&client).expect("it was found late");
             if sequence.pause.take().is_some() {
                 self.dispatch(now, client);
-            } else if sequence.dispatch.is_none() {
+            } else if let Some(dispatch) = &mut sequence.dispatch {
+                let owing = dispatch.owing();
+                assert_eq!(dispatch.hear(Word::Silence), Step::End);
+                self.retry(now, client, owing, "no sign of life from its nodes");
+            } else {
                 let waited = self.config.placement_deadline.as_secs();
                 let error = format!("no decode node could be had for {waited} s");
                 self.fail(client, RouterError::Unavailable(error));
-            } else {
-                let dispatch = self.sequences[&client].dispatch.as_ref();
-                let owing = dispatch.and_then(|d| if d.handed_over { d.decode } else { d.prefill.or(d.decode) });
-                self.retry(now, client, owing, "no sign of life from its nodes");
             }
         }
         self.next_check = self.sequences.values().map(Sequence::due).min();
@@ -634,6 +646,7 @@ impl Machine for Router {
         for (request, client) in &self.requests {
             let dispatch = self.sequences.get(client).and_then(|s| s.dispatch.as_ref());
             assert_eq!(dispatch.map(|d| d.request), Some(*request), "{request} belongs to nobody");
+            dispatch.into_iter().for_each(Dispatch::check_integrity);
         }
         for (id, node) in &self.nodes {
             for request in node.in_flight.keys() {

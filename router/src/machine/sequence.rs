@@ -1,39 +1,10 @@
 //! One sequence as the router follows it: what the client has seen, and who works on it.
 
+use super::dispatch::Dispatch;
 use super::types::{ClientId, Submit, Usage};
 use ridge_protocol::wire::{FinishReason, Receipt};
-use ridge_protocol::{Conversion, Instant, NodeId, RequestId, SamplingParams, TokenId, TokenOut};
+use ridge_protocol::{Instant, NodeId, SamplingParams, TokenId, TokenOut};
 use std::collections::BTreeMap;
-
-/// The present dispatch.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Dispatch {
-    pub request: RequestId,
-    pub prefill: Option<NodeId>,
-    /// `None` when the first token is also the last: then nobody decodes.
-    pub decode: Option<NodeId>,
-    /// The decode node has the KV: it has said something, or the prefill node has said so. The prefill node's part is over.
-    pub handed_over: bool,
-    /// The decode node was told to move it.
-    pub moving: Option<Moving>,
-    /// What KV becomes between the two nodes, if their blocks differ.
-    pub conversion: Option<Conversion>,
-}
-
-impl Dispatch {
-    /// Whether its nodes keep KV in different types: what they compute may then differ in a last place, and in a token.
-    pub fn rounds(&self) -> bool {
-        self.conversion.is_some_and(|conversion| conversion.from.dtype != conversion.to.dtype)
-    }
-}
-
-/// Where a sequence goes whose decode node drains.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Moving {
-    /// The dispatch there.
-    pub next: RequestId,
-    pub to: NodeId,
-}
 
 #[derive(Debug)]
 pub(super) struct Sequence {
