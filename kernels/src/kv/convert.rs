@@ -25,7 +25,14 @@ impl KvFormat {
     /// Float types become any type, rounded to nearest even as in [`KvFormat::write`]; 8-bit types only stay what they are.
     ///
     /// Panics if another type is asked of 8 bits, if the heads differ, or if a length or a slot does not fit.
+    /// [`crate::convert_kv`] does the same with the machine's vectors, to the same bytes.
     pub fn convert(&self, page: &[u8], to: &KvFormat, out: &mut [u8], moved: KvMove) {
+        self.recast(page, to, out, moved);
+    }
+
+    /// The body of [`Self::convert`], inlined so that each ISA compiles its own copy.
+    #[inline(always)]
+    pub(crate) fn recast(&self, page: &[u8], to: &KvFormat, out: &mut [u8], moved: KvMove) {
         assert_eq!((self.kv_heads, self.head_dim), (to.kv_heads, to.head_dim), "heads of one model");
         assert_eq!((page.len(), out.len()), (self.page_bytes(), to.page_bytes()));
         assert!(moved.from + moved.tokens <= self.block_size, "{moved:?} from {} slots", self.block_size);
@@ -57,6 +64,7 @@ impl KvFormat {
         }
     }
 
+    #[inline(always)]
     fn recode_from<S: Float<M>, const M: usize>(&self, page: &[u8], to: &KvFormat, out: &mut [u8], moved: KvMove) {
         match to.dtype {
             KvDtype::F32 => self.recode::<S, M, F32, 4>(page, to, out, moved),
@@ -67,6 +75,7 @@ impl KvFormat {
         }
     }
 
+    #[inline(always)]
     fn recode<S: Float<M>, const M: usize, C: Code<N>, const N: usize>(
         &self,
         page: &[u8],
@@ -78,14 +87,13 @@ impl KvFormat {
         let scaled = to.dtype.scale_bytes() > 0;
         // Of one row of a head's keys, for each token: the largest magnitude so far, then what to multiply by.
         let (mut largest, mut factors) = (vec![0; tokens], vec![1.0; tokens]);
-        let mut value = vec![0.0; dim];
         for head in 0..self.kv_heads {
             let key_row = |d: usize| page[self.key(head, d, from)..][..tokens * M].as_chunks::<M>().0;
             if scaled {
                 largest.fill(0);
                 for d in 0..dim {
                     for (bytes, largest) in key_row(d).iter().zip(&mut largest) {
-                        *largest = (S::decode(*bytes).to_bits() & 0x7fff_ffff).max(*largest);
+                        *largest = magnitude::<S, M>(*bytes).max(*largest);
                     }
                 }
                 for (i, (largest, factor)) in largest.iter().zip(&mut factors).enumerate() {
@@ -96,24 +104,49 @@ impl KvFormat {
             }
             for d in 0..dim {
                 let row = out[to.key(head, d, at)..][..tokens * N].as_chunks_mut::<N>().0;
-                for ((bytes, factor), coded) in key_row(d).iter().zip(&factors).zip(row) {
-                    *coded = C::encode(S::decode(*bytes), *factor);
-                }
+                recode_row::<S, M, C, N>(key_row(d), |token| factors[token], row);
             }
             for i in 0..tokens {
-                let row = page[self.value(head, from + i)..][..dim * M].as_chunks::<M>().0;
-                for (bytes, value) in row.iter().zip(&mut value) {
-                    *value = S::decode(*bytes);
+                let value = page[self.value(head, from + i)..][..dim * M].as_chunks::<M>().0;
+                let mut factor = 1.0;
+                if scaled {
+                    let largest = value.iter().map(|bytes| magnitude::<S, M>(*bytes)).max().unwrap_or(0);
+                    let scale = C::scale_of(f32::from_bits(largest));
+                    to.put_scale(out, to.value_scale(head, at + i), scale);
+                    factor = C::factor(scale);
                 }
-                let scale = C::scale(&value);
-                to.put_scale(out, to.value_scale(head, at + i), scale);
-                let factor = C::factor(scale);
-                let coded = out[to.value(head, at + i)..][..dim * N].as_chunks_mut::<N>().0;
-                for (value, coded) in value.iter().zip(coded) {
-                    *coded = C::encode(*value, factor);
-                }
+                let row = out[to.value(head, at + i)..][..dim * N].as_chunks_mut::<N>().0;
+                recode_row::<S, M, C, N>(value, |_| factor, row);
             }
         }
+    }
+}
+
+/// An element without its sign. As integers, magnitudes sort as numbers do, infinity above all of them and NaN above infinity.
+#[inline(always)]
+fn magnitude<S: Float<M>, const M: usize>(bytes: [u8; M]) -> u32 {
+    S::decode(bytes).to_bits() & 0x7fff_ffff
+}
+
+/// Consecutive elements, each times its own factor. In groups of a fixed length: rows are short, and a loop that does not know
+/// how short is not worth vectorising.
+#[inline(always)]
+fn recode_row<S: Float<M>, const M: usize, C: Code<N>, const N: usize>(
+    from: &[[u8; M]],
+    factor: impl Fn(usize) -> f32,
+    to: &mut [[u8; N]],
+) {
+    const GROUP: usize = 16;
+    let (groups, rest) = from.as_chunks::<GROUP>();
+    let (coded_groups, coded_rest) = to.as_chunks_mut::<GROUP>();
+    for (group, (elements, coded)) in groups.iter().zip(coded_groups).enumerate() {
+        let factors: [f32; GROUP] = std::array::from_fn(|i| factor(group * GROUP + i));
+        let values: [f32; GROUP] = std::array::from_fn(|i| S::decode(elements[i]));
+        *coded = std::array::from_fn(|i| C::encode(values[i], factors[i]));
+    }
+    let done = from.len() - rest.len();
+    for (i, (element, coded)) in rest.iter().zip(coded_rest).enumerate() {
+        *coded = C::encode(S::decode(*element), factor(done + i));
     }
 }
 
