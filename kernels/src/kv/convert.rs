@@ -37,6 +37,9 @@ impl KvFormat {
         assert_eq!((page.len(), out.len()), (self.page_bytes(), to.page_bytes()));
         assert!(moved.from + moved.tokens <= self.block_size, "{moved:?} from {} slots", self.block_size);
         assert!(moved.to + moved.tokens <= to.block_size, "{moved:?} into {} slots", to.block_size);
+        if moved.tokens == 0 {
+            return;
+        }
         if self.dtype == to.dtype {
             return self.copy_slots(page, to, out, moved);
         }
@@ -83,17 +86,21 @@ impl KvFormat {
         out: &mut [u8],
         KvMove { from, to: at, tokens }: KvMove,
     ) {
-        let dim = self.head_dim;
-        let scaled = to.dtype.scale_bytes() > 0;
-        // Of one row of a head's keys, for each token: the largest magnitude so far, then what to multiply by.
+        let (dim, scaled) = (self.head_dim, to.dtype.scale_bytes() > 0);
+        // A head's elements, then the same coded: with these in between, each step is a plain loop over neighbours.
+        let mut elements = vec![0.0; dim * tokens];
+        let mut coded = vec![[0; N]; dim * tokens];
+        // Of each token's key: the largest magnitude, as in `Code::scale`, and what to multiply by.
         let (mut largest, mut factors) = (vec![0; tokens], vec![1.0; tokens]);
         for head in 0..self.kv_heads {
-            let key_row = |d: usize| page[self.key(head, d, from)..][..tokens * M].as_chunks::<M>().0;
+            for (d, row) in elements.chunks_exact_mut(tokens).enumerate() {
+                decode_all::<S, M>(&page[self.key(head, d, from)..][..tokens * M], row);
+            }
             if scaled {
                 largest.fill(0);
-                for d in 0..dim {
-                    for (bytes, largest) in key_row(d).iter().zip(&mut largest) {
-                        *largest = magnitude::<S, M>(*bytes).max(*largest);
+                for row in elements.chunks_exact(tokens) {
+                    for (v, largest) in row.iter().zip(&mut largest) {
+                        *largest = (v.to_bits() & 0x7fff_ffff).max(*largest);
                     }
                 }
                 for (i, (largest, factor)) in largest.iter().zip(&mut factors).enumerate() {
@@ -101,52 +108,45 @@ impl KvFormat {
                     to.put_scale(out, to.key_scale(head, at + i), scale);
                     *factor = C::factor(scale);
                 }
-            }
-            for d in 0..dim {
-                let row = out[to.key(head, d, at)..][..tokens * N].as_chunks_mut::<N>().0;
-                recode_row::<S, M, C, N>(key_row(d), |token| factors[token], row);
-            }
-            for i in 0..tokens {
-                let value = page[self.value(head, from + i)..][..dim * M].as_chunks::<M>().0;
-                let mut factor = 1.0;
-                if scaled {
-                    let largest = value.iter().map(|bytes| magnitude::<S, M>(*bytes)).max().unwrap_or(0);
-                    let scale = C::scale_of(f32::from_bits(largest));
-                    to.put_scale(out, to.value_scale(head, at + i), scale);
-                    factor = C::factor(scale);
+                for (row, coded) in elements.chunks_exact(tokens).zip(coded.chunks_exact_mut(tokens)) {
+                    for ((v, factor), coded) in row.iter().zip(&factors).zip(coded) {
+                        *coded = C::encode(*v, *factor);
+                    }
                 }
-                let row = out[to.value(head, at + i)..][..dim * N].as_chunks_mut::<N>().0;
-                recode_row::<S, M, C, N>(value, |_| factor, row);
+            } else {
+                encode_all::<C, N>(&elements, 1.0, &mut coded);
             }
+            for (d, row) in coded.chunks_exact(tokens).enumerate() {
+                out[to.key(head, d, at)..][..tokens * N].copy_from_slice(row.as_flattened());
+            }
+
+            decode_all::<S, M>(&page[self.value(head, from)..][..tokens * dim * M], &mut elements);
+            if scaled {
+                let values = elements.chunks_exact(dim).zip(coded.chunks_exact_mut(dim));
+                for (i, (value, coded)) in values.enumerate() {
+                    let scale = C::scale(value);
+                    to.put_scale(out, to.value_scale(head, at + i), scale);
+                    encode_all::<C, N>(value, C::factor(scale), coded);
+                }
+            } else {
+                encode_all::<C, N>(&elements, 1.0, &mut coded);
+            }
+            out[to.value(head, at)..][..tokens * dim * N].copy_from_slice(coded.as_flattened());
         }
     }
 }
 
-/// An element without its sign. As integers, magnitudes sort as numbers do, infinity above all of them and NaN above infinity.
 #[inline(always)]
-fn magnitude<S: Float<M>, const M: usize>(bytes: [u8; M]) -> u32 {
-    S::decode(bytes).to_bits() & 0x7fff_ffff
+fn decode_all<S: Float<M>, const M: usize>(from: &[u8], to: &mut [f32]) {
+    for (bytes, v) in from.as_chunks::<M>().0.iter().zip(to) {
+        *v = S::decode(*bytes);
+    }
 }
 
-/// Consecutive elements, each times its own factor. In groups of a fixed length: rows are short, and a loop that does not know
-/// how short is not worth vectorising.
 #[inline(always)]
-fn recode_row<S: Float<M>, const M: usize, C: Code<N>, const N: usize>(
-    from: &[[u8; M]],
-    factor: impl Fn(usize) -> f32,
-    to: &mut [[u8; N]],
-) {
-    const GROUP: usize = 16;
-    let (groups, rest) = from.as_chunks::<GROUP>();
-    let (coded_groups, coded_rest) = to.as_chunks_mut::<GROUP>();
-    for (group, (elements, coded)) in groups.iter().zip(coded_groups).enumerate() {
-        let factors: [f32; GROUP] = std::array::from_fn(|i| factor(group * GROUP + i));
-        let values: [f32; GROUP] = std::array::from_fn(|i| S::decode(elements[i]));
-        *coded = std::array::from_fn(|i| C::encode(values[i], factors[i]));
-    }
-    let done = from.len() - rest.len();
-    for (i, (element, coded)) in rest.iter().zip(coded_rest).enumerate() {
-        *coded = C::encode(S::decode(*element), factor(done + i));
+fn encode_all<C: Code<N>, const N: usize>(from: &[f32], factor: f32, to: &mut [[u8; N]]) {
+    for (v, coded) in from.iter().zip(to) {
+        *coded = C::encode(*v, factor);
     }
 }
 
