@@ -5,7 +5,7 @@
 //! cargo run --release -p ridge-kernels --example convert_speed
 //! ```
 
-use ridge_kernels::{KvDtype, KvFormat, KvMove};
+use ridge_kernels::{KvDtype, KvFormat, KvMove, convert_kv};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -46,7 +46,7 @@ fn measure(from: KvFormat, to: KvFormat) {
             if from == to {
                 out[token / to.block_size].copy_from_slice(page);
             } else {
-                from.convert(page, &to, &mut out[token / to.block_size], moved);
+                convert_kv(&from, page, &to, &mut out[token / to.block_size], moved);
             }
         }
         black_box(&out);

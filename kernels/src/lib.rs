@@ -31,7 +31,7 @@ mod testing;
 
 #[cfg(not(loom))]
 pub use cpu::{
-    Cpu,
+    Cpu, convert_kv,
     dispatch::Isa,
     generic::matmul::{Finish, Gate},
     operand::{Operand, Rows},

@@ -16,7 +16,7 @@
 
 use crate::mapping::{self, HugePages, HugePagesGot};
 use ridge_kernels::sync::page_lock::PageLocks;
-use ridge_kernels::{KvDtype, KvFormat, KvMove};
+use ridge_kernels::{KvDtype, KvFormat, KvMove, convert_kv};
 use ridge_protocol::transfer::PageSource;
 use ridge_protocol::{BlockId, BlockShape, CacheDtype};
 use std::ops::{Deref, DerefMut};
@@ -161,7 +161,7 @@ impl KvMemory {
         for block in &source.blocks {
             let tokens = (self.format.block_size - from).min(source.tokens as usize - filled);
             let moved = KvMove { from, to: filled, tokens };
-            self.format.convert(&self.read(layer, *block), &to, &mut page, moved);
+            convert_kv(&self.format, &self.read(layer, *block), &to, &mut page, moved);
             (from, filled) = (0, filled + tokens);
         }
         assert_eq!(filled, source.tokens as usize, "{source:?} does not hold its tokens");

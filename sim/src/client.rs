@@ -1,6 +1,6 @@
 //! What clients send, and what they must get.
 
-use ridge_protocol::wire::FinishReason;
+use ridge_protocol::wire::{FinishReason, Receipt};
 use ridge_protocol::{Instant, SamplingParams, TokenId};
 use ridge_router::machine::{ReplyEvent, RouterError};
 
@@ -42,6 +42,9 @@ impl Client {
                 assert_eq!(usage.prompt_tokens as usize, self.prompt_len);
                 assert_eq!(usage.completion_tokens as usize, self.got);
                 assert!(usage.cached_tokens <= usage.prompt_tokens);
+                let Receipt { transferred, converted, .. } = usage.receipt;
+                let needless = converted.is_some_and(|it| it.from == it.to || transferred == 0);
+                assert!(!needless, "the receipt tells of a conversion that was none: {converted:?}");
                 self.end = Some(Ok(()));
             }
             ReplyEvent::Failed(error) => self.end = Some(Err(error)),

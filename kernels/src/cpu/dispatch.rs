@@ -17,7 +17,7 @@ use super::generic::attention::{Piece, Run, Scratch};
 use super::generic::matmul::{Job, Scratch as MatmulScratch};
 use super::operand::Part;
 use crate::dtype::DType;
-use crate::kv::KvFormat;
+use crate::kv::{KvFormat, KvMove};
 use std::sync::OnceLock;
 
 /// An instruction set with kernels of its own, in rising order.
@@ -143,6 +143,7 @@ pub(crate) struct Kernels {
     pub(crate) attention: unsafe fn(&Piece<'_>, &mut Scratch),
     pub(crate) join_splits: unsafe fn(&Run<'_>, *mut f32, &mut Scratch),
     pub(crate) write_kv: unsafe fn(&KvFormat, &mut [u8], usize, &[f32], &[f32]),
+    pub(crate) convert_kv: unsafe fn(&KvFormat, &[u8], &KvFormat, &mut [u8], KvMove),
 }
 
 impl Kernels {

@@ -15,7 +15,7 @@ macro_rules! instantiate {
             use $crate::cpu::generic::attention::products;
             use $crate::cpu::generic::attention::tile::{Element, Keys};
             use $crate::cpu::generic::{attention, matmul, rows};
-            use $crate::{DType, KvFormat};
+            use $crate::{DType, KvFormat, KvMove};
             use $crate::cpu::vector::Vector;
 
             pub(super) const FLOAT_ROWS: usize = <$vector>::FLOAT_ROWS;
@@ -78,6 +78,16 @@ macro_rules! instantiate {
             pub(super) unsafe fn write_kv(fmt: &KvFormat, page: &mut [u8], slot: usize, k: &[f32], v: &[f32]) {
                 fmt.fill(page, slot, k, v);
             }
+            #[$($attribute)*]
+            pub(super) unsafe fn convert_kv(
+                from: &KvFormat,
+                page: &[u8],
+                to: &KvFormat,
+                out: &mut [u8],
+                moved: KvMove,
+            ) {
+                from.recast(page, to, out, moved);
+            }
 
             impl products::Strips for $vector {
                 #[$($attribute)*]
@@ -121,6 +131,7 @@ macro_rules! instantiate {
             attention: compiled::attention,
             join_splits: compiled::join_splits,
             write_kv: compiled::write_kv,
+            convert_kv: compiled::convert_kv,
         };
     };
 }

@@ -20,6 +20,7 @@ mod vector;
 pub(crate) use instantiate::instantiate;
 
 use crate::dtype::DType;
+use crate::kv::{KvFormat, KvMove};
 use crate::sync::pool::{Placement, ThreadPool};
 use dispatch::{Isa, Kernels};
 use std::sync::Mutex;
@@ -182,6 +183,13 @@ impl Cpu {
             f(range);
         });
     }
+}
+
+/// As [`KvFormat::convert`], with this machine's vectors, on the calling thread: what ships pages has no threads to share.
+pub fn convert_kv(from: &KvFormat, page: &[u8], to: &KvFormat, out: &mut [u8], moved: KvMove) {
+    let kernels = Kernels::of(Isa::detect()).expect("a detected ISA is available");
+    // SAFETY: the table proves the features.
+    unsafe { (kernels.convert_kv)(from, page, to, out, moved) }
 }
 
 /// A buffer whose disjoint parts are written by different tasks.

@@ -8,8 +8,8 @@ use super::Cpu;
 use super::dispatch::Isa;
 use crate::testing::{Random, assert_close, assert_same};
 use crate::{
-    AttentionItem, DType, Finish, Gate, KvDtype, KvFormat, KvWrite, Matrix, Operand, Packed, Rows, quantize_row,
-    reference,
+    AttentionItem, DType, Finish, Gate, KvDtype, KvFormat, KvMove, KvWrite, Matrix, Operand, Packed, Rows,
+    quantize_row, reference,
 };
 
 /// A `Cpu` per ISA that this machine has.
@@ -460,6 +460,32 @@ fn write_kv_agrees_with_the_format() {
             });
             cpu.write_kv(&fmt, &mut writes.collect::<Vec<_>>(), &k, &v);
             assert!(pages == want, "{:?} {dtype:?}", cpu.isa());
+        }
+    }
+}
+
+/// Pages converted with the machine's vectors hold the bytes of the plain loop.
+#[test]
+fn convert_kv_agrees_with_the_format() {
+    let mut random = Random::new(11);
+    for cpu in each_isa(1) {
+        for (source, target) in KvDtype::ALL.into_iter().flat_map(|source| KvDtype::ALL.map(|target| (source, target)))
+        {
+            if matches!(source, KvDtype::Fp8 | KvDtype::Int8) && source != target {
+                continue; // These are not converted.
+            }
+            let format = |dtype, block_size| KvFormat { dtype, kv_heads: 2, head_dim: 72, block_size };
+            let (from, to) = (format(source, 24), format(target, 40));
+            let (k, v) = (random.vector(24 * 144), random.vector(24 * 144));
+            let mut page = vec![0; from.page_bytes()];
+            from.write(&mut page, 0, &k, &v);
+            let moved = KvMove { from: 1, to: 17, tokens: 23 };
+            let mut got = vec![0xff; to.page_bytes()];
+            let mut want = got.clone();
+            from.convert(&page, &to, &mut want, moved);
+            // SAFETY: a `Cpu` has a table of features that are there.
+            unsafe { (cpu.kernels.convert_kv)(&from, &page, &to, &mut got, moved) };
+            assert!(got == want, "{:?}: {source:?} into {target:?}", cpu.isa());
         }
     }
 }

@@ -25,11 +25,21 @@ impl KvFormat {
     /// Float types become any type, rounded to nearest even as in [`KvFormat::write`]; 8-bit types only stay what they are.
     ///
     /// Panics if another type is asked of 8 bits, if the heads differ, or if a length or a slot does not fit.
+    /// [`crate::convert_kv`] does the same with the machine's vectors, to the same bytes.
     pub fn convert(&self, page: &[u8], to: &KvFormat, out: &mut [u8], moved: KvMove) {
+        self.recast(page, to, out, moved);
+    }
+
+    /// The body of [`Self::convert`], inlined so that each ISA compiles its own copy.
+    #[inline(always)]
+    pub(crate) fn recast(&self, page: &[u8], to: &KvFormat, out: &mut [u8], moved: KvMove) {
         assert_eq!((self.kv_heads, self.head_dim), (to.kv_heads, to.head_dim), "heads of one model");
         assert_eq!((page.len(), out.len()), (self.page_bytes(), to.page_bytes()));
         assert!(moved.from + moved.tokens <= self.block_size, "{moved:?} from {} slots", self.block_size);
         assert!(moved.to + moved.tokens <= to.block_size, "{moved:?} into {} slots", to.block_size);
+        if moved.tokens == 0 {
+            return;
+        }
         if self.dtype == to.dtype {
             return self.copy_slots(page, to, out, moved);
         }
@@ -57,6 +67,7 @@ impl KvFormat {
         }
     }
 
+    #[inline(always)]
     fn recode_from<S: Float<M>, const M: usize>(&self, page: &[u8], to: &KvFormat, out: &mut [u8], moved: KvMove) {
         match to.dtype {
             KvDtype::F32 => self.recode::<S, M, F32, 4>(page, to, out, moved),
@@ -67,6 +78,7 @@ impl KvFormat {
         }
     }
 
+    #[inline(always)]
     fn recode<S: Float<M>, const M: usize, C: Code<N>, const N: usize>(
         &self,
         page: &[u8],
@@ -74,18 +86,21 @@ impl KvFormat {
         out: &mut [u8],
         KvMove { from, to: at, tokens }: KvMove,
     ) {
-        let dim = self.head_dim;
-        let scaled = to.dtype.scale_bytes() > 0;
-        // Of one row of a head's keys, for each token: the largest magnitude so far, then what to multiply by.
+        let (dim, scaled) = (self.head_dim, to.dtype.scale_bytes() > 0);
+        // A head's elements, then the same coded: with these in between, each step is a plain loop over neighbours.
+        let mut elements = vec![0.0; dim * tokens];
+        let mut coded = vec![[0; N]; dim * tokens];
+        // Of each token's key: the largest magnitude, as in `Code::scale`, and what to multiply by.
         let (mut largest, mut factors) = (vec![0; tokens], vec![1.0; tokens]);
-        let mut value = vec![0.0; dim];
         for head in 0..self.kv_heads {
-            let key_row = |d: usize| page[self.key(head, d, from)..][..tokens * M].as_chunks::<M>().0;
+            for (d, row) in elements.chunks_exact_mut(tokens).enumerate() {
+                decode_all::<S, M>(&page[self.key(head, d, from)..][..tokens * M], row);
+            }
             if scaled {
                 largest.fill(0);
-                for d in 0..dim {
-                    for (bytes, largest) in key_row(d).iter().zip(&mut largest) {
-                        *largest = (S::decode(*bytes).to_bits() & 0x7fff_ffff).max(*largest);
+                for row in elements.chunks_exact(tokens) {
+                    for (v, largest) in row.iter().zip(&mut largest) {
+                        *largest = (v.to_bits() & 0x7fff_ffff).max(*largest);
                     }
                 }
                 for (i, (largest, factor)) in largest.iter().zip(&mut factors).enumerate() {
@@ -93,27 +108,45 @@ impl KvFormat {
                     to.put_scale(out, to.key_scale(head, at + i), scale);
                     *factor = C::factor(scale);
                 }
-            }
-            for d in 0..dim {
-                let row = out[to.key(head, d, at)..][..tokens * N].as_chunks_mut::<N>().0;
-                for ((bytes, factor), coded) in key_row(d).iter().zip(&factors).zip(row) {
-                    *coded = C::encode(S::decode(*bytes), *factor);
+                for (row, coded) in elements.chunks_exact(tokens).zip(coded.chunks_exact_mut(tokens)) {
+                    for ((v, factor), coded) in row.iter().zip(&factors).zip(coded) {
+                        *coded = C::encode(*v, *factor);
+                    }
                 }
+            } else {
+                encode_all::<C, N>(&elements, 1.0, &mut coded);
             }
-            for i in 0..tokens {
-                let row = page[self.value(head, from + i)..][..dim * M].as_chunks::<M>().0;
-                for (bytes, value) in row.iter().zip(&mut value) {
-                    *value = S::decode(*bytes);
-                }
-                let scale = C::scale(&value);
-                to.put_scale(out, to.value_scale(head, at + i), scale);
-                let factor = C::factor(scale);
-                let coded = out[to.value(head, at + i)..][..dim * N].as_chunks_mut::<N>().0;
-                for (value, coded) in value.iter().zip(coded) {
-                    *coded = C::encode(*value, factor);
-                }
+            for (d, row) in coded.chunks_exact(tokens).enumerate() {
+                out[to.key(head, d, at)..][..tokens * N].copy_from_slice(row.as_flattened());
             }
+
+            decode_all::<S, M>(&page[self.value(head, from)..][..tokens * dim * M], &mut elements);
+            if scaled {
+                let values = elements.chunks_exact(dim).zip(coded.chunks_exact_mut(dim));
+                for (i, (value, coded)) in values.enumerate() {
+                    let scale = C::scale(value);
+                    to.put_scale(out, to.value_scale(head, at + i), scale);
+                    encode_all::<C, N>(value, C::factor(scale), coded);
+                }
+            } else {
+                encode_all::<C, N>(&elements, 1.0, &mut coded);
+            }
+            out[to.value(head, at)..][..tokens * dim * N].copy_from_slice(coded.as_flattened());
         }
+    }
+}
+
+#[inline(always)]
+fn decode_all<S: Float<M>, const M: usize>(from: &[u8], to: &mut [f32]) {
+    for (bytes, v) in from.as_chunks::<M>().0.iter().zip(to) {
+        *v = S::decode(*bytes);
+    }
+}
+
+#[inline(always)]
+fn encode_all<C: Code<N>, const N: usize>(from: &[f32], factor: f32, to: &mut [[u8; N]]) {
+    for (v, coded) in from.iter().zip(to) {
+        *coded = C::encode(*v, factor);
     }
 }
 

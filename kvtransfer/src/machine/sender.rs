@@ -321,7 +321,7 @@ impl Sender {
         }
         let page_bytes = to.blocks.page_bytes(kv_heads, head_dim);
         let too_large = || format!("pages of {page_bytes} bytes where {} are allowed", limits::MAX_PAGE_BYTES);
-        // The receiver refuses the first of these too; here it is known before anything was dialed.
+        // Rule K-12. The receiver would refuse the first of these too; here it is known before anything is dialed.
         blocks.refusal(to.blocks).or_else(|| (page_bytes > limits::MAX_PAGE_BYTES).then(too_large))
     }
 

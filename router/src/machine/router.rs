@@ -295,12 +295,13 @@ impl Router {
             ..identity.clone()
         });
         // A node that comes back may come back changed: its own old entry does not count.
-        let others = self.nodes.values().filter(|n| n.hello.name != hello.name).map(|n| &n.hello.identity);
-        if let Some(mismatch) = ours.iter().chain(others).find_map(|known| known.mismatch(identity)) {
+        let others = || self.nodes.values().map(|node| &node.hello).filter(|other| other.name != hello.name);
+        let known = others().map(|other| &other.identity);
+        if let Some(mismatch) = ours.iter().chain(known).find_map(|known| known.mismatch(identity)) {
             return Some(format!("this cluster serves another model than {}: {mismatch}", hello.name));
         }
         // Any prefill node may be asked to send to any decode node. Between decode nodes it is a matter of placement.
-        let partners = self.nodes.values().map(|node| &node.hello).filter(|other| other.role != hello.role);
+        let partners = others().filter(|other| other.role != hello.role);
         let mut pairs = partners.map(|other| if hello.role == Role::Prefill { (hello, other) } else { (other, hello) });
         pairs.find_map(|(sender, receiver)| {
             let refusal = receiver.identity.refusal(&sender.identity)?;
