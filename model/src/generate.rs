@@ -122,6 +122,7 @@ fn check(
 /// Puts the KV of the first tokens into another memory, page by page.
 fn hand_over(from: &KvMemory, to: &KvMemory, tokens: usize) {
     let (own, size) = (from.format().block_size, to.format().block_size);
+    let mut page = Vec::new();
     let blocks = BlockShape::new(size as u32, cache_dtype(to.format().dtype)).expect("a block holds a token");
     for (index, first) in (0..tokens).step_by(size).enumerate() {
         let end = (first + size).min(tokens);
@@ -131,7 +132,7 @@ fn hand_over(from: &KvMemory, to: &KvMemory, tokens: usize) {
             tokens: (end - first) as u32,
         };
         for layer in 0..from.layers() {
-            let page = from.page_in(blocks, layer, &source);
+            from.page_in(blocks, layer, &source, &mut page);
             to.write(layer, BlockId(index as u32)).copy_from_slice(&page);
         }
     }

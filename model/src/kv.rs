@@ -143,29 +143,29 @@ impl KvMemory {
         PageRead { memory: self, page }
     }
 
-    /// The bytes of one page in another node's blocks, made from this memory's pages of the layer (rule K-12). Blocks of the
-    /// same shape are copied as they are.
+    /// Fills `page`, whatever it held, with one page in another node's blocks, made from this memory's pages of the layer (rule
+    /// K-12). Blocks of the same shape are copied as they are.
     ///
     /// # Panics
     ///
     /// As [`KvMemory::read`]; if the source does not hold the tokens that it names, or they do not fit in one of those blocks;
     /// or if this memory's type is not converted into theirs ([`CacheDtype::converts_into`]).
-    pub fn page_in(&self, blocks: BlockShape, layer: usize, source: &PageSource) -> Vec<u8> {
+    pub fn page_in(&self, blocks: BlockShape, layer: usize, source: &PageSource, page: &mut Vec<u8>) {
+        page.clear();
         let to = KvFormat { dtype: kv_dtype(blocks.dtype), block_size: blocks.block_size() as usize, ..self.format };
         if to == self.format {
             assert_eq!((source.blocks.len(), source.skip), (1, 0), "a page of the same shape is one of ours");
-            return self.read(layer, source.blocks[0]).to_vec();
+            return page.extend_from_slice(&self.read(layer, source.blocks[0]));
         }
-        let mut page = vec![0; to.page_bytes()];
+        page.resize(to.page_bytes(), 0);
         let (mut from, mut filled) = (source.skip as usize, 0);
         for block in &source.blocks {
             let tokens = (self.format.block_size - from).min(source.tokens as usize - filled);
             let moved = KvMove { from, to: filled, tokens };
-            convert_kv(&self.format, &self.read(layer, *block), &to, &mut page, moved);
+            convert_kv(&self.format, &self.read(layer, *block), &to, page, moved);
             (from, filled) = (0, filled + tokens);
         }
         assert_eq!(filled, source.tokens as usize, "{source:?} does not hold its tokens");
-        page
     }
 
     /// The bytes of a page, for its only user.
@@ -309,6 +309,7 @@ mod tests {
             let mut page = memory.write(1, blocks[token / 4]);
             format.write(&mut page, token % 4, &key(token), &value(token));
         }
+        let mut page = vec![0xff; 7];
         for (dtype, block_size) in CacheDtype::ALL.into_iter().flat_map(|dtype| [(dtype, 3), (dtype, 4), (dtype, 6)]) {
             let shape = BlockShape::new(block_size, dtype).expect("a block holds a token");
             let size = block_size as usize;
@@ -322,7 +323,8 @@ mod tests {
                 };
                 let mut want = vec![0; to.page_bytes()];
                 (first..end).for_each(|token| to.write(&mut want, token - first, &key(token), &value(token)));
-                assert!(memory.page_in(shape, 1, &source) == want, "{shape}, tokens {first}..{end}");
+                memory.page_in(shape, 1, &source, &mut page);
+                assert!(page == want, "{shape}, tokens {first}..{end}");
             }
         }
     }
@@ -331,7 +333,7 @@ mod tests {
     #[should_panic(expected = "does not hold its tokens")]
     fn a_source_that_is_too_short_panics() {
         let shape = BlockShape::new(8, CacheDtype::F32).expect("a block holds a token");
-        memory().page_in(shape, 0, &PageSource { blocks: vec![BlockId(0)], skip: 1, tokens: 4 });
+        memory().page_in(shape, 0, &PageSource { blocks: vec![BlockId(0)], skip: 1, tokens: 4 }, &mut vec![]);
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! The process around the decode machine: loads the model, then one loop over one closed set of events.
 
 use crate::machine::{DecodeConfig, DecodeInput, DecodeNode, DecodeOutput};
-use bytes::Bytes;
 use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
 use ridge_kvtransfer::shell::record::{RecordError, RecordOptions, Recorded};
@@ -251,8 +250,9 @@ impl Shell {
                     }
                 }
             } else if let Some(output) = self.sender.poll_output() {
-                let page =
-                    |blocks, layer: u32, source: &_| Bytes::from(self.kv.page_in(blocks, layer as usize, source));
+                let page = |blocks, layer: u32, source: &_, page: &mut _| {
+                    self.kv.page_in(blocks, layer as usize, source, page);
+                };
                 if let Some(event) = self.client.act(output, page, |_, bytes| bytes) {
                     self.machine.handle(self.clock.now(), DecodeInput::Sent(event));
                 }

@@ -1,5 +1,6 @@
 //! The sending side's KV connections: one per decode node, dialed when first needed.
 
+use super::buffers::Buffers;
 use super::control::{CONTROL_QUEUE, Control, ControlError, ControlHandle};
 use super::endpoint::{CLOSE_DONE, CLOSE_PROTOCOL, Endpoint};
 use super::offences::Offence;
@@ -54,6 +55,7 @@ pub struct KvClient {
     identity: ModelIdentity,
     events: mpsc::Sender<KvClientEvent>,
     peers: BTreeMap<NodeName, Peer>,
+    buffers: Buffers,
 }
 
 #[derive(Debug)]
@@ -75,7 +77,7 @@ impl KvClient {
         identity: ModelIdentity,
         events: mpsc::Sender<KvClientEvent>,
     ) -> Self {
-        Self { endpoint, name, identity, events, peers: BTreeMap::new() }
+        Self { endpoint, name, identity, events, peers: BTreeMap::new(), buffers: Buffers::default() }
     }
 
     /// What an event means to the sender's machine. A peer that was lost is forgotten first.
@@ -91,13 +93,13 @@ impl KvClient {
         }
     }
 
-    /// Does what the sender's machine wants done; an event is the scheduler's. `page` makes a page of a layer in these
-    /// blocks out of the pool's, so that those may go the moment the hand-off is settled. `damage` gets it after its digest was computed: tests
-    /// break pages there.
+    /// Does what the sender's machine wants done; an event is the scheduler's. `page` makes a page of a layer in these blocks out
+    /// of the pool's, in a buffer with arbitrary contents, so that those may go the moment the hand-off is settled. `damage` gets it
+    /// after its digest was computed: tests break pages there.
     pub fn act(
         &mut self,
         output: SenderOutput,
-        page: impl FnOnce(BlockShape, u32, &PageSource) -> Bytes,
+        page: impl FnOnce(BlockShape, u32, &PageSource, &mut Vec<u8>),
         damage: impl FnOnce(RequestId, Bytes) -> Bytes,
     ) -> Option<SendEvent> {
         match output {
@@ -108,7 +110,7 @@ impl KvClient {
                 }
             }
             SenderOutput::Ship { to, request, layer, index, source } => {
-                let bytes = page(to.blocks, layer, &source);
+                let bytes = self.buffers.fill(|buffer| page(to.blocks, layer, &source, buffer));
                 let digest = page_digest(request, layer, index, &bytes);
                 let header = PageHeader { request, layer, index, len: bytes.len() as u32, digest };
                 self.ship(&to, header, damage(request, bytes));

@@ -5,6 +5,7 @@
 //! anything about a transfer: it moves messages and pages, and says exactly once when a peer is gone.
 //! Every queue is bounded; a full one closes the connection with a reason, it never blocks the node's loop.
 
+mod buffers;
 pub mod ca;
 pub mod client;
 pub mod control;

@@ -3,7 +3,6 @@
 mod damage;
 
 use crate::machine::{PrefillConfig, PrefillInput, PrefillNode, PrefillOutput};
-use bytes::Bytes;
 use damage::Damage;
 use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
@@ -207,8 +206,9 @@ impl Shell {
             if let Some(output) = self.machine.poll_output() {
                 self.act(output)?;
             } else if let Some(output) = self.sender.poll_output() {
-                let page =
-                    |blocks, layer: u32, source: &_| Bytes::from(self.kv.page_in(blocks, layer as usize, source));
+                let page = |blocks, layer: u32, source: &_, page: &mut _| {
+                    self.kv.page_in(blocks, layer as usize, source, page);
+                };
                 let damage = |request, bytes| match &mut self.damage {
                     Some(damage) => damage.apply(request, bytes),
                     None => bytes,

@@ -7,7 +7,6 @@ use super::args::LoadArgs;
 use super::load;
 use super::usage::{Since, Usage};
 use anyhow::{Context, bail, ensure};
-use bytes::Bytes;
 use ridge_kvtransfer::shell::process::Clock;
 use ridge_kvtransfer::shell::{Endpoint, KvClient, KvClientEvent, Link, NodeTls, TransportOptions};
 use ridge_kvtransfer::{Sender, SenderConfig, SenderInput};
@@ -129,7 +128,9 @@ impl SendingSide {
     fn pump(&mut self) -> anyhow::Result<Vec<(u64, u64)>> {
         let mut committed = Vec::new();
         while let Some(output) = self.machine.poll_output() {
-            let page = |blocks, layer: u32, source: &_| Bytes::from(self.kv.page_in(blocks, layer as usize, source));
+            let page = |blocks, layer: u32, source: &_, page: &mut _| {
+                self.kv.page_in(blocks, layer as usize, source, page);
+            };
             match self.client.act(output, page, |_, bytes| bytes) {
                 None => {}
                 Some(SendEvent::Settled { outcome: Outcome::Committed { pages, bytes, .. }, .. }) => {
