@@ -1,0 +1,1 @@
+//! Operations on device memory: each checks its shapes, takes a launch from [`super::plan`] and launches it.

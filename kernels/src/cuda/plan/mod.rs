@@ -1,0 +1,1 @@
+//! Launch plans: which tile, grid and shared memory an operation takes for a shape, and why not another. Pure functions.
