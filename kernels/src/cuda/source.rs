@@ -43,10 +43,10 @@ impl Source {
 }
 
 /// What is compiled, a unit each. Sorted.
-pub const SOURCES: &[Source] = sources!["selftest.cu"];
+pub const SOURCES: &[Source] = sources!["rows.cu", "selftest.cu"];
 
 /// What the units include. Sorted.
-pub const HEADERS: &[Source] = sources![];
+pub const HEADERS: &[Source] = sources!["elements.cuh"];
 
 /// The emulator: CUDA's language and execution for a host compiler.
 pub const EMULATOR: &[Source] = sources![
