@@ -52,6 +52,16 @@ struct F16 {
         return h;
 #endif
     }
+    // Two numbers in one word, the first in its lower half; NaN becomes another NaN.
+    static __device__ __forceinline__ unsigned pack(float low, float high) {
+#ifdef RIDGE_EMULATED
+        return emulate::f16_from_f32(low) | static_cast<unsigned>(emulate::f16_from_f32(high)) << 16;
+#else
+        unsigned both;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+        return both;
+#endif
+    }
 };
 
 struct BF16 {
@@ -65,6 +75,16 @@ struct BF16 {
         const unsigned bits = __float_as_uint(v);
         const unsigned rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
         return static_cast<unsigned short>(is_nan(v) ? bits >> 16 | 64 : rounded);
+    }
+    // Two numbers in one word, the first in its lower half; NaN becomes another NaN.
+    static __device__ __forceinline__ unsigned pack(float low, float high) {
+#ifdef RIDGE_EMULATED
+        return emulate::bf16_from_f32(low) | static_cast<unsigned>(emulate::bf16_from_f32(high)) << 16;
+#else
+        unsigned both;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+        return both;
+#endif
     }
 };
 
@@ -135,6 +155,12 @@ __device__ __forceinline__ void store_as(unsigned type, void* out, unsigned long
     if (type == AS_F32) static_cast<float*>(out)[index] = v;
     else if (type == AS_F16) static_cast<unsigned short*>(out)[index] = F16::store(v);
     else static_cast<unsigned short*>(out)[index] = BF16::store(v);
+}
+
+// Two neighbours, from an even index on.
+__device__ __forceinline__ void store_pair_as(unsigned type, void* out, unsigned long long index, float a, float b) {
+    if (type == AS_F32) *reinterpret_cast<float2*>(static_cast<float*>(out) + index) = make_float2(a, b);
+    else static_cast<unsigned*>(out)[index / 2] = type == AS_F16 ? F16::pack(a, b) : BF16::pack(a, b);
 }
 
 }  // namespace elements
