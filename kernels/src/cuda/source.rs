@@ -46,7 +46,7 @@ impl Source {
 pub const SOURCES: &[Source] = sources!["selftest.cu"];
 
 /// What the units include. Sorted.
-pub const HEADERS: &[Source] = sources![];
+pub const HEADERS: &[Source] = sources!["common.cuh", "ptx.cuh"];
 
 /// The emulator: CUDA's language and execution for a host compiler.
 pub const EMULATOR: &[Source] = sources![
