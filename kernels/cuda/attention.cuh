@@ -18,7 +18,7 @@ struct Item {
     unsigned unused[2];
 
     // The first key that the query at `position` sees.
-    __device__ __forceinline__ unsigned first_key(unsigned position) const {
+    RIDGE_INLINE unsigned first_key(unsigned position) const {
         return window && position + 1 > window ? position + 1 - window : 0;
     }
 };
@@ -46,17 +46,17 @@ struct Cache {
         value_scales = key_scales + kv_heads * block_size * 4ull;
     }
     // Element 0 of the key in a slot; element d lies d * block_size further.
-    __device__ __forceinline__ const Stored* key(unsigned block, unsigned slot) const {
+    RIDGE_INLINE const Stored* key(unsigned block, unsigned slot) const {
         return reinterpret_cast<const Stored*>(pages + block * block_stride + keys) + slot;
     }
-    __device__ __forceinline__ const Stored* value(unsigned block, unsigned slot) const {
+    RIDGE_INLINE const Stored* value(unsigned block, unsigned slot) const {
         return reinterpret_cast<const Stored*>(pages + block * block_stride + values) + slot * head_dim;
     }
-    __device__ __forceinline__ float key_scale(unsigned block, unsigned slot) const {
+    RIDGE_INLINE float key_scale(unsigned block, unsigned slot) const {
         if constexpr (C::SCALED) return reinterpret_cast<const float*>(pages + block * block_stride + key_scales)[slot];
         else return 1.0f;
     }
-    __device__ __forceinline__ float value_scale(unsigned block, unsigned slot) const {
+    RIDGE_INLINE float value_scale(unsigned block, unsigned slot) const {
         if constexpr (C::SCALED) return reinterpret_cast<const float*>(pages + block * block_stride + value_scales)[slot];
         else return 1.0f;
     }
@@ -64,7 +64,7 @@ struct Cache {
 
 // N neighbouring elements, aligned to their size (at most 16 bytes of it), in as few loads as there can be.
 template <class C, int N>
-__device__ __forceinline__ void load_pack(const typename C::Stored* at, float (&out)[N]) {
+RIDGE_INLINE void load_pack(const typename C::Stored* at, float (&out)[N]) {
     constexpr int BYTES = sizeof(typename C::Stored), WORDS = N * BYTES / 4;
     static_assert(N * BYTES % 4 == 0 && (WORDS == 1 || WORDS == 2 || WORDS % 4 == 0), "whole words");
     unsigned words[WORDS];
@@ -89,8 +89,8 @@ __device__ __forceinline__ void load_pack(const typename C::Stored* at, float (&
 }
 
 // The type that queries come in: the cache's, where tensor cores can multiply it, otherwise f32.
-template <class C> struct Query { typedef elements::F32 Type; };
-template <> struct Query<elements::F16> { typedef elements::F16 Type; };
-template <> struct Query<elements::BF16> { typedef elements::BF16 Type; };
+template <class C> struct Query { using Type = F32; };
+template <> struct Query<KvF16> { using Type = F16; };
+template <> struct Query<KvBF16> { using Type = BF16; };
 
 }  // namespace attention

@@ -3,7 +3,6 @@
 // vector, its position and the keys and values it sees; not on the batch, and not on the page size.
 #include "attention.cuh"
 
-using namespace elements;
 using namespace attention;
 
 constexpr unsigned SPLIT = 512, THREADS = 128, WARPS = THREADS / 32, KEYS = SPLIT / THREADS;
@@ -201,8 +200,8 @@ extern "C" __global__ void attention_combine(const Item* items, unsigned head_di
     RIDGE_DECODE(name, C, 2)                                                                                       \
     RIDGE_DECODE(name, C, 4)                                                                                       \
     RIDGE_DECODE(name, C, 8)
-RIDGE_DECODES(f32, F32)
-RIDGE_DECODES(f16, F16)
-RIDGE_DECODES(bf16, BF16)
-RIDGE_DECODES(fp8, Fp8)
-RIDGE_DECODES(int8, Int8)
+RIDGE_DECODES(f32, KvF32)
+RIDGE_DECODES(f16, KvF16)
+RIDGE_DECODES(bf16, KvBF16)
+RIDGE_DECODES(fp8, KvFp8)
+RIDGE_DECODES(int8, KvInt8)

@@ -8,17 +8,16 @@
 #include "attention.cuh"
 #include "ptx.cuh"
 
-using namespace elements;
 using namespace attention;
 
 constexpr unsigned QUERIES = 64, TILE = 64, THREADS = 128;
 // Rows in shared memory are 16 bytes longer, so that eight of them lie in different banks.
 constexpr unsigned PAD = 8;
 
-__device__ __forceinline__ void multiply(F16, float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+RIDGE_INLINE void multiply(F16, float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     mma_m16n8k16_f16(sum, a, b);
 }
-__device__ __forceinline__ void multiply(BF16, float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+RIDGE_INLINE void multiply(BF16, float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
     mma_m16n8k16_bf16(sum, a, b);
 }
 
@@ -31,7 +30,7 @@ struct Tile {
 
 // Begins to copy the tile of keys at `begin`; what lies outside first..end becomes 0.
 template <class C, int DIM>
-__device__ __forceinline__ void fetch(Tile<DIM>& tile, const Cache<C>& cache, const unsigned* table, unsigned begin,
+RIDGE_INLINE void fetch(Tile<DIM>& tile, const Cache<C>& cache, const unsigned* table, unsigned begin,
                                       unsigned first, unsigned end) {
     const unsigned block_size = cache.block_size;
     if (block_size % 8 == 0) {
@@ -59,7 +58,7 @@ __device__ __forceinline__ void fetch(Tile<DIM>& tile, const Cache<C>& cache, co
 }
 
 // A fragment of 16 queries and 16 elements, of rows that exist; the others are 0.
-__device__ __forceinline__ void load_queries(unsigned (&a)[4], const unsigned short* q, unsigned long long stride,
+RIDGE_INLINE void load_queries(unsigned (&a)[4], const unsigned short* q, unsigned long long stride,
                                              unsigned row, unsigned rows, unsigned column) {
 #pragma unroll
     for (unsigned i = 0; i < 4; ++i) {
@@ -72,7 +71,9 @@ template <class C, int DIM, int STAGES>
 __device__ void prefill(const Item* items, const uint2* work, const unsigned* tables, const unsigned char* pages,
                         unsigned long long block_stride, unsigned kv_heads, unsigned group, unsigned block_size,
                         float scale, const unsigned short* q, unsigned out_type, void* out) {
-    RIDGE_DYNAMIC_SHARED(Tile<DIM>, tiles);
+    RIDGE_DYNAMIC_SHARED(unsigned char, shared);
+    Tile<DIM>* const tiles = reinterpret_cast<Tile<DIM>*>(shared);
+    using Weight = typename Query<C>::Type;
     constexpr unsigned STEPS = DIM / 16, BLOCKS = TILE / 8;
     // Queries of large heads do not fit into registers beside the outputs, and are read again for each tile.
     constexpr bool KEEP = DIM <= 128;
@@ -138,8 +139,8 @@ __device__ void prefill(const Item* items, const uint2* work, const unsigned* ta
                 unsigned b[4];
                 ldmatrix_x4_trans(b, &tile.keys[step * 16 + matrix_row][block * 8 + matrix_column]);
                 const unsigned left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
-                multiply(C(), scores[block], a, left);
-                multiply(C(), scores[block + 1], a, right);
+                multiply(Weight(), scores[block], a, left);
+                multiply(Weight(), scores[block + 1], a, right);
             }
         }
 
@@ -160,22 +161,22 @@ __device__ void prefill(const Item* items, const uint2* work, const unsigned* ta
                     if (masked && !(exists && key >= low && key <= position)) score = negative_infinity();
                     newer = fmaxf(newer, score);
                 }
-            newer = fmaxf(newer, __shfl_xor_sync(ALL_LANES, newer, 1));
-            newer = fmaxf(newer, __shfl_xor_sync(ALL_LANES, newer, 2));
+            newer = fmaxf(newer, __shfl_xor_sync(FULL_WARP, newer, 1));
+            newer = fmaxf(newer, __shfl_xor_sync(FULL_WARP, newer, 2));
             // A row that has seen nothing yet keeps its zeros: e^(-inf - 0) is 0.
             const float shift = newer == negative_infinity() ? 0.0f : newer * factor;
-            const float rescale = newer == largest[half] ? 1.0f : exp2f(fmaf(largest[half], factor, -shift));
+            const float rescale = newer == largest[half] ? 1.0f : exp2_approx(fmaf(largest[half], factor, -shift));
             float sum = 0.0f;
 #pragma unroll
             for (unsigned block = 0; block < BLOCKS; ++block) {
-                const float p = exp2f(fmaf(scores[block][half * 2], factor, -shift));
-                const float r = exp2f(fmaf(scores[block][half * 2 + 1], factor, -shift));
+                const float p = exp2_approx(fmaf(scores[block][half * 2], factor, -shift));
+                const float r = exp2_approx(fmaf(scores[block][half * 2 + 1], factor, -shift));
                 sum += p;
                 sum += r;
-                weights[block][half] = C::pack(p, r);
+                weights[block][half] = Weight::pair(p, r);
             }
-            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+            sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+            sum += __shfl_xor_sync(FULL_WARP, sum, 2);
             total[half] = fmaf(total[half], rescale, sum);
             largest[half] = newer;
 #pragma unroll
@@ -194,8 +195,8 @@ __device__ void prefill(const Item* items, const uint2* work, const unsigned* ta
                 unsigned b[4];
                 ldmatrix_x4_trans(b, &tile.values[step * 16 + matrix_row][block * 8 + matrix_column]);
                 const unsigned left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
-                multiply(C(), output[block], a, left);
-                multiply(C(), output[block + 1], a, right);
+                multiply(Weight(), output[block], a, left);
+                multiply(Weight(), output[block + 1], a, right);
             }
         }
         // The stage is read before it is filled anew.
@@ -225,10 +226,10 @@ __device__ void prefill(const Item* items, const uint2* work, const unsigned* ta
                                 out_type, out);                                                                       \
     }
 #define RIDGE_PREFILLS(dim)                                                                                           \
-    RIDGE_PREFILL(f16, F16, dim, 1)                                                                                   \
-    RIDGE_PREFILL(f16, F16, dim, 2)                                                                                   \
-    RIDGE_PREFILL(bf16, BF16, dim, 1)                                                                                 \
-    RIDGE_PREFILL(bf16, BF16, dim, 2)
+    RIDGE_PREFILL(f16, KvF16, dim, 1)                                                                                   \
+    RIDGE_PREFILL(f16, KvF16, dim, 2)                                                                                   \
+    RIDGE_PREFILL(bf16, KvBF16, dim, 1)                                                                                 \
+    RIDGE_PREFILL(bf16, KvBF16, dim, 2)
 RIDGE_PREFILLS(64)
 RIDGE_PREFILLS(80)
 RIDGE_PREFILLS(96)

@@ -2,7 +2,6 @@
 // What tensor cores can multiply takes attention_prefill.cu.
 #include "attention.cuh"
 
-using namespace elements;
 using namespace attention;
 
 // Queries and keys of a tile; keys are cut at absolute positions. A row of queries has 8 threads.
@@ -80,7 +79,7 @@ __device__ void prefill(const Item* items, const uint2* work, const unsigned* ta
             scores[i] = seen ? sum * (scale * key_scales[j]) : negative_infinity();
             newer = fmaxf(newer, scores[i]);
         }
-        for (int bits = LANES / 2; bits > 0; bits /= 2) newer = fmaxf(newer, __shfl_xor_sync(ALL_LANES, newer, bits));
+        for (int bits = LANES / 2; bits > 0; bits /= 2) newer = fmaxf(newer, __shfl_xor_sync(FULL_WARP, newer, bits));
         const bool nothing = newer == negative_infinity();
         const float rescale = nothing ? 1.0f : expf(largest - newer);
         float sum = 0.0f;
@@ -92,7 +91,7 @@ __device__ void prefill(const Item* items, const uint2* work, const unsigned* ta
             sum += weight;
             weights[row * (TILE + 1) + j] = seen ? weight * value_scales[j] : 0.0f;
         }
-        for (int bits = LANES / 2; bits > 0; bits /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, bits);
+        for (int bits = LANES / 2; bits > 0; bits /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, bits);
         total = fmaf(total, rescale, sum);
         largest = newer;
         __syncwarp();
@@ -122,8 +121,8 @@ __device__ void prefill(const Item* items, const uint2* work, const unsigned* ta
         prefill<C>(items, work, tables, pages, block_stride, kv_heads, group, head_dim, block_size, scale, q,      \
                       out_type, out);                                                                                 \
     }
-RIDGE_SIMT(f32, F32)
-RIDGE_SIMT(f16, F16)
-RIDGE_SIMT(bf16, BF16)
-RIDGE_SIMT(fp8, Fp8)
-RIDGE_SIMT(int8, Int8)
+RIDGE_SIMT(f32, KvF32)
+RIDGE_SIMT(f16, KvF16)
+RIDGE_SIMT(bf16, KvBF16)
+RIDGE_SIMT(fp8, KvFp8)
+RIDGE_SIMT(int8, KvInt8)

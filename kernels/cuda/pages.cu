@@ -3,8 +3,6 @@
 //   keys [kv_heads][block_size], then of the values.
 #include "elements.cuh"
 
-using namespace elements;
-
 // Tokens whose keys are turned over in shared memory at a time.
 constexpr unsigned TOKENS = 16;
 
@@ -117,14 +115,14 @@ __device__ void write_kv(const uint4* writes, unsigned kv_heads, unsigned head_d
         write_kv<Type>(writes, kv_heads, head_dim, block_size, pairs, eps, k, v, weight, cos, sin, pages,              \
                        block_stride);                                                                                  \
     }
-RIDGE_WRITE_KV(f32, F32)
-RIDGE_WRITE_KV(f16, F16)
-RIDGE_WRITE_KV(bf16, BF16)
-RIDGE_WRITE_KV(fp8, Fp8)
-RIDGE_WRITE_KV(int8, Int8)
+RIDGE_WRITE_KV(f32, KvF32)
+RIDGE_WRITE_KV(f16, KvF16)
+RIDGE_WRITE_KV(bf16, KvBF16)
+RIDGE_WRITE_KV(fp8, KvFp8)
+RIDGE_WRITE_KV(int8, KvInt8)
 
 // Page `x` of a list: at base + index[x] * stride, or without an index the xth.
-__device__ __forceinline__ unsigned char* listed(unsigned char* base, unsigned long long stride, const unsigned* index) {
+RIDGE_INLINE unsigned char* listed(unsigned char* base, unsigned long long stride, const unsigned* index) {
     return base + (index ? index[blockIdx.x] : blockIdx.x) * stride;
 }
 
@@ -143,7 +141,7 @@ extern "C" __global__ void copy_pages(unsigned long long bytes, unsigned char* f
 
 // What a key and a value are multiplied by in a slot; 1 without scales.
 template <class C>
-__device__ __forceinline__ float scale_at(const float* scales, unsigned slot) {
+RIDGE_INLINE float scale_at(const float* scales, unsigned slot) {
     if constexpr (C::SCALED) return scales[slot];
     else return 1.0f;
 }
@@ -191,11 +189,11 @@ __device__ void convert_from(unsigned to_type, unsigned char* from, unsigned cha
         typedef decltype(type) To;
         convert_head<From, To>(source, Head<To>(to, kv_heads, head_dim, block_size, blockIdx.y), head_dim, block_size);
     };
-    if (to_type == 0) into(F32());
-    else if (to_type == 1) into(F16());
-    else if (to_type == 2) into(BF16());
-    else if (to_type == 3) into(Fp8());
-    else into(Int8());
+    if (to_type == 0) into(KvF32());
+    else if (to_type == 1) into(KvF16());
+    else if (to_type == 2) into(KvBF16());
+    else if (to_type == 3) into(KvFp8());
+    else into(KvInt8());
 }
 
 #define RIDGE_CONVERT(name, Type)                                                                                     \
@@ -206,8 +204,8 @@ __device__ void convert_from(unsigned to_type, unsigned char* from, unsigned cha
         convert_from<Type>(to_type, listed(from, from_stride, from_index), listed(to, to_stride, to_index), kv_heads, \
                            head_dim, block_size);                                                                     \
     }
-RIDGE_CONVERT(f32, F32)
-RIDGE_CONVERT(f16, F16)
-RIDGE_CONVERT(bf16, BF16)
-RIDGE_CONVERT(fp8, Fp8)
-RIDGE_CONVERT(int8, Int8)
+RIDGE_CONVERT(f32, KvF32)
+RIDGE_CONVERT(f16, KvF16)
+RIDGE_CONVERT(bf16, KvBF16)
+RIDGE_CONVERT(fp8, KvFp8)
+RIDGE_CONVERT(int8, KvInt8)

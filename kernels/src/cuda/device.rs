@@ -122,6 +122,24 @@ pub enum Arg {
     Bytes128([u8; 128]),
 }
 
+/// An argument in memory, aligned as the strictest of them needs it.
+#[repr(C, align(64))]
+pub(super) struct ArgValue([u8; 128]);
+
+impl ArgValue {
+    pub(super) fn of(arg: &Arg) -> Self {
+        let mut bytes = [0; 128];
+        match arg {
+            Arg::Ptr(v) | Arg::U64(v) => bytes[..8].copy_from_slice(&v.to_ne_bytes()),
+            Arg::U32(v) => bytes[..4].copy_from_slice(&v.to_ne_bytes()),
+            Arg::I32(v) => bytes[..4].copy_from_slice(&v.to_ne_bytes()),
+            Arg::F32(v) => bytes[..4].copy_from_slice(&v.to_ne_bytes()),
+            Arg::Bytes128(v) => bytes = *v,
+        }
+        Self(bytes)
+    }
+}
+
 /// A device, or what stands in for one.
 ///
 /// Everything is done in the order of the calls, as on one CUDA stream, while the caller goes on: an error of a launch may
@@ -186,6 +204,28 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// Waits for everything asked for so far.
     fn synchronize(&self) -> Result<(), CudaError>;
+
+    /// Allocates host memory that the device copies to without a detour. See [`Pinned`].
+    fn alloc_pinned(&self, bytes: usize) -> Result<*mut u8, CudaError>;
+
+    /// Frees it.
+    ///
+    /// # Safety
+    ///
+    /// `at` came from [`Device::alloc_pinned`] with this many bytes; nothing uses it any more.
+    unsafe fn free_pinned(&self, at: *mut u8, bytes: usize);
+
+    /// Copies pieces of device memory, each an address and a length, one behind the other into host memory. The copies begin
+    /// when everything asked for so far is done, and run beside what is asked for after them. Returns the number by which
+    /// [`Device::fetched`] knows them. See [`Fetch`].
+    ///
+    /// # Safety
+    ///
+    /// See the trait; `to` came from [`Device::alloc_pinned`], has room, and nobody touches it until they are done.
+    unsafe fn begin_fetch(&self, pieces: &[(u64, usize)], to: *mut u8) -> Result<u64, CudaError>;
+
+    /// Whether the copies of a fetch are done, waiting for them if asked to. After `true` the number means nothing any more.
+    fn fetched(&self, fetch: u64, wait: bool) -> Result<bool, CudaError>;
 }
 
 mod sealed {
@@ -298,5 +338,86 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         // SAFETY: allocated by `new`, and nobody can ask for its address any more.
         unsafe { self.device.free(self.address) }
+    }
+}
+
+/// Host memory that the device copies to directly; pageable memory would make a copy wait for the host.
+#[derive(Debug)]
+pub struct Pinned {
+    device: Arc<dyn Device>,
+    at: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: plain memory that belongs to this value alone; any thread may read, write or free it.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    /// Allocates at least one byte.
+    pub fn new(device: &Arc<dyn Device>, bytes: usize) -> Result<Self, CudaError> {
+        let bytes = bytes.max(1);
+        let at = device.alloc_pinned(bytes)?;
+        Ok(Self { device: device.clone(), at, bytes })
+    }
+
+    /// What it holds.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: `alloc_pinned` gave this many initialised bytes; a `Fetch` that writes to them owns this value meanwhile.
+        unsafe { std::slice::from_raw_parts(self.at, self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `new` with this size, and no fetch is under way, because it would own this value.
+        unsafe { self.device.free_pinned(self.at, self.bytes) }
+    }
+}
+
+/// Copies to the host that are under way beside the device's other work.
+#[derive(Debug)]
+pub struct Fetch {
+    /// `None` once the copies are done and the memory was handed back.
+    pinned: Option<Pinned>,
+    number: u64,
+}
+
+impl Fetch {
+    /// Begins to copy `pieces` one behind the other into `pinned`, after everything asked for so far.
+    ///
+    /// # Safety
+    ///
+    /// Each piece lies in memory of `pinned`'s device that stays allocated, and what is asked for later does not write to it,
+    /// until the copies are done.
+    ///
+    /// # Panics
+    ///
+    /// If they do not fit.
+    pub unsafe fn begin(pieces: &[(u64, usize)], pinned: Pinned) -> Result<Self, CudaError> {
+        let total: usize = pieces.iter().map(|(_, bytes)| bytes).sum();
+        assert!(total <= pinned.bytes, "{total} bytes into {}", pinned.bytes);
+        // SAFETY: the memory has room and is in this value's keeping; the pieces are the caller's promise.
+        let number = unsafe { pinned.device.begin_fetch(pieces, pinned.at)? };
+        Ok(Self { pinned: Some(pinned), number })
+    }
+
+    /// Hands the memory back, filled, if the copies are done; or waits for them.
+    pub fn take(&mut self, wait: bool) -> Result<Option<Pinned>, CudaError> {
+        let Some(pinned) = &self.pinned else { return Ok(None) };
+        match pinned.device.fetched(self.number, wait)? {
+            true => Ok(self.pinned.take()),
+            false => Ok(None),
+        }
+    }
+}
+
+impl Drop for Fetch {
+    fn drop(&mut self) {
+        if let Some(pinned) = self.pinned.take()
+            && pinned.device.fetched(self.number, true).is_err()
+        {
+            // Nobody knows whether the device still writes there: better lost than freed.
+            std::mem::forget(pinned);
+        }
     }
 }

@@ -6,13 +6,14 @@
 //! every float type) and lies between guard zones that are looked at when the device is synchronised and when memory is
 //! freed. What it cannot show: the time that anything takes, and races between blocks.
 
-use super::device::{Arg, CudaError, Device, Kernel, Launch, Properties};
+use super::device::{Arg, ArgValue, CudaError, Device, Kernel, Launch, Properties};
+use super::lock;
 use super::source::{EMULATOR, HEADERS, Source};
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// Bytes on either side of an allocation that must stay as they are.
 const GUARD_BYTES: usize = 4096;
@@ -42,7 +43,24 @@ pub struct Emulated {
     folder: PathBuf,
     order: Mutex<Order>,
     memory: Mutex<BTreeMap<u64, Allocation>>,
+    fetches: Mutex<Fetches>,
 }
+
+/// Copies to the host that nobody has asked after yet: they are done when somebody does, as late as a device could.
+#[derive(Debug, Default)]
+struct Fetches {
+    begun: u64,
+    pending: HashMap<u64, Pending>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    pieces: Vec<(u64, usize)>,
+    to: *mut u8,
+}
+
+// SAFETY: `to` is memory that the fetch alone uses until it is done; which thread does that does not matter.
+unsafe impl Send for Pending {}
 
 /// Memory with its guard zones, in units of the alignment.
 #[derive(Debug)]
@@ -71,7 +89,13 @@ impl Emulated {
             memory_bytes: 4 << 30,
             l2_bytes: 1 << 20,
         };
-        Ok(Self { properties, folder: folder.into(), order: Mutex::new(Order::Forward), memory: Mutex::default() })
+        Ok(Self {
+            properties,
+            folder: folder.into(),
+            order: Mutex::new(Order::Forward),
+            memory: Mutex::default(),
+            fetches: Mutex::default(),
+        })
     }
 
     /// A device that keeps its libraries beside the program that is running, in the build's own folder; `None`, with a
@@ -235,7 +259,7 @@ impl Device for Emulated {
             Order::Shuffled(seed) => (2, seed),
         };
         let kinds: Vec<u8> = args.iter().map(kind).chain([0]).collect();
-        let mut values: Vec<Value> = args.iter().map(value).collect();
+        let mut values: Vec<ArgValue> = args.iter().map(ArgValue::of).collect();
         let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|v| (&raw mut *v).cast()).collect();
         let mut message = [0u8; 1024];
         // One launch at a time in a library: its threads and shared memory are static.
@@ -268,22 +292,48 @@ impl Device for Emulated {
     fn synchronize(&self) -> Result<(), CudaError> {
         Self::check_guards(&lock(&self.memory))
     }
+
+    fn alloc_pinned(&self, bytes: usize) -> Result<*mut u8, CudaError> {
+        let layout = pinned_layout(bytes).ok_or(CudaError::OutOfMemory { wanted: bytes, free: 0 })?;
+        // SAFETY: `pinned_layout` has no size of 0.
+        let at = unsafe { std::alloc::alloc_zeroed(layout) };
+        if at.is_null() { Err(CudaError::OutOfMemory { wanted: bytes, free: 0 }) } else { Ok(at) }
+    }
+
+    unsafe fn free_pinned(&self, at: *mut u8, bytes: usize) {
+        let layout = pinned_layout(bytes).expect("it was allocated with this layout");
+        // SAFETY: the caller says that `alloc_pinned` returned it for this size.
+        unsafe { std::alloc::dealloc(at, layout) }
+    }
+
+    unsafe fn begin_fetch(&self, pieces: &[(u64, usize)], to: *mut u8) -> Result<u64, CudaError> {
+        for (from, bytes) in pieces {
+            self.bounds(*from, *bytes)?;
+        }
+        let mut fetches = lock(&self.fetches);
+        fetches.begun += 1;
+        let number = fetches.begun;
+        fetches.pending.insert(number, Pending { pieces: pieces.to_vec(), to });
+        Ok(number)
+    }
+
+    fn fetched(&self, fetch: u64, _wait: bool) -> Result<bool, CudaError> {
+        let pending = lock(&self.fetches).pending.remove(&fetch);
+        let Pending { pieces, mut to } = pending.expect("a fetch that was begun and is not done");
+        for (from, bytes) in pieces {
+            let from = self.bounds(from, bytes)?;
+            // SAFETY: `from` lies within an allocation; who began the fetch promised room for all pieces behind `to`.
+            unsafe {
+                to.copy_from_nonoverlapping(from, bytes);
+                to = to.add(bytes);
+            }
+        }
+        Ok(true)
+    }
 }
 
-/// An argument in memory, as the library reads it.
-#[repr(C, align(64))]
-struct Value([u8; 128]);
-
-fn value(arg: &Arg) -> Value {
-    let mut bytes = [0; 128];
-    match arg {
-        Arg::Ptr(v) | Arg::U64(v) => bytes[..8].copy_from_slice(&v.to_ne_bytes()),
-        Arg::U32(v) => bytes[..4].copy_from_slice(&v.to_ne_bytes()),
-        Arg::I32(v) => bytes[..4].copy_from_slice(&v.to_ne_bytes()),
-        Arg::F32(v) => bytes[..4].copy_from_slice(&v.to_ne_bytes()),
-        Arg::Bytes128(v) => bytes = *v,
-    }
-    Value(bytes)
+fn pinned_layout(bytes: usize) -> Option<std::alloc::Layout> {
+    std::alloc::Layout::from_size_align(bytes.max(1), ALIGN).ok()
 }
 
 /// The letters of `emulate::Kernel::kinds`.
@@ -413,11 +463,6 @@ fn kernel_names(text: &str) -> Vec<&str> {
     let heads = text.split("ridge_global_marker").skip(1);
     let names = heads.filter_map(|rest| rest.split('(').next()?.split_whitespace().last());
     names.collect()
-}
-
-/// A launch that panicked in a test leaves nothing half done behind these locks.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -11,10 +11,18 @@
 //! source    the .cu texts            compile   NVRTC, and its cache of cubins
 //! ```
 
+pub mod compile;
 pub mod device;
+pub mod driver;
 pub mod emulated;
 pub mod ops;
 pub mod plan;
 pub mod source;
 
-pub use device::{Arg, Buffer, CudaError, Device, Kernel, Launch, Plain, Properties};
+pub use device::{Arg, Buffer, CudaError, Device, Fetch, Kernel, Launch, Pinned, Plain, Properties};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Nothing behind the locks of this module is left half changed by a panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

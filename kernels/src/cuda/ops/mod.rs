@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod pages;
 pub mod rows;
+pub mod sampling;
 
 use crate::DType;
 

@@ -136,8 +136,7 @@ pub fn decode_shape(format: &KvFormat, group: usize, shared_per_block: usize) ->
         if shape.shared_bytes > shared_per_block {
             return Some(format!("{} bytes of shared memory, {shared_per_block} at most", shape.shared_bytes));
         }
-        (shape.chunks > fewest)
-            .then(|| format!("the cache would be read {} times, {fewest} will do", shape.chunks))
+        (shape.chunks > fewest).then(|| format!("the cache would be read {} times, {fewest} will do", shape.chunks))
     })
 }
 
@@ -237,16 +236,10 @@ mod tests {
             let choice = decode_shape(&FORMAT, group, 48 << 10);
             (choice.chosen.group, choice.chosen.chunks, choice.rejected.len())
         };
-        assert_eq!([1, 2, 3, 4, 7, 8, 9, 16].map(pick), [
-            (1, 1, 0),
-            (2, 1, 1),
-            (4, 1, 2),
-            (4, 1, 2),
-            (8, 1, 3),
-            (8, 1, 3),
-            (8, 2, 3),
-            (8, 2, 3)
-        ]);
+        assert_eq!(
+            [1, 2, 3, 4, 7, 8, 9, 16].map(pick),
+            [(1, 1, 0), (2, 1, 1), (4, 1, 2), (4, 1, 2), (8, 1, 3), (8, 1, 3), (8, 2, 3), (8, 2, 3)]
+        );
         for head_dim in (8..=256).step_by(8) {
             let choice = decode_shape(&KvFormat { head_dim, ..FORMAT }, 8, 48 << 10);
             assert_eq!(choice.chosen.chunks, 1, "no head size needs more shared memory than every device has");

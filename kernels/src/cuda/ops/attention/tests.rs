@@ -171,7 +171,14 @@ fn single_queries_attend_as_the_reference_does() {
 }
 
 /// Each chunk of a prompt against the reference, rows alone and in any company, and the same bits however the prompt is cut.
-fn chunks_of_prompts(device: &Arc<dyn Device>, order: Order, format: KvFormat, heads: usize, seed: u64, tolerance: f32) {
+fn chunks_of_prompts(
+    device: &Arc<dyn Device>,
+    order: Order,
+    format: KvFormat,
+    heads: usize,
+    seed: u64,
+    tolerance: f32,
+) {
     let mut random = Random::new(seed);
     let kernel = prefill_kernel(&format, 163 << 10).chosen;
     let lengths = [random.within(1, 30), random.within(70, 180), random.within(40, 100)];
@@ -217,8 +224,12 @@ fn chunks_attend_as_the_reference_does_without_tensor_cores() {
 
 #[test]
 fn chunks_attend_as_the_reference_does_on_tensor_cores() {
-    let shapes =
-        [(1, 2, 64, 16, KvDtype::F16), (2, 2, 80, 8, KvDtype::BF16), (1, 1, 96, 7, KvDtype::F16), (1, 3, 128, 32, KvDtype::BF16)];
+    let shapes = [
+        (1, 2, 64, 16, KvDtype::F16),
+        (2, 2, 80, 8, KvDtype::BF16),
+        (1, 1, 96, 7, KvDtype::F16),
+        (1, 3, 128, 32, KvDtype::BF16),
+    ];
     in_every_order(|device, order| {
         for (i, (kv_heads, heads, head_dim, block_size, dtype)) in shapes.into_iter().enumerate() {
             let format = KvFormat { dtype, kv_heads, head_dim, block_size };
