@@ -2,8 +2,6 @@
 // alone, in an order of operations that depends on its width alone.
 #include "elements.cuh"
 
-using namespace elements;
-
 // 1 / sqrt(mean(x^2) + eps) of one row, by all threads of a block of at most 1024. `partial` holds a float per warp.
 __device__ float inverse_rms(unsigned width, float eps, const float* x, float* partial) {
     const unsigned warps = blockDim.x / 32;
@@ -57,10 +55,10 @@ __device__ void rotate_heads(unsigned rows, unsigned heads, unsigned head_dim, u
     for (unsigned d = 2 * pairs + lane; d < head_dim; d += 32) out[d] = Out::store(normed(d));
 }
 
-__device__ __forceinline__ float silu(float x) {
+RIDGE_INLINE float silu(float x) {
     return x / (1.0f + expf(-x));
 }
-__device__ __forceinline__ float gelu_tanh(float x) {
+RIDGE_INLINE float gelu_tanh(float x) {
     const float inner = 0.7978845608f * (x + 0.044715f * x * x * x);
     return 0.5f * x * (1.0f + tanhf(inner));
 }

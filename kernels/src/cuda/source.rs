@@ -43,10 +43,18 @@ impl Source {
 }
 
 /// What is compiled, a unit each. Sorted.
-pub const SOURCES: &[Source] = sources!["rows.cu", "selftest.cu"];
+pub const SOURCES: &[Source] = sources![
+    "attention_decode.cu",
+    "attention_prefill.cu",
+    "attention_simt.cu",
+    "pages.cu",
+    "rows.cu",
+    "sampling.cu",
+    "selftest.cu"
+];
 
 /// What the units include. Sorted.
-pub const HEADERS: &[Source] = sources!["elements.cuh"];
+pub const HEADERS: &[Source] = sources!["attention.cuh", "common.cuh", "elements.cuh", "ptx.cuh"];
 
 /// The emulator: CUDA's language and execution for a host compiler.
 pub const EMULATOR: &[Source] = sources![

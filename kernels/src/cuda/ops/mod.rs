@@ -1,6 +1,9 @@
 //! Operations on device memory: each checks its shapes, takes a launch from [`super::plan`] and launches it.
 
+pub mod attention;
+pub mod pages;
 pub mod rows;
+pub mod sampling;
 
 use crate::DType;
 

@@ -77,7 +77,11 @@ pub unsafe fn rotate_heads(
     let grid = [blocks_of(heads, HEADS as usize), 1, 1];
     // SAFETY: passed on; a warp per head.
     unsafe {
-        device.launch(Kernel { source: SOURCE, name }, &Launch { grid, block: [32 * HEADS, 1, 1], shared_bytes: 0 }, &args)
+        device.launch(
+            Kernel { source: SOURCE, name },
+            &Launch { grid, block: [32 * HEADS, 1, 1], shared_bytes: 0 },
+            &args,
+        )
     }
 }
 

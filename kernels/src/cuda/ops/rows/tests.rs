@@ -61,7 +61,13 @@ fn heads_are_normed_and_rotated() {
                     let out = poisoned(device, to, n);
                     run(&on(device, &x), to, &out);
                     let got = read(&out, to);
-                    assert_close(&got, &want, precision(to), 2.0 * precision(to), &format!("{to:?} {shape:?} {order:?}"));
+                    assert_close(
+                        &got,
+                        &want,
+                        precision(to),
+                        2.0 * precision(to),
+                        &format!("{to:?} {shape:?} {order:?}"),
+                    );
                     if !with_norm {
                         assert_same(&got, &decode(to, &encode(to, &want)), "without a norm, the CPU's bits");
                     }
