@@ -13,6 +13,7 @@ use crate::size::{parse_bytes, parse_count, parse_duration};
 use crate::synth::{Preset, SynthDType};
 use crate::trial::{ChaosArgs, VerifyArgs};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use ridge_model::device::DeviceChoice;
 use ridge_router::shell::http::ResumeConfig;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -204,6 +205,38 @@ pub struct EngineArgs {
     /// Whether to ask for transparent huge pages for the KV cache.
     #[arg(long, env = "RIDGE_HUGE_PAGES", value_enum, default_value_t)]
     pub huge_pages: HugePagesArg,
+    /// What to compute on: auto, cpu or cuda:N. `auto` is the first CUDA device, or the CPU where there is none. `emulated`
+    /// runs the CUDA kernels on the CPU; it is slow, and for tests.
+    #[arg(long, env = "RIDGE_DEVICE", value_name = "DEVICE", default_value_t)]
+    pub device: DeviceChoice,
+    /// The part of a CUDA device's memory for all nodes of this command together.
+    #[arg(long, env = "RIDGE_GPU_MEMORY_UTILIZATION", value_name = "PART", default_value_t = 0.9, value_parser = parse_part)]
+    pub gpu_memory_utilization: f64,
+    /// CUDA kernels to choose from. `experimental` adds those that no device has checked yet.
+    #[arg(long, env = "RIDGE_KERNELS", value_enum, default_value_t)]
+    pub kernels: KernelsArg,
+}
+
+impl EngineArgs {
+    /// Flags that say the same about the device to one of `nodes` nodes that share it.
+    pub fn device_flags(&self, nodes: u16) -> Vec<String> {
+        let part = self.gpu_memory_utilization / f64::from(nodes.max(1));
+        let mut flags = vec![format!("--device={}", self.device), format!("--gpu-memory-utilization={part}")];
+        if self.kernels == KernelsArg::Experimental {
+            flags.push("--kernels=experimental".into());
+        }
+        flags
+    }
+}
+
+/// Which CUDA kernels may be used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum KernelsArg {
+    /// The simplest that do the job.
+    #[default]
+    Stable,
+    /// Also those for one architecture that no device has checked yet.
+    Experimental,
 }
 
 /// Where packed weights are kept.
@@ -545,6 +578,11 @@ fn parse_block_size(text: &str) -> Result<usize, String> {
     if size.is_power_of_two() && size <= 256 { Ok(size) } else { Err("must be a power of two up to 256".into()) }
 }
 
+fn parse_part(text: &str) -> Result<f64, String> {
+    let part: f64 = text.parse().map_err(|_| format!("{text:?} is not a number"))?;
+    if part > 0.0 && part <= 1.0 { Ok(part) } else { Err("must be above 0 and at most 1".into()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -582,6 +620,22 @@ mod tests {
             let config = router.http.resume.config();
             assert_eq!(config, up.http.resume.config());
             assert_eq!(config == ResumeConfig::default(), flags.is_empty());
+        }
+    }
+
+    #[test]
+    fn nodes_compute_where_up_was_told() {
+        let line = ["cluster", "up", "--local", "--device", "cuda:1", "--kernels", "experimental"];
+        let Command::Up(up) = Cli::parse_from(line).command else { panic!("up") };
+        let node = ["cluster", "prefill", "--router", "127.0.0.1:1", "--tls-dir", "x", "--model", "x"];
+        let flags = up.engine.device_flags(2);
+        let line = node.iter().map(|word| word.to_string()).chain(flags);
+        let Command::Prefill(prefill) = Cli::parse_from(line).command else { panic!("prefill") };
+        let engine = prefill.engine;
+        assert_eq!((engine.device, engine.kernels), (DeviceChoice::Cuda(1), KernelsArg::Experimental));
+        assert_eq!(engine.gpu_memory_utilization, 0.45);
+        for bad in [["--device", "gpu"], ["--gpu-memory-utilization", "1.5"], ["--gpu-memory-utilization", "0"]] {
+            assert!(Cli::try_parse_from(["cluster", "up", "--local"].iter().chain(&bad)).is_err());
         }
     }
 

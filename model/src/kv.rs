@@ -19,6 +19,8 @@ use ridge_kernels::KvFormat;
 use ridge_kernels::sync::page_lock::PageLocks;
 use ridge_protocol::BlockId;
 use std::ops::{Deref, DerefMut};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Pages start at multiples of this many bytes, a cache line, so that no two pages share one.
 const PAGE_ALIGN: usize = 64;
@@ -74,6 +76,16 @@ pub struct KvMemory {
     huge_pages: HugePagesGot,
     /// One per page, in the order of the pages.
     locks: PageLocks,
+    /// Kept only for an engine that has another copy of the pages.
+    arrivals: OnceLock<Arrivals>,
+}
+
+/// What was written here and not yet copied to the device that computes.
+struct Arrivals {
+    /// Blocks with at least one such page: a pass asks for every block that it reads.
+    blocks: Vec<AtomicBool>,
+    /// In the order of the pages.
+    pages: Vec<AtomicBool>,
 }
 
 impl KvMemory {
@@ -97,13 +109,33 @@ impl KvMemory {
             mapping::map(bytes, huge).map_err(|error| KvError::Map { bytes, reason: error.to_string() })?;
         let locks = PageLocks::new(layers * blocks);
         let stride = stride(&format);
-        Ok(Self { format, layers, blocks, stride, block_stride, map: map.into(), huge_pages, locks })
+        Ok(Self {
+            format,
+            layers,
+            blocks,
+            stride,
+            block_stride,
+            map: map.into(),
+            huge_pages,
+            locks,
+            arrivals: OnceLock::new(),
+        })
     }
 
     /// Bytes that a block takes over all layers, which saturate.
     pub fn block_bytes(format: &KvFormat, layers: usize) -> usize {
         let bytes = stride(format).saturating_mul(layers);
         if bytes < SHIFT_FROM { bytes } else { bytes.saturating_add(SHIFT) }
+    }
+
+    /// Distance between blocks, in bytes.
+    pub fn block_stride(&self) -> usize {
+        self.block_stride
+    }
+
+    /// Distance between the pages of a block, in bytes.
+    pub fn page_stride(&self) -> usize {
+        self.stride
     }
 
     /// Whether the memory will be in huge pages.
@@ -150,7 +182,40 @@ impl KvMemory {
     pub fn write(&self, layer: usize, block: BlockId) -> PageWrite<'_> {
         let page = self.page(layer, block);
         assert!(self.locks.try_write(page), "page of layer {layer}, block {} is written while it is in use", block.0);
-        PageWrite { memory: self, page }
+        PageWrite { memory: self, page, arrives: true }
+    }
+
+    /// As [`KvMemory::write`], for the engine that copies its own device's page here: nothing arrives by it.
+    ///
+    /// # Panics
+    ///
+    /// As there.
+    pub fn write_copy(&self, layer: usize, block: BlockId) -> PageWrite<'_> {
+        let mut write = self.write(layer, block);
+        write.arrives = false;
+        write
+    }
+
+    /// From now on remembers which pages are written, for an engine whose device has a copy of its own.
+    pub fn track_arrivals(&self) {
+        let flags = |count: usize| (0..count).map(|_| AtomicBool::new(false)).collect();
+        self.arrivals.get_or_init(|| Arrivals { blocks: flags(self.blocks), pages: flags(self.blocks * self.layers) });
+    }
+
+    /// Calls `copy` for the layers in which this block was written since it was last asked for, other than through
+    /// [`KvMemory::write_copy`].
+    pub fn take_arrivals(&self, block: BlockId, mut copy: impl FnMut(usize)) {
+        let Some(arrivals) = self.arrivals.get() else { return };
+        // Acquire: what was written under the guard that set the flag is seen by whoever finds it set.
+        let flag = &arrivals.blocks[block.0 as usize];
+        if !flag.load(Ordering::Relaxed) || !flag.swap(false, Ordering::Acquire) {
+            return;
+        }
+        for layer in 0..self.layers {
+            if arrivals.pages[self.page(layer, block)].swap(false, Ordering::Acquire) {
+                copy(layer);
+            }
+        }
     }
 
     /// A page's place among all pages.
@@ -201,6 +266,8 @@ impl Drop for PageRead<'_> {
 pub struct PageWrite<'a> {
     memory: &'a KvMemory,
     page: usize,
+    /// Whether an engine's device has yet to get what is written.
+    arrives: bool,
 }
 
 impl Deref for PageWrite<'_> {
@@ -222,6 +289,13 @@ impl DerefMut for PageWrite<'_> {
 
 impl Drop for PageWrite<'_> {
     fn drop(&mut self) {
+        if self.arrives
+            && let Some(arrivals) = self.memory.arrivals.get()
+        {
+            // The page before its block: whoever finds the block's flag finds the page's.
+            arrivals.pages[self.page].store(true, Ordering::Release);
+            arrivals.blocks[self.page / self.memory.layers].store(true, Ordering::Release);
+        }
         self.memory.locks.release_write(self.page);
     }
 }
@@ -274,6 +348,27 @@ mod tests {
         let memory = memory();
         let _read = memory.read(0, BlockId(1));
         memory.write(0, BlockId(1));
+    }
+
+    #[test]
+    fn arrivals_are_told_once_and_copies_are_none() {
+        let memory = memory();
+        let arrived = |block| {
+            let mut layers = Vec::new();
+            memory.take_arrivals(BlockId(block), |layer| layers.push(layer));
+            layers
+        };
+        memory.write(0, BlockId(1)).fill(1);
+        assert!(arrived(1).is_empty(), "nobody asked for them to be remembered");
+        memory.track_arrivals();
+        memory.write(1, BlockId(1)).fill(1);
+        memory.write(0, BlockId(2)).fill(1);
+        memory.write(1, BlockId(2)).fill(1);
+        memory.write_copy(0, BlockId(0)).fill(1);
+        assert_eq!((arrived(0), arrived(1), arrived(2)), (vec![], vec![1], vec![0, 1]));
+        assert_eq!((arrived(1), arrived(2)), (vec![], vec![]));
+        memory.write(0, BlockId(1)).fill(2);
+        assert_eq!(arrived(1), [0]);
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod driver;
 pub mod emulated;
 pub mod ops;
 pub mod plan;
+pub mod selftest;
 pub mod source;
 
 pub use device::{Arg, Buffer, CudaError, Device, Fetch, Kernel, Launch, Pinned, Plain, Properties};

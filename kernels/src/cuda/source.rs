@@ -48,6 +48,7 @@ pub const SOURCES: &[Source] = sources![
     "attention_prefill.cu",
     "attention_simt.cu",
     "pages.cu",
+    "product.cu",
     "rows.cu",
     "sampling.cu",
     "selftest.cu"

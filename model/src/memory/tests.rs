@@ -11,7 +11,7 @@ const MIB: u64 = 1 << 20;
 const BLOCK: u64 = (512 << 10) + 33 * 64;
 
 /// The model's shape.
-fn llama_1b() -> ModelSpec {
+pub(super) fn llama_1b() -> ModelSpec {
     let layer = LayerSpec { attention: AttentionSpec::default(), ffn: FfnSpec { kind: FfnKind::Gated, bias: false } };
     ModelSpec {
         arch: "llama".into(),
@@ -43,6 +43,7 @@ fn demand(spec: &ModelSpec, mib: u64) -> Demand<'_> {
         max_model_len: None,
         machine: MachineMemory { bytes: mib * MIB, source: MemorySource::Available, known: true },
         nodes: 1,
+        on_device: None,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Operations on device memory: each checks its shapes, takes a launch from [`super::plan`] and launches it.
 
 pub mod attention;
+pub mod matmul;
 pub mod pages;
 pub mod rows;
 pub mod sampling;
