@@ -43,10 +43,18 @@ impl Source {
 }
 
 /// What is compiled, a unit each. Sorted.
-pub const SOURCES: &[Source] = sources!["selftest.cu"];
+pub const SOURCES: &[Source] = sources![
+    "dequant.cu",
+    "gemm_mma.cu",
+    "gemm_simt.cu",
+    "gemv_float.cu",
+    "gemv_quant.cu",
+    "gemv_quant_k.cu",
+    "selftest.cu",
+];
 
 /// What the units include. Sorted.
-pub const HEADERS: &[Source] = sources!["common.cuh", "ptx.cuh"];
+pub const HEADERS: &[Source] = sources!["common.cuh", "dequant.cuh", "finish.cuh", "gemm_mma.cuh", "gemv.cuh", "ptx.cuh"];
 
 /// The emulator: CUDA's language and execution for a host compiler.
 pub const EMULATOR: &[Source] = sources![
