@@ -112,7 +112,9 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Shared { needed, available } => write!(f, "needs {needed} bytes of shared memory of {available}"),
-            Self::Idle { blocks, multiprocessors } => write!(f, "{blocks} blocks for {multiprocessors} multiprocessors"),
+            Self::Idle { blocks, multiprocessors } => {
+                write!(f, "{blocks} blocks for {multiprocessors} multiprocessors")
+            }
             Self::LargerSuffices => f.write_str("a larger tile keeps all multiprocessors busy and reads less"),
             Self::Alignment { row_bytes } => write!(f, "rows of {row_bytes} bytes are not whole numbers of 16"),
             Self::Rows { rows, most } => write!(f, "{rows} rows of at most {most}"),
@@ -219,7 +221,14 @@ mod tests {
     use super::*;
 
     fn device(sm: u32, multiprocessors: u32, shared_per_block: u32) -> Properties {
-        Properties { name: "test".into(), sm, multiprocessors, shared_per_block, memory_bytes: 1 << 34, l2_bytes: 1 << 25 }
+        Properties {
+            name: "test".into(),
+            sm,
+            multiprocessors,
+            shared_per_block,
+            memory_bytes: 1 << 34,
+            l2_bytes: 1 << 25,
+        }
     }
 
     fn named(device: &Properties, dtype: DType, m: usize, n: usize, k: usize, gated: bool) -> Plan {

@@ -58,7 +58,11 @@ pub fn plan(dtype: DType, shape: Shape, gated: bool) -> Plan {
         };
         return Plan {
             kernel: Kernel { source: "gemv_float.cu", name },
-            launch: Launch { grid: [n.div_ceil(8) as u32, m.div_ceil(8) as u32, 1], block: [256, 1, 1], shared_bytes: 0 },
+            launch: Launch {
+                grid: [n.div_ceil(8) as u32, m.div_ceil(8) as u32, 1],
+                block: [256, 1, 1],
+                shared_bytes: 0,
+            },
             rejected: vec![("gemv", reason)],
         };
     };
@@ -109,8 +113,14 @@ mod tests {
                 assert!(plan.launch.shared_bytes <= 99 << 10);
                 let source = crate::cuda::source::Source::find(plan.kernel.source).expect("listed").text();
                 let made = plan.kernel.name.trim_start_matches("gemv_simt_").trim_start_matches("gemv_");
-                let made = made.rsplit_once('_').filter(|_| !plan.kernel.name.contains("simt")).map_or(made, |(t, _)| t);
-                assert!(source.contains(&format!("({made}, ")), "{} is not in {}", plan.kernel.name, plan.kernel.source);
+                let made =
+                    made.rsplit_once('_').filter(|_| !plan.kernel.name.contains("simt")).map_or(made, |(t, _)| t);
+                assert!(
+                    source.contains(&format!("({made}, ")),
+                    "{} is not in {}",
+                    plan.kernel.name,
+                    plan.kernel.source
+                );
             }
         }
     }
