@@ -119,12 +119,14 @@ struct F32 {
 };
 struct F16 {
     using Stored = unsigned short;
+    static constexpr bool IS_BF16 = false;
     static RIDGE_INLINE float load(unsigned short value) { return f16_to_f32(value); }
     static RIDGE_INLINE unsigned short store(float value) { return f32_to_f16(value); }
     static RIDGE_INLINE unsigned pair(float low, float high) { return f16_pair(low, high); }
 };
 struct BF16 {
     using Stored = unsigned short;
+    static constexpr bool IS_BF16 = true;
     static RIDGE_INLINE float load(unsigned short value) { return bf16_to_f32(value); }
     static RIDGE_INLINE unsigned short store(float value) { return f32_to_bf16(value); }
     static RIDGE_INLINE unsigned pair(float low, float high) { return bf16_pair(low, high); }

@@ -47,15 +47,31 @@ pub const SOURCES: &[Source] = sources![
     "attention_decode.cu",
     "attention_prefill.cu",
     "attention_simt.cu",
+    "dequant.cu",
+    "gemm_mma.cu",
+    "gemm_simt.cu",
+    "gemm_wgmma.cu",
+    "gemv_float.cu",
+    "gemv_quant.cu",
+    "gemv_quant_k.cu",
     "pages.cu",
-    "product.cu",
     "rows.cu",
     "sampling.cu",
-    "selftest.cu"
+    "selftest.cu",
 ];
 
 /// What the units include. Sorted.
-pub const HEADERS: &[Source] = sources!["attention.cuh", "common.cuh", "elements.cuh", "ptx.cuh"];
+pub const HEADERS: &[Source] = sources![
+    "attention.cuh",
+    "common.cuh",
+    "dequant.cuh",
+    "elements.cuh",
+    "finish.cuh",
+    "gemm_mma.cuh",
+    "gemv.cuh",
+    "hopper.cuh",
+    "ptx.cuh",
+];
 
 /// The emulator: CUDA's language and execution for a host compiler.
 pub const EMULATOR: &[Source] = sources![

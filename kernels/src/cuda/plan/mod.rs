@@ -1,6 +1,8 @@
 //! Launch plans: which tile, grid and shared memory an operation takes for a shape, and why not another. Pure functions.
 
 pub mod attention;
+pub mod gemm;
+pub mod gemv;
 
 /// What was chosen, and why each candidate before it was not.
 #[derive(Clone, PartialEq, Eq, Debug)]
