@@ -4,6 +4,7 @@
 
 use crate::bench::{BenchArgs, RooflineArgs};
 use crate::drain::DrainArgs;
+use crate::gpu_check::GpuCheckArgs;
 use crate::logging::LogFormat;
 use crate::network::NetworkArgs;
 use crate::record::RecordArgs;
@@ -14,6 +15,7 @@ use crate::synth::{Preset, SynthDType};
 use crate::trial::{ChaosArgs, VerifyArgs};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ridge_model::device::DeviceChoice;
+use ridge_protocol::Role;
 use ridge_router::shell::http::ResumeConfig;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -60,6 +62,8 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Break a cluster on this machine, again and again, and check that no stream notices.
     Chaos(ChaosArgs),
+    /// Check the CUDA kernels, engine and clusters on a device, and measure them.
+    GpuCheck(GpuCheckArgs),
     /// Create the cluster's certificate authority or issue a node's certificate, for clusters of several machines.
     Ca(CaArgs),
 }
@@ -94,6 +98,12 @@ pub struct UpArgs {
     /// What the engines are to be like.
     #[command(flatten)]
     pub engine: EngineArgs,
+    /// What prefill nodes compute on, if not on --device.
+    #[arg(long, value_name = "DEVICE")]
+    pub prefill_device: Option<DeviceChoice>,
+    /// What decode nodes compute on, if not on --device.
+    #[arg(long, value_name = "DEVICE")]
+    pub decode_device: Option<DeviceChoice>,
     /// Sequences that a decode node runs in one pass.
     #[arg(long, value_parser = parse_count)]
     pub max_num_seqs: Option<usize>,
@@ -217,12 +227,21 @@ pub struct EngineArgs {
     pub kernels: KernelsArg,
 }
 
-impl EngineArgs {
-    /// Flags that say the same about the device to one of `nodes` nodes that share it.
-    pub fn device_flags(&self, nodes: u16) -> Vec<String> {
-        let part = self.gpu_memory_utilization / f64::from(nodes.max(1));
-        let mut flags = vec![format!("--device={}", self.device), format!("--gpu-memory-utilization={part}")];
-        if self.kernels == KernelsArg::Experimental {
+impl UpArgs {
+    /// What the nodes of a role compute on.
+    fn device_of(&self, role: Role) -> DeviceChoice {
+        let of_role = if role == Role::Prefill { self.prefill_device } else { self.decode_device };
+        of_role.unwrap_or(self.engine.device)
+    }
+
+    /// Flags that tell a node of a role its device, and its part of the device's memory.
+    pub fn device_flags(&self, role: Role) -> Vec<String> {
+        let device = self.device_of(role);
+        let nodes = [(Role::Prefill, self.prefill), (Role::Decode, self.decode)];
+        let sharing = nodes.into_iter().filter(|(role, _)| self.device_of(*role) == device).map(|(_, nodes)| nodes);
+        let part = self.engine.gpu_memory_utilization / f64::from(sharing.sum::<u16>().max(1));
+        let mut flags = vec![format!("--device={device}"), format!("--gpu-memory-utilization={part}")];
+        if self.engine.kernels == KernelsArg::Experimental {
             flags.push("--kernels=experimental".into());
         }
         flags
@@ -625,15 +644,21 @@ mod tests {
 
     #[test]
     fn nodes_compute_where_up_was_told() {
-        let line = ["cluster", "up", "--local", "--device", "cuda:1", "--kernels", "experimental"];
-        let Command::Up(up) = Cli::parse_from(line).command else { panic!("up") };
-        let node = ["cluster", "prefill", "--router", "127.0.0.1:1", "--tls-dir", "x", "--model", "x"];
-        let flags = up.engine.device_flags(2);
-        let line = node.iter().map(|word| word.to_string()).chain(flags);
-        let Command::Prefill(prefill) = Cli::parse_from(line).command else { panic!("prefill") };
-        let engine = prefill.engine;
-        assert_eq!((engine.device, engine.kernels), (DeviceChoice::Cuda(1), KernelsArg::Experimental));
-        assert_eq!(engine.gpu_memory_utilization, 0.45);
+        let engines = |flags: &[&str]| {
+            let line = ["cluster", "up", "--local"].iter().chain(flags);
+            let Command::Up(up) = Cli::try_parse_from(line).expect("good flags").command else { panic!("up") };
+            [Role::Prefill, Role::Decode].map(|role| {
+                let node = ["cluster", "prefill", "--router", "127.0.0.1:1", "--tls-dir", "x", "--model", "x"];
+                let line = node.iter().map(|word| word.to_string()).chain(up.device_flags(role));
+                let Command::Prefill(node) = Cli::parse_from(line).command else { panic!("prefill") };
+                (node.engine.device, node.engine.gpu_memory_utilization, node.engine.kernels)
+            })
+        };
+        let (cuda, stable) = (DeviceChoice::Cuda(1), KernelsArg::Stable);
+        assert_eq!(engines(&["--device", "cuda:1"]), [(cuda, 0.45, stable); 2]);
+        let mixed = engines(&["--prefill-device", "cuda:1", "--device", "cpu", "--kernels", "experimental"]);
+        assert_eq!(mixed[0], (cuda, 0.9, KernelsArg::Experimental));
+        assert_eq!(mixed[1].0, DeviceChoice::Cpu);
         for bad in [["--device", "gpu"], ["--gpu-memory-utilization", "1.5"], ["--gpu-memory-utilization", "0"]] {
             assert!(Cli::try_parse_from(["cluster", "up", "--local"].iter().chain(&bad)).is_err());
         }

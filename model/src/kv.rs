@@ -19,8 +19,8 @@ use ridge_kernels::KvFormat;
 use ridge_kernels::sync::page_lock::PageLocks;
 use ridge_protocol::BlockId;
 use std::ops::{Deref, DerefMut};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Pages start at multiples of this many bytes, a cache line, so that no two pages share one.
 const PAGE_ALIGN: usize = 64;
@@ -76,16 +76,33 @@ pub struct KvMemory {
     huge_pages: HugePagesGot,
     /// One per page, in the order of the pages.
     locks: PageLocks,
-    /// Kept only for an engine that has another copy of the pages.
-    arrivals: OnceLock<Arrivals>,
+    /// Where an engine has a second copy of the pages.
+    device: OnceLock<DeviceCopy>,
 }
 
-/// What was written here and not yet copied to the device that computes.
-struct Arrivals {
-    /// Blocks with at least one such page: a pass asks for every block that it reads.
-    blocks: Vec<AtomicBool>,
-    /// In the order of the pages.
-    pages: Vec<AtomicBool>,
+/// A device's copy of the pages.
+pub trait PageSource: Send + Sync {
+    /// Reads a page, as the work asked of the device so far leaves it.
+    fn fetch(&self, layer: usize, block: BlockId, page: &mut [u8]);
+}
+
+impl<T: PageSource + ?Sized> PageSource for std::sync::Arc<T> {
+    fn fetch(&self, layer: usize, block: BlockId, page: &mut [u8]) {
+        (**self).fetch(layer, block, page);
+    }
+}
+
+/// Which of the two copies of a page is the newer one.
+struct DeviceCopy {
+    source: Box<dyn PageSource>,
+    /// Blocks with at least one page that arrived here: a pass asks for every block that it reads.
+    arrived_blocks: Vec<AtomicBool>,
+    /// Pages that were written here and not yet copied to the device.
+    arrived: Vec<AtomicBool>,
+    /// Pages that the device wrote and that were not copied here: whoever reads one fetches it first.
+    stale: Vec<AtomicBool>,
+    /// One fetch at a time, so that a second reader of a page waits for the first one's.
+    fetching: Mutex<()>,
 }
 
 impl KvMemory {
@@ -118,7 +135,7 @@ impl KvMemory {
             map: map.into(),
             huge_pages,
             locks,
-            arrivals: OnceLock::new(),
+            device: OnceLock::new(),
         })
     }
 
@@ -136,6 +153,11 @@ impl KvMemory {
     /// Distance between the pages of a block, in bytes.
     pub fn page_stride(&self) -> usize {
         self.stride
+    }
+
+    /// The same for pages of this layout.
+    pub fn page_stride_of(format: &KvFormat) -> usize {
+        stride(format)
     }
 
     /// Whether the memory will be in huge pages.
@@ -170,6 +192,11 @@ impl KvMemory {
     /// If the page is being written, or does not exist.
     pub fn read(&self, layer: usize, block: BlockId) -> PageRead<'_> {
         let page = self.page(layer, block);
+        if let Some(device) = self.device.get()
+            && device.stale[page].load(Ordering::Acquire)
+        {
+            self.refresh(device, layer, block);
+        }
         assert!(self.locks.try_read(page), "page of layer {layer}, block {} is read while it is written", block.0);
         PageRead { memory: self, page }
     }
@@ -182,6 +209,10 @@ impl KvMemory {
     pub fn write(&self, layer: usize, block: BlockId) -> PageWrite<'_> {
         let page = self.page(layer, block);
         assert!(self.locks.try_write(page), "page of layer {layer}, block {} is written while it is in use", block.0);
+        if let Some(device) = self.device.get() {
+            // Whoever writes a page that the device wrote before has no use for what was there.
+            device.stale[page].store(false, Ordering::Relaxed);
+        }
         PageWrite { memory: self, page, arrives: true }
     }
 
@@ -196,25 +227,53 @@ impl KvMemory {
         write
     }
 
-    /// From now on remembers which pages are written, for an engine whose device has a copy of its own.
-    pub fn track_arrivals(&self) {
+    /// From now on a device has a copy of every page, as they are now. Only the first one counts.
+    pub fn attach(&self, source: Box<dyn PageSource>) {
         let flags = |count: usize| (0..count).map(|_| AtomicBool::new(false)).collect();
-        self.arrivals.get_or_init(|| Arrivals { blocks: flags(self.blocks), pages: flags(self.blocks * self.layers) });
+        let pages = self.blocks * self.layers;
+        self.device.get_or_init(|| DeviceCopy {
+            source,
+            arrived_blocks: flags(self.blocks),
+            arrived: flags(pages),
+            stale: flags(pages),
+            fetching: Mutex::default(),
+        });
+    }
+
+    /// The device has been asked to write this page, which will be fetched when somebody reads it here.
+    pub fn mark_stale(&self, layer: usize, block: BlockId) {
+        if let Some(device) = self.device.get() {
+            device.stale[self.page(layer, block)].store(true, Ordering::Release);
+        }
     }
 
     /// Calls `copy` for the layers in which this block was written since it was last asked for, other than through
     /// [`KvMemory::write_copy`].
     pub fn take_arrivals(&self, block: BlockId, mut copy: impl FnMut(usize)) {
-        let Some(arrivals) = self.arrivals.get() else { return };
+        let Some(device) = self.device.get() else { return };
         // Acquire: what was written under the guard that set the flag is seen by whoever finds it set.
-        let flag = &arrivals.blocks[block.0 as usize];
+        let flag = &device.arrived_blocks[block.0 as usize];
         if !flag.load(Ordering::Relaxed) || !flag.swap(false, Ordering::Acquire) {
             return;
         }
         for layer in 0..self.layers {
-            if arrivals.pages[self.page(layer, block)].swap(false, Ordering::Acquire) {
+            if device.arrived[self.page(layer, block)].swap(false, Ordering::Acquire) {
                 copy(layer);
             }
+        }
+    }
+
+    /// Fetches a page that the device has newer, unless somebody else just did.
+    fn refresh(&self, device: &DeviceCopy, layer: usize, block: BlockId) {
+        let _one = device.fetching.lock().unwrap_or_else(PoisonError::into_inner);
+        let stale = &device.stale[self.page(layer, block)];
+        if stale.load(Ordering::Acquire) {
+            let mut write = self.write_copy(layer, block);
+            // `write` takes the flag away; the others must wait until the bytes are here.
+            stale.store(true, Ordering::Relaxed);
+            device.source.fetch(layer, block, &mut write);
+            drop(write);
+            stale.store(false, Ordering::Release);
         }
     }
 
@@ -290,11 +349,11 @@ impl DerefMut for PageWrite<'_> {
 impl Drop for PageWrite<'_> {
     fn drop(&mut self) {
         if self.arrives
-            && let Some(arrivals) = self.memory.arrivals.get()
+            && let Some(device) = self.memory.device.get()
         {
             // The page before its block: whoever finds the block's flag finds the page's.
-            arrivals.pages[self.page].store(true, Ordering::Release);
-            arrivals.blocks[self.page / self.memory.layers].store(true, Ordering::Release);
+            device.arrived[self.page].store(true, Ordering::Release);
+            device.arrived_blocks[self.page / self.memory.layers].store(true, Ordering::Release);
         }
         self.memory.locks.release_write(self.page);
     }
@@ -350,6 +409,15 @@ mod tests {
         memory.write(0, BlockId(1));
     }
 
+    /// A device whose pages are full of their layer's number plus 100.
+    struct Numbered;
+
+    impl PageSource for Numbered {
+        fn fetch(&self, layer: usize, _: BlockId, page: &mut [u8]) {
+            page.fill(100 + layer as u8);
+        }
+    }
+
     #[test]
     fn arrivals_are_told_once_and_copies_are_none() {
         let memory = memory();
@@ -359,8 +427,8 @@ mod tests {
             layers
         };
         memory.write(0, BlockId(1)).fill(1);
-        assert!(arrived(1).is_empty(), "nobody asked for them to be remembered");
-        memory.track_arrivals();
+        assert!(arrived(1).is_empty(), "no device");
+        memory.attach(Box::new(Numbered));
         memory.write(1, BlockId(1)).fill(1);
         memory.write(0, BlockId(2)).fill(1);
         memory.write(1, BlockId(2)).fill(1);
@@ -369,6 +437,21 @@ mod tests {
         assert_eq!((arrived(1), arrived(2)), (vec![], vec![]));
         memory.write(0, BlockId(1)).fill(2);
         assert_eq!(arrived(1), [0]);
+    }
+
+    #[test]
+    fn a_page_that_the_device_has_newer_is_fetched_by_its_reader() {
+        let memory = memory();
+        memory.attach(Box::new(Numbered));
+        let block = BlockId(1);
+        memory.write_copy(1, block).fill(7);
+        assert_eq!(memory.read(1, block)[0], 7);
+        memory.mark_stale(1, block);
+        assert_eq!((memory.read(1, block)[0], memory.read(0, block)[0]), (101, 0));
+        memory.take_arrivals(block, |layer| panic!("layer {layer} did not arrive: it was fetched"));
+        memory.mark_stale(0, block);
+        memory.write(0, block).fill(9);
+        assert_eq!(memory.read(0, block)[0], 9, "what arrived since is newer");
     }
 
     #[test]

@@ -296,11 +296,7 @@ fn advice(demand: &Demand<'_>, plan: &MemoryPlan) -> String {
 
 /// Bytes of a block over all layers.
 fn block_bytes(demand: &Demand<'_>) -> u64 {
-    block_size_bytes(&demand.format, demand.spec.layers)
-}
-
-fn block_size_bytes(format: &KvFormat, layers: usize) -> u64 {
-    KvMemory::block_bytes(format, layers) as u64
+    KvMemory::block_bytes(&demand.format, demand.spec.layers) as u64
 }
 
 /// What one of `nodes` nodes may use: shared weights count once for all of them.
@@ -331,10 +327,8 @@ fn host_activation_bytes(demand: &Demand<'_>) -> u64 {
     if demand.on_device.is_none() {
         return activation_bytes(demand.spec, demand.pass);
     }
-    let pass = demand.pass;
-    let pages = pass.tokens.div_ceil(demand.format.block_size) + pass.sequences;
-    let logits = pass.sequences * demand.spec.vocab * size_of::<f32>();
-    (crate::cuda::LAYERS_UNDER_WAY * pages * demand.format.page_bytes() + logits) as u64
+    let staging = crate::cuda::staging_bytes(&demand.format, KvMemory::page_stride_of(&demand.format), demand.pass);
+    staging + (demand.pass.sequences * demand.spec.vocab * size_of::<f32>()) as u64
 }
 
 /// Everything that is neither weights nor KV nor a row of the pass; an estimate, see the constants.

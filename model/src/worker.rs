@@ -4,7 +4,7 @@
 //! a callback; [`load_engine`] turns [`EngineOptions`] into weights, KV memory and an engine, or says why not.
 
 use crate::checkpoint::{Checkpoint, LoadError, LoadOptions, LoadProgress, ModelSource, TensorMap, load};
-use crate::cuda::{self, CudaEngine};
+use crate::cuda::{CudaEngine, Footprint};
 use crate::device::{self, DeviceChoice, KernelSet};
 use crate::engine::{CpuEngine, Engine, EngineError, identity};
 use crate::kv::{KvError, KvMemory};
@@ -12,7 +12,7 @@ use crate::mapping::HugePages;
 use crate::memory::device::{DeviceDemand, DeviceRefusal};
 use crate::memory::machine::MachineMemory;
 use crate::memory::{self, Demand, KvDemand, MemoryPlan, OnDevice, PassLimits, Refusal, WeightBytes};
-use ridge_kernels::cuda::{CudaError, Device, Properties};
+use ridge_kernels::cuda::CudaError;
 use ridge_kernels::sync::pool::{Placement, lower_priority, pin_to};
 use ridge_kernels::{Cpu, DType, KvDtype, KvFormat};
 use ridge_protocol::{BatchPlan, Duration, ModelIdentity, RequestId, TokenOut};
@@ -130,9 +130,21 @@ pub fn load_engine(
     }
     let refused = |error| SetupError::Device { choice: options.device, error };
     let device = device::open(options.device, options.kernel_cache.as_deref()).map_err(refused)?;
-    let demand = device.as_ref().map(|device| DeviceNeeds::new(device, &checkpoint)).transpose()?;
-    let demand = demand.as_ref().map(|needs| needs.demand(options, pass, &checkpoint, format));
-    let MemoryPlan { blocks, max_model_len, .. } = plan_memory(options, pass, &checkpoint, format, demand.as_ref())?;
+    let planned = match &device {
+        None => plan_memory(options, pass, &checkpoint, format, None)?,
+        Some(device) => {
+            let demand = DeviceDemand {
+                engine: Footprint::of(&checkpoint, &format, pass)?,
+                block_bytes: KvMemory::block_bytes(&format, spec.layers) as u64,
+                name: &device.properties().name,
+                total: device.properties().memory_bytes,
+                free: device.free_bytes().map_err(EngineError::Device)?,
+                utilization: options.gpu_memory_utilization,
+            };
+            plan_memory(options, pass, &checkpoint, format, Some(&demand))?
+        }
+    };
+    let MemoryPlan { blocks, max_model_len, .. } = planned;
     let kv = Arc::new(KvMemory::with_huge_pages(format, spec.layers, blocks, options.huge_pages)?);
     let cpu = Cpu::placed(&options.placement);
     let engine: Box<dyn Engine> = match device {
@@ -160,42 +172,6 @@ pub fn default_kv_dtype(checkpoint: &Checkpoint) -> KvDtype {
         Ok(DType::F32) => KvDtype::F32,
         Ok(DType::BF16) => KvDtype::BF16,
         _ => KvDtype::F16,
-    }
-}
-
-/// What planning a device's memory takes of the device.
-struct DeviceNeeds {
-    properties: Properties,
-    free: u64,
-    weights: u64,
-    compute: DType,
-}
-
-impl DeviceNeeds {
-    fn new(device: &Arc<dyn Device>, checkpoint: &Checkpoint) -> Result<Self, SetupError> {
-        let free = device.free_bytes().map_err(EngineError::Device)?;
-        let (weights, compute) = (cuda::device_bytes(checkpoint)?, cuda::compute_type(checkpoint)?);
-        Ok(Self { properties: device.properties().clone(), free, weights, compute })
-    }
-
-    fn demand<'a>(
-        &'a self,
-        options: &EngineOptions,
-        pass: PassLimits,
-        checkpoint: &'a Checkpoint,
-        format: KvFormat,
-    ) -> DeviceDemand<'a> {
-        DeviceDemand {
-            spec: &checkpoint.spec,
-            weights: self.weights,
-            compute: self.compute,
-            format,
-            pass,
-            name: &self.properties.name,
-            total: self.properties.memory_bytes,
-            free: self.free,
-            utilization: options.gpu_memory_utilization,
-        }
     }
 }
 

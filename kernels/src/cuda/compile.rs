@@ -222,21 +222,30 @@ mod tests {
         assert_eq!([80, 89, 90, 100].map(target), ["sm_80", "sm_89", "sm_90a", "sm_100a"]);
     }
 
-    /// Where NVRTC is, every source compiles for every architecture, twice: the second time from the folder.
+    /// Where NVRTC is, the self-test compiles for every architecture, and is found in the folder the second time. All other sources
+    /// are compiled by `kernels/cuda/check/check.py`.
     #[test]
-    fn every_source_compiles_for_every_architecture() {
+    fn the_selftest_compiles_for_every_architecture() {
         if let Err(error) = Nvrtc::get() {
             println!("skipped: {error}");
             return;
         }
         let folder = std::env::temp_dir().join(format!("ridge-cubins-{}", std::process::id()));
-        for source in super::super::source::SOURCES {
-            for sm in [80, 89, 90, 100] {
-                let code = cubin(source.name, sm, Some(&folder)).unwrap_or_else(|error| panic!("{error}"));
-                assert!(code.starts_with(b"\x7fELF"), "{} for {sm}", source.name);
-                assert_eq!(cubin(source.name, sm, Some(&folder)).unwrap(), code);
-            }
+        for sm in [80, 89, 90, 100] {
+            let code = cubin("selftest.cu", sm, Some(&folder)).unwrap_or_else(|error| panic!("{error}"));
+            assert!(code.starts_with(b"\x7fELF"), "for {sm}");
+            assert_eq!(
+                std::fs::read_dir(&folder)
+                    .unwrap()
+                    .flatten()
+                    .filter(|e| std::fs::read(e.path()).unwrap() == code)
+                    .count(),
+                1
+            );
+            assert_eq!(cubin("selftest.cu", sm, Some(&folder)).unwrap(), code);
         }
+        let wrong = Nvrtc::get().unwrap().compile(&[("wrong.cu", "this is no C++")], "sm_80").unwrap_err();
+        assert!(wrong.contains("error"), "{wrong}");
         std::fs::remove_dir_all(folder).unwrap();
     }
 

@@ -25,8 +25,10 @@ pub struct Batch {
     pub sampled: Vec<Span>,
     /// The row of the whole batch that each of them is.
     pub sampled_rows: Vec<u32>,
-    /// Blocks that the pass writes to, each once if no two items share one.
-    pub written: Vec<BlockId>,
+    /// Blocks that steps write to, one each.
+    pub written_by_steps: Vec<BlockId>,
+    /// Blocks that chunks write to.
+    pub written_by_chunks: Vec<BlockId>,
 }
 
 impl Batch {
@@ -45,8 +47,12 @@ impl Batch {
                 batch.tokens.extend(&item.tokens);
                 batch.positions.extend(item.start..item.start + rows as u32);
                 batch.tables.extend(item.block_table[..blocks].iter().map(|block| block.0));
-                batch.written.extend(&item.block_table[start / block_size..blocks]);
-                if steps { &mut batch.steps } else { &mut batch.chunks }.push(this);
+                let (runs, written) = match steps {
+                    true => (&mut batch.steps, &mut batch.written_by_steps),
+                    false => (&mut batch.chunks, &mut batch.written_by_chunks),
+                };
+                runs.push(this);
+                written.extend(&item.block_table[start / block_size..blocks]);
                 *run = Some(this);
             }
         }
@@ -126,7 +132,8 @@ mod tests {
         assert_eq!(batch.chunks, [run(2, 3, 2, 3), run(5, 2, 0, 5)]);
         assert_eq!(batch.sampled_rows, [4, 0, 1]);
         assert_eq!(batch.sampled, [run(0, 1, 4, 3), run(1, 1, 4, 0), run(2, 1, 0, 2)]);
-        assert_eq!(batch.written, [2, 6, 7, 8, 5].map(BlockId));
+        assert_eq!(batch.written_by_steps, [2, 6].map(BlockId));
+        assert_eq!(batch.written_by_chunks, [7, 8, 5].map(BlockId));
         let write = |block, slot, row, rows| Write { block, slot, row, rows };
         let want = [write(2, 0, 0, 1), write(6, 0, 1, 1), write(7, 2, 2, 2), write(8, 0, 4, 1), write(5, 0, 5, 2)];
         assert_eq!(batch.writes(4), want);

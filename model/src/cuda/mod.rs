@@ -9,27 +9,29 @@ mod attending;
 mod batch;
 mod pages;
 mod pass;
+mod sampler;
 mod scratch;
 mod weights;
 
-pub use scratch::scratch_bytes;
-pub use weights::{WeightsError, compute_type, device_bytes};
+pub use weights::WeightsError;
 
-pub(crate) use pages::LAYERS_UNDER_WAY;
+pub(crate) use pages::staging_bytes;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, LoadError};
 use crate::device::KernelSet;
 use crate::engine::{Engine, EngineError, Output, check_layout};
 use crate::forward::check;
 use crate::kv::KvMemory;
 use crate::memory::PassLimits;
-use crate::sampling::sample_rows;
 use crate::spec::ModelSpec;
 use pages::DevicePages;
 use pass::Pass;
-use ridge_kernels::Cpu;
+use ridge_kernels::cuda::ops::sampling::{self, Sampler};
 use ridge_kernels::cuda::{CudaError, Device};
+use ridge_kernels::{Cpu, KvFormat};
 use ridge_protocol::BatchPlan;
+use sampler::sample_rows;
+use scratch::Types;
 use std::sync::Arc;
 use std::time::Instant;
 use weights::DeviceWeights;
@@ -37,12 +39,47 @@ use weights::DeviceWeights;
 /// Uploads report their progress in the log when they take longer than this, and about as often.
 const PROGRESS_EVERY: std::time::Duration = std::time::Duration::from_secs(2);
 
+/// Bytes that an engine takes on its device besides its KV pool, worked out from the checkpoint's headers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Footprint {
+    /// Weights.
+    pub weights: u64,
+    /// What products need beside their operands.
+    pub products: u64,
+    /// Buffers of the largest pass, and pages on their way to the host.
+    pub activations: u64,
+}
+
+impl Footprint {
+    /// For passes up to `pass` with such a cache.
+    pub fn of(checkpoint: &Checkpoint, format: &KvFormat, pass: PassLimits) -> Result<Self, LoadError> {
+        let stored =
+            |layer: usize, name: &str| checkpoint.tensors.get(&format!("layers.{layer}.{name}")).map(|t| t.dtype);
+        let mut apart = false;
+        for layer in 0..checkpoint.spec.layers {
+            apart |= stored(layer, "w_gate")? != stored(layer, "w_up")?;
+        }
+        let types = Types { compute: weights::compute_type(checkpoint)?, kv: format.dtype, apart };
+        let sampling = sampling::scratch_bytes(pass.sequences, checkpoint.spec.vocab, true) as u64;
+        let staging = pages::staging_bytes(format, KvMemory::page_stride_of(format), pass);
+        Ok(Self {
+            weights: weights::device_bytes(checkpoint)?,
+            products: weights::product_bytes(checkpoint)?,
+            activations: scratch::scratch_bytes(&checkpoint.spec, types, pass) + staging + sampling,
+        })
+    }
+}
+
+/// Largest vocabulary that the device samples from.
+const VOCAB_MAX: usize = 1 << 19;
+
 /// The engine that computes on a CUDA device.
 pub struct CudaEngine {
     weights: DeviceWeights,
     pages: DevicePages,
     pass: Pass,
-    /// Samples, and decodes rows of a quantised embedding.
+    sampler: Sampler,
+    /// Decodes rows of a quantised embedding.
     cpu: Cpu,
 }
 
@@ -66,7 +103,8 @@ impl CudaEngine {
         let weights = upload(&device, checkpoint)?;
         let pages = DevicePages::new(&device, kv)?;
         let pass = Pass::new(&device, &weights, pages.format(), limits)?;
-        Ok(Self { weights, pages, pass, cpu })
+        let sampler = Sampler::new(&device, checkpoint.spec.vocab)?;
+        Ok(Self { weights, pages, pass, sampler, cpu })
     }
 
     /// Logits of the items that sample, `[items, vocab]` in their order; otherwise as [`Engine::run`].
@@ -74,20 +112,45 @@ impl CudaEngine {
     /// # Errors
     ///
     /// What the device refused. What it holds is then unknown.
-    pub fn logits(&mut self, plan: &BatchPlan, on_layer: &mut dyn FnMut(u32)) -> Result<&mut [f32], CudaError> {
+    pub fn logits(&mut self, plan: &BatchPlan, on_layer: &mut dyn FnMut(u32)) -> Result<Vec<f32>, CudaError> {
+        let rows = self.compute(plan, on_layer)?;
+        self.pass.logits().to_vec(rows * self.weights.spec.vocab)
+    }
+
+    /// Runs a plan up to the logits; returns how many items sample.
+    fn compute(&mut self, plan: &BatchPlan, on_layer: &mut dyn FnMut(u32)) -> Result<usize, CudaError> {
         check(plan, &self.weights.spec, self.pages.host());
         self.pass.run(&self.weights, &mut self.pages, &self.cpu, plan, on_layer)
+    }
+
+    /// Runs a plan and samples.
+    fn sample(&mut self, plan: &BatchPlan, on_layer: &mut dyn FnMut(u32)) -> Result<Vec<Output>, CudaError> {
+        let rows = self.compute(plan, on_layer)?;
+        let wanted: Vec<_> = plan.items.iter().filter_map(|item| Some((item.request, item.sample.as_ref()?))).collect();
+        let specs: Vec<_> = wanted.iter().map(|(_, spec)| *spec).collect();
+        assert_eq!(specs.len(), rows, "a row of logits for each item that samples");
+        if rows == 0 {
+            return Ok(Vec::new());
+        }
+        let tokens = sample_rows(&mut self.sampler, self.pass.logits(), self.weights.spec.vocab, &specs)?;
+        Ok(wanted.iter().zip(tokens).map(|((request, _), token)| Output { request: *request, token }).collect())
     }
 }
 
 /// The kernels are made for the sizes of heads that models have.
 fn check_heads(spec: &ModelSpec) -> Result<(), CudaError> {
     let dim = spec.head_dim;
-    match dim.is_multiple_of(8) && dim <= 256 && spec.hidden.is_multiple_of(2) {
+    if spec.vocab > VOCAB_MAX {
+        let text = format!("the CUDA kernels choose among {VOCAB_MAX} tokens at most; this model has {}", spec.vocab);
+        return Err(CudaError::Unavailable(text));
+    }
+    // Rows of every operand begin at multiples of 16 bytes then.
+    match [dim, spec.hidden, spec.ffn].iter().all(|size| size.is_multiple_of(8)) && dim <= 256 {
         true => Ok(()),
         false => Err(CudaError::Unavailable(format!(
-            "the CUDA kernels take heads of a multiple of 8 elements up to 256 and an even hidden size; this model has {dim} and {}",
-            spec.hidden
+            "the CUDA kernels take heads of up to 256 elements, and sizes that are multiples of 8: this model has heads of {dim}, a \
+             hidden size of {} and a feed-forward size of {}",
+            spec.hidden, spec.ffn
         ))),
     }
 }
@@ -106,7 +169,7 @@ fn upload(device: &Arc<dyn Device>, checkpoint: &Checkpoint) -> Result<DeviceWei
         WeightsError::Checkpoint(error) => EngineError::Checkpoint(error),
         WeightsError::Device(error) => EngineError::Device(error),
     })?;
-    let bytes = device_bytes(checkpoint)?;
+    let bytes = weights::device_bytes(checkpoint)?;
     let seconds = started.elapsed().as_secs_f64();
     tracing::info!(
         mib = bytes >> 20,
@@ -119,15 +182,8 @@ fn upload(device: &Arc<dyn Device>, checkpoint: &Checkpoint) -> Result<DeviceWei
 
 impl Engine for CudaEngine {
     fn run(&mut self, plan: &BatchPlan, on_layer: &mut dyn FnMut(u32)) -> Vec<Output> {
-        let vocab = self.weights.spec.vocab;
-        check(plan, &self.weights.spec, self.pages.host());
-        let logits = self.pass.run(&self.weights, &mut self.pages, &self.cpu, plan, on_layer);
         // Nobody above can go on without the device; the node's supervisor starts it again.
-        let logits = logits.unwrap_or_else(|error| panic!("step {}: the device failed: {error}", plan.step));
-        let wanted: Vec<_> = plan.items.iter().filter_map(|item| Some((item.request, item.sample.as_ref()?))).collect();
-        let specs: Vec<_> = wanted.iter().map(|(_, spec)| *spec).collect();
-        let tokens = sample_rows(self.cpu.pool(), logits, vocab, &specs);
-        wanted.iter().zip(tokens).map(|((request, _), token)| Output { request: *request, token }).collect()
+        self.sample(plan, on_layer).unwrap_or_else(|error| panic!("step {}: the device failed: {error}", plan.step))
     }
 
     fn kv(&self) -> &Arc<KvMemory> {

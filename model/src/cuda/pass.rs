@@ -4,24 +4,24 @@
 //! rows and for many; an output's bits depend on which of the two computed it, and on nothing else of the batch. Behind the
 //! last layer's keys and values, where only sampled rows go on, all rows are steps.
 //!
-//! Everything is asked for in order on one stream. The host waits for the device only where pages land and for the logits.
+//! Everything is asked for in order on one stream. The host waits for the device only where pages land.
 
 #![allow(unsafe_code, reason = "the device's memory is addressed by numbers")]
 
 use super::attending::Attending;
 use super::batch::Batch;
 use super::pages::DevicePages;
-use super::scratch::{Numbers, Scratch, bytes_of};
-use super::weights::{DeviceWeights, Embed, Layer, Projection};
+use super::scratch::{Numbers, Scratch, Types, bytes_of};
+use super::weights::{DeviceWeights, Embed, Layer, Projection, scratch_of};
 use crate::memory::PassLimits;
 use crate::spec::{Activation, ModelSpec};
 use ridge_kernels::cuda::ops::attention;
-use ridge_kernels::cuda::ops::matmul::{self, Finish, Path, Weight};
+use ridge_kernels::cuda::ops::matmul::{Finish, Path, Products, Weight, X};
 use ridge_kernels::cuda::ops::pages::{KeyTurn, Pages, Write, write_kv};
 use ridge_kernels::cuda::ops::rows::{self, Heads};
 use ridge_kernels::cuda::plan::attention::{PrefillKernel, prefill_kernel};
-use ridge_kernels::cuda::{CudaError, Device};
-use ridge_kernels::{Cpu, DType, KvFormat};
+use ridge_kernels::cuda::{Buffer, CudaError, Device};
+use ridge_kernels::{Cpu, DType, Gate, KvFormat};
 use ridge_protocol::BatchPlan;
 use std::sync::Arc;
 
@@ -29,9 +29,9 @@ use std::sync::Arc;
 pub struct Pass {
     device: Arc<dyn Device>,
     scratch: Scratch,
+    products: Products,
     /// Attention of chunks.
     prefill: PrefillKernel,
-    logits: Vec<f32>,
 }
 
 /// What every step of a pass is told.
@@ -39,6 +39,7 @@ struct Step<'a> {
     device: &'a dyn Device,
     weights: &'a DeviceWeights,
     scratch: &'a Scratch,
+    products: &'a Products,
     /// Type of queries.
     query: DType,
     /// Where the pass's numbers lie, and the block tables among them.
@@ -83,17 +84,24 @@ impl Pass {
         format: &KvFormat,
         limits: PassLimits,
     ) -> Result<Self, CudaError> {
-        let query = attention::query_dtype(format.dtype);
-        let mut scratch = Scratch::new(device, &weights.spec, weights.compute, query)?;
+        let apart = weights.layers.iter().any(|layer| layer.gate.dtype != layer.up.dtype);
+        let types = Types { compute: weights.compute, kv: format.dtype, apart };
+        let mut scratch = Scratch::new(device, &weights.spec, types)?;
         scratch.fit(limits)?;
         let prefill = prefill_kernel(format, device.properties().shared_per_block as usize);
         for (kernel, reason) in prefill.rejected {
             tracing::debug!("attention of prompts does not take {kernel:?}: {reason}");
         }
-        Ok(Self { device: device.clone(), scratch, prefill: prefill.chosen, logits: Vec::new() })
+        let products = Products::new(device, scratch_of(weights))?;
+        Ok(Self { device: device.clone(), scratch, products, prefill: prefill.chosen })
     }
 
-    /// Runs a plan that has been checked and returns the logits, `[items that sample, vocab]` in the order of the items.
+    /// The logits of the last pass, `[items that sampled, vocab]` in the order of the items.
+    pub fn logits(&self) -> &Buffer {
+        &self.scratch.logits
+    }
+
+    /// Runs a plan that has been checked, up to the logits. Returns how many items sample.
     ///
     /// `on_layer(l)` is called once layer `l`'s pages are on the host.
     pub fn run(
@@ -103,25 +111,28 @@ impl Pass {
         cpu: &Cpu,
         plan: &BatchPlan,
         on_layer: &mut dyn FnMut(u32),
-    ) -> Result<&mut [f32], CudaError> {
+    ) -> Result<usize, CudaError> {
         let format = *pages.format();
         let batch = Batch::new(plan, format.block_size);
         pages.upload_arrivals(batch.blocks())?;
         self.scratch.fit(PassLimits { tokens: batch.rows(), sequences: batch.sampled.len() })?;
         let writes = batch.writes(format.block_size);
         let mut numbers = Numbers::default();
-        let at = [&batch.tokens, &batch.sampled_rows, &batch.tables, &Write::words(&writes)].map(|v| numbers.push(v));
+        let shipped: Vec<u32> = batch.written_by_chunks.iter().map(|block| block.0).collect();
+        let lists = [&batch.tokens, &batch.sampled_rows, &batch.tables, &Write::words(&writes), &shipped];
+        let at = lists.map(|list| numbers.push(list));
         let (spec, prefill) = (&weights.spec, self.prefill);
         let whole = Attending::new(spec, prefill, &batch.steps, &batch.chunks, &mut numbers);
         let narrow = Attending::new(spec, prefill, &batch.sampled, &[], &mut numbers);
         self.scratch.fit_parts(whole.workspace_bytes().max(narrow.workspace_bytes()))?;
         let base = self.scratch.upload(&numbers)?;
-        let [tokens, sampled_rows, tables, writes_at] = at.map(|at| base + at);
+        let [tokens, sampled_rows, tables, writes_at, shipped] = at.map(|at| base + at);
 
         let step = Step {
             device: &*self.device,
             weights,
             scratch: &self.scratch,
+            products: &self.products,
             query: attention::query_dtype(format.dtype),
             numbers: base,
             tables,
@@ -132,17 +143,14 @@ impl Pass {
         let (mut attending, mut landed) = (&whole, |layer: usize| on_layer(layer as u32));
         let last = weights.layers.len() - 1;
         for (index, layer) in weights.layers.iter().enumerate() {
-            let pages_of = Pages {
-                format,
-                base: pages.address() + (index * pages.host().page_stride()) as u64,
-                block_stride: pages.host().block_stride() as u64,
-            };
+            let pages_of = pages.of_layer(index);
             step.fill_cache(layer, &now, &pages_of, (writes_at, writes.len()), index != last)?;
-            pages.ship(index, &batch.written, &mut landed)?;
+            pages.keep(index, &batch.written_by_steps);
+            pages.ship(index, (&batch.written_by_chunks, shipped), &mut landed)?;
             if index == last {
                 if batch.sampled.is_empty() {
                     pages.land_all(&mut landed)?;
-                    return Ok(&mut []);
+                    return Ok(0);
                 }
                 // Nothing reads the last layer's output except the sampled rows.
                 now = step.narrow(&now, sampled_rows, batch.sampled.len())?;
@@ -154,9 +162,7 @@ impl Pass {
         }
         step.project(&now)?;
         pages.land_all(&mut landed)?;
-        self.logits.resize(batch.sampled.len() * weights.spec.vocab, 0.0);
-        self.scratch.logits.download(0, &mut self.logits)?;
-        Ok(&mut self.logits)
+        Ok(batch.sampled.len())
     }
 }
 
@@ -260,16 +266,28 @@ impl Step<'_> {
     fn feed_forward(&self, layer: &Layer, now: &Activations) -> Result<(), CudaError> {
         let (spec, s, compute) = (self.spec(), self.scratch, self.weights.compute);
         self.norm(layer.ffn_norm, now)?;
-        let plain = |weight| Projection { weight, bias: 0, head_norm: 0 };
-        self.store(now.rows, now.h, &plain(layer.gate), s.raw.address())?;
-        self.store(now.rows, now.h, &plain(layer.up), s.up.address())?;
-        let n = now.rows.all() * spec.ffn;
-        let (gate, up, out) = (s.raw.address(), s.up.address(), s.gated.address());
-        // SAFETY: each has `ffn` elements for each row.
-        unsafe {
-            match spec.activation {
-                Activation::Silu => rows::silu_mul(self.device, n, gate, up, compute, out)?,
-                Activation::GeluTanh => rows::gelu_tanh_mul(self.device, n, gate, up, compute, out)?,
+        let (activation, out) = match spec.activation {
+            Activation::Silu => (Gate::Silu, s.gated.address()),
+            Activation::GeluTanh => (Gate::GeluTanh, s.gated.address()),
+        };
+        if layer.gate.dtype == layer.up.dtype {
+            for (path, first, count) in now.rows.parts() {
+                let (x, y) = (self.rows_of(now.h, first, count, spec.hidden), first * spec.ffn * bytes_of(compute));
+                let y = out + y as u64;
+                // SAFETY: `h` and `gated` have a row for each of these rows, as wide as the matrices on either side.
+                unsafe { self.products.gated(path, x, &layer.gate, &layer.up, activation, compute, y)? };
+            }
+        } else {
+            // Some quantisations store the two in different types.
+            self.store(now.rows, now.h, &Projection::plain(layer.gate), s.gate.address())?;
+            self.store(now.rows, now.h, &Projection::plain(layer.up), s.up.address())?;
+            let (n, gate, up) = (now.rows.all() * spec.ffn, s.gate.address(), s.up.address());
+            // SAFETY: each has `ffn` elements for each row.
+            unsafe {
+                match spec.activation {
+                    Activation::Silu => rows::silu_mul(self.device, n, gate, up, compute, out)?,
+                    Activation::GeluTanh => rows::gelu_tanh_mul(self.device, n, gate, up, compute, out)?,
+                }
             }
         }
         self.add(now.rows, out, &layer.down, 0, now.x)
@@ -278,8 +296,7 @@ impl Step<'_> {
     /// Norms the residual stream and multiplies it with the output head.
     fn project(&self, now: &Activations) -> Result<(), CudaError> {
         self.norm(self.weights.norm, now)?;
-        let head = Projection { weight: self.weights.head, bias: 0, head_norm: 0 };
-        self.store(now.rows, now.h, &head, self.scratch.logits.address())
+        self.store(now.rows, now.h, &Projection::plain(self.weights.head), self.scratch.logits.address())
     }
 
     /// Copies the sampled rows of everything that is still needed.
@@ -317,13 +334,18 @@ impl Step<'_> {
     }
 
     fn product(&self, rows: Rows, x: u64, weight: &Weight, finish: Finish, y: u64) -> Result<(), CudaError> {
-        let compute = self.weights.compute;
         for (path, first, count) in rows.parts() {
-            let x = x + (first * weight.k * bytes_of(compute)) as u64;
+            let x = self.rows_of(x, first, count, weight.k);
             let y = y + (first * weight.n * size_of::<f32>()) as u64;
             // SAFETY: the callers' buffers have a row for each of `rows`, as wide as the matrix on either side.
-            unsafe { matmul::matmul(self.device, path, (x, compute, count), weight, finish, y)? };
+            unsafe { self.products.matmul(path, x, weight, finish, y)? };
         }
         Ok(())
+    }
+
+    /// Some rows of an operand in the compute type, `width` elements each.
+    fn rows_of(&self, x: u64, first: usize, rows: usize, width: usize) -> X {
+        let dtype = self.weights.compute;
+        X { address: x + (first * width * bytes_of(dtype)) as u64, dtype, rows }
     }
 }

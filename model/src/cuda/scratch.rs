@@ -11,7 +11,7 @@ use std::sync::Arc;
 const SECTION_WORDS: usize = 4;
 
 macro_rules! buffers {
-    ($($(#[$doc:meta])* $name:ident: $rows:ident * $width:expr;)*) => {
+    ($($(#[$doc:meta])* $name:ident: $rows:ident * |$sizes:ident| $width:expr;)*) => {
         /// Activations of one pass.
         pub struct Scratch {
             device: Arc<dyn Device>,
@@ -24,8 +24,8 @@ macro_rules! buffers {
 
         impl Scratch {
             /// Buffers without room for anything.
-            pub fn new(device: &Arc<dyn Device>, spec: &ModelSpec, compute: DType, query: DType) -> Result<Self, CudaError> {
-                let sizes = Sizes::new(spec, compute, query);
+            pub fn new(device: &Arc<dyn Device>, spec: &ModelSpec, types: Types) -> Result<Self, CudaError> {
+                let sizes = Sizes::new(spec, types);
                 let limits = PassLimits { tokens: 0, sequences: 0 };
                 let empty = || Buffer::new(device, 0);
                 Ok(Self { device: device.clone(), sizes, limits, numbers: empty()?, parts: empty()?, $($name: empty()?,)* })
@@ -41,7 +41,8 @@ macro_rules! buffers {
                     sequences: pass.sequences.max(self.limits.sequences),
                 };
                 $({
-                    let bytes = limits.$rows * ($width)(&self.sizes);
+                    let $sizes = &self.sizes;
+                    let bytes = limits.$rows * ($width);
                     if bytes > self.$name.bytes() {
                         // The old one goes first: there may not be room for both.
                         self.$name = Buffer::new(&self.device, 0)?;
@@ -53,10 +54,26 @@ macro_rules! buffers {
             }
         }
 
-        fn bytes(sizes: &Sizes, pass: PassLimits) -> usize {
-            0 $(+ pass.$rows * ($width)(sizes))*
+        fn bytes(all: &Sizes, pass: PassLimits) -> usize {
+            let mut bytes = 0;
+            $({
+                let $sizes = all;
+                bytes += pass.$rows * ($width);
+            })*
+            bytes
         }
     };
+}
+
+/// What decides the sizes of buffers, besides the model's shape.
+#[derive(Clone, Copy, Debug)]
+pub struct Types {
+    /// Type of activations between products.
+    pub compute: DType,
+    /// Type of the cache.
+    pub kv: KvDtype,
+    /// Whether some layer's gate and up are stored in different types.
+    pub apart: bool,
 }
 
 /// Widths of rows.
@@ -65,6 +82,8 @@ struct Sizes {
     q: usize,
     kv: usize,
     ffn: usize,
+    /// `ffn` if some layer's gate and up are of different types, else 0.
+    apart: usize,
     pairs: usize,
     vocab: usize,
     /// Bytes of an element of the compute type, and of a query's.
@@ -73,53 +92,56 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn new(spec: &ModelSpec, compute: DType, query: DType) -> Self {
+    fn new(spec: &ModelSpec, types: Types) -> Self {
         Self {
             hidden: spec.hidden,
             q: spec.q_width(),
             kv: spec.kv_width(),
             ffn: spec.ffn,
+            apart: if types.apart { spec.ffn } else { 0 },
             pairs: spec.rope.rotary_dim / 2,
             vocab: spec.vocab,
-            compute: bytes_of(compute),
-            query: bytes_of(query),
+            compute: bytes_of(types.compute),
+            query: bytes_of(attention::query_dtype(types.kv)),
         }
     }
 }
 
 buffers! {
     /// `[rows, hidden]` f32: the residual stream.
-    x: tokens * |s: &Sizes| s.hidden * 4;
+    x: tokens * |s| s.hidden * 4;
     /// `[rows, hidden]` in the compute type: normed.
-    h: tokens * |s: &Sizes| s.hidden * s.compute;
-    /// `[rows, q_width]` or `[rows, ffn]` f32: queries before they are turned, gates before their product.
-    raw: tokens * |s: &Sizes| s.q.max(s.ffn) * 4;
+    h: tokens * |s| s.hidden * s.compute;
+    /// `[rows, q_width]` f32: queries before they are turned.
+    raw: tokens * |s| s.q * 4;
     /// `[rows, q_width]` in the type of queries.
-    q: tokens * |s: &Sizes| s.q * s.query;
+    q: tokens * |s| s.q * s.query;
     /// `[rows, kv_width]` f32.
-    k: tokens * |s: &Sizes| s.kv * 4;
+    k: tokens * |s| s.kv * 4;
     /// `[rows, kv_width]` f32.
-    v: tokens * |s: &Sizes| s.kv * 4;
+    v: tokens * |s| s.kv * 4;
     /// `[rows, q_width]` in the compute type.
-    attended: tokens * |s: &Sizes| s.q * s.compute;
-    /// `[rows, ffn]` f32.
-    up: tokens * |s: &Sizes| s.ffn * 4;
+    attended: tokens * |s| s.q * s.compute;
+    /// `[rows, ffn]` f32, where a layer's gate and up are of different types.
+    gate: tokens * |s| s.apart * 4;
+    /// As `gate`.
+    up: tokens * |s| s.apart * 4;
     /// `[rows, ffn]` in the compute type.
-    gated: tokens * |s: &Sizes| s.ffn * s.compute;
+    gated: tokens * |s| s.ffn * s.compute;
     /// `[rows, pairs]` f32.
-    cos: tokens * |s: &Sizes| s.pairs * 4;
+    cos: tokens * |s| s.pairs * 4;
     /// `[rows, pairs]` f32.
-    sin: tokens * |s: &Sizes| s.pairs * 4;
+    sin: tokens * |s| s.pairs * 4;
     /// As `x`, of the sampled rows.
-    few_x: sequences * |s: &Sizes| s.hidden * 4;
+    few_x: sequences * |s| s.hidden * 4;
     /// As `h`, of the sampled rows.
-    few_h: sequences * |s: &Sizes| s.hidden * s.compute;
+    few_h: sequences * |s| s.hidden * s.compute;
     /// As `cos`, of the sampled rows.
-    few_cos: sequences * |s: &Sizes| s.pairs * 4;
+    few_cos: sequences * |s| s.pairs * 4;
     /// As `sin`, of the sampled rows.
-    few_sin: sequences * |s: &Sizes| s.pairs * 4;
+    few_sin: sequences * |s| s.pairs * 4;
     /// `[sampled rows, vocab]` f32.
-    logits: sequences * |s: &Sizes| s.vocab * 4;
+    logits: sequences * |s| s.vocab * 4;
 }
 
 impl Scratch {
@@ -151,8 +173,8 @@ impl Scratch {
 }
 
 /// Bytes of all buffers for the largest pass.
-pub fn scratch_bytes(spec: &ModelSpec, compute: DType, kv: KvDtype, pass: PassLimits) -> u64 {
-    bytes(&Sizes::new(spec, compute, attention::query_dtype(kv)), pass) as u64
+pub fn scratch_bytes(spec: &ModelSpec, types: Types, pass: PassLimits) -> u64 {
+    bytes(&Sizes::new(spec, types), pass) as u64
 }
 
 /// Bytes of an element of a plain type.

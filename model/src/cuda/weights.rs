@@ -6,7 +6,7 @@
 use crate::checkpoint::{Checkpoint, LoadError, Tensor, TensorMap};
 use crate::rope::Rope;
 use crate::spec::ModelSpec;
-use ridge_kernels::cuda::ops::matmul::{self, Weight};
+use ridge_kernels::cuda::ops::matmul::{self, Products, Weight};
 use ridge_kernels::cuda::{Buffer, CudaError, Device};
 use ridge_kernels::{DType, quantize_row};
 use std::sync::Arc;
@@ -58,6 +58,35 @@ pub(super) struct Projection {
     pub(super) head_norm: u64,
 }
 
+impl Projection {
+    /// A matrix with nothing behind it.
+    pub(super) fn plain(weight: Weight) -> Self {
+        Self { weight, bias: 0, head_norm: 0 }
+    }
+}
+
+/// Bytes that products with these weights need beside their operands. The output head only ever meets few rows.
+pub(super) fn scratch_of(weights: &DeviceWeights) -> usize {
+    let matrices = |layer: &Layer| {
+        let [q, k, v, o] = [&layer.query, &layer.key, &layer.value, &layer.out].map(|projection| projection.weight);
+        [q, k, v, o, layer.gate, layer.up, layer.down].map(|weight| (weight.dtype, weight.n, weight.k))
+    };
+    Products::scratch_bytes(weights.layers.iter().flat_map(matrices))
+}
+
+/// The same, before the weights are on the device.
+pub fn product_bytes(checkpoint: &Checkpoint) -> Result<u64, LoadError> {
+    let tied = checkpoint.spec.tied_head;
+    let mut matrices = Vec::new();
+    for (name, dtype) in placements(checkpoint)? {
+        if let (Some(dtype), true) = (dtype, name.starts_with("layers.")) {
+            let tensor = tensor(&checkpoint.tensors, &name, tied)?;
+            matrices.push((dtype, tensor.rows, tensor.cols));
+        }
+    }
+    Ok(Products::scratch_bytes(matrices) as u64)
+}
+
 /// The type that activations are rounded to before a product with these weights.
 pub fn compute_type(checkpoint: &Checkpoint) -> Result<DType, LoadError> {
     let matrices = ["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"];
@@ -77,7 +106,7 @@ pub fn compute_type(checkpoint: &Checkpoint) -> Result<DType, LoadError> {
 
 /// How a matrix lies on the device.
 fn device_type(stored: DType, compute: DType) -> DType {
-    if matmul::supports(stored, compute) { stored } else { compute }
+    if matmul::compute_type(stored) == compute { stored } else { compute }
 }
 
 /// Whether the embedding has a table on the device.

@@ -2,12 +2,11 @@
 //!
 //! Pure, as its neighbour: sizes go in, a plan or a refusal comes out. Read [`DeviceDemand`] and [`DevicePlan`].
 
-use super::{PassLimits, block_size_bytes, size};
-use crate::spec::ModelSpec;
-use ridge_kernels::{DType, KvFormat};
+use super::size;
+use crate::cuda::Footprint;
 use std::fmt::{self, Display};
 
-/// Scratch of products and of attention's partial sums, and code. An estimate: no device has been measured.
+/// Attention's partial sums, and code. An estimate: no device has been measured.
 const WORKSPACE_BYTES: u64 = 64 << 20;
 /// Headroom as a share of everything else, for what the driver rounds up.
 const HEADROOM_SHARE: u64 = 50;
@@ -15,16 +14,10 @@ const HEADROOM_SHARE: u64 = 50;
 /// Everything that decides how much of a device's memory a node needs and may use.
 #[derive(Clone, PartialEq, Debug)]
 pub struct DeviceDemand<'a> {
-    /// The model.
-    pub spec: &'a ModelSpec,
-    /// Bytes of its weights on the device.
-    pub weights: u64,
-    /// Type of activations between products.
-    pub compute: DType,
-    /// A page of its KV cache.
-    pub format: KvFormat,
-    /// The largest pass.
-    pub pass: PassLimits,
+    /// What the engine takes besides the pool.
+    pub engine: Footprint,
+    /// Bytes of a block of the pool, over all layers.
+    pub block_bytes: u64,
     /// Name of the device.
     pub name: &'a str,
     /// Its memory.
@@ -80,7 +73,7 @@ impl Display for DevicePlan {
             ("weights", self.weights, "as stored, or in the compute type".to_owned()),
             ("KV cache", self.kv, format!("{} blocks, each with its copy in the host's memory", self.blocks)),
             ("activations", self.activations, "buffers of the largest pass".into()),
-            ("workspace", self.workspace, "partial sums, code (estimated)".into()),
+            ("workspace", self.workspace, "decoded weights of one product; partial sums, code (estimated)".into()),
             ("headroom", self.headroom, "what the driver rounds up (a fiftieth)".into()),
         ];
         for (name, bytes, remark) in rows {
@@ -94,22 +87,23 @@ impl Display for DevicePlan {
 
 /// Blocks that the device has room for when everything else has its part; 0 if it does not even fit without.
 pub fn room(demand: &DeviceDemand<'_>) -> usize {
-    let others = demand.weights + activation_bytes(demand) + WORKSPACE_BYTES;
+    let Footprint { weights, products, activations } = demand.engine;
+    let others = weights + products + activations + WORKSPACE_BYTES;
     let before_headroom = allowed(demand) / (HEADROOM_SHARE + 1) * HEADROOM_SHARE;
-    let blocks = before_headroom.saturating_sub(others) / block_size_bytes(&demand.format, demand.spec.layers);
+    let blocks = before_headroom.saturating_sub(others) / demand.block_bytes;
     usize::try_from(blocks).unwrap_or(usize::MAX)
 }
 
 /// Divides the device's memory up for a pool of `blocks`.
 pub fn plan(demand: &DeviceDemand<'_>, blocks: usize) -> Result<DevicePlan, DeviceRefusal> {
-    let (kv, activations) =
-        (blocks as u64 * block_size_bytes(&demand.format, demand.spec.layers), activation_bytes(demand));
+    let Footprint { weights, products, activations } = demand.engine;
+    let (kv, workspace) = (blocks as u64 * demand.block_bytes, WORKSPACE_BYTES + products);
     let plan = DevicePlan {
-        weights: demand.weights,
+        weights,
         kv,
         activations,
-        workspace: WORKSPACE_BYTES,
-        headroom: (demand.weights + kv + activations + WORKSPACE_BYTES) / HEADROOM_SHARE,
+        workspace,
+        headroom: (weights + kv + activations + workspace) / HEADROOM_SHARE,
         blocks,
         allowed: allowed(demand),
         name: demand.name.to_owned(),
@@ -123,7 +117,7 @@ pub fn plan(demand: &DeviceDemand<'_>, blocks: usize) -> Result<DevicePlan, Devi
         0 => "what would fit: no KV cache at all; a larger device, smaller weights, a higher --gpu-memory-utilization or fewer \
               --max-num-batched-tokens"
             .to_owned(),
-        blocks => format!("what would fit: --kv-memory {}", blocks as u64 * block_size_bytes(&demand.format, demand.spec.layers)),
+        blocks => format!("what would fit: --kv-memory {}", blocks as u64 * demand.block_bytes),
     };
     let short = plan.total().saturating_sub(plan.allowed);
     Err(DeviceRefusal { plan: Box::new(plan), short, advice })
@@ -133,24 +127,14 @@ fn allowed(demand: &DeviceDemand<'_>) -> u64 {
     demand.free.min((demand.total as f64 * demand.utilization) as u64)
 }
 
-/// Buffers of the largest pass, as `cuda::pass::Scratch` names them.
-fn activation_bytes(demand: &DeviceDemand<'_>) -> u64 {
-    crate::cuda::scratch_bytes(demand.spec, demand.compute, demand.format.dtype, demand.pass)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::tests::llama_1b;
-    use ridge_kernels::KvDtype;
 
-    fn demand(spec: &ModelSpec, total: u64) -> DeviceDemand<'_> {
+    fn demand(total: u64) -> DeviceDemand<'static> {
         DeviceDemand {
-            spec,
-            weights: 2400 << 20,
-            compute: DType::BF16,
-            format: KvFormat { dtype: KvDtype::BF16, kv_heads: 8, head_dim: 64, block_size: 16 },
-            pass: PassLimits { tokens: 2048, sequences: 32 },
+            engine: Footprint { weights: 2400 << 20, products: 0, activations: 200 << 20 },
+            block_bytes: 512 << 10,
             name: "a device",
             total,
             free: total - (1 << 30),
@@ -160,22 +144,19 @@ mod tests {
 
     #[test]
     fn the_pool_gets_what_is_left() {
-        let spec = llama_1b();
-        let demand = demand(&spec, 24 << 30);
+        let demand = demand(24 << 30);
         let blocks = room(&demand);
-        let plan_of = |blocks| plan(&demand, blocks);
-        let planned = plan_of(blocks).expect("what there is room for");
+        let planned = plan(&demand, blocks).expect("what there is room for");
         assert!(planned.total() <= planned.allowed && planned.allowed == (24f64 * 0.9 * f64::from(1 << 30)) as u64);
-        assert!(planned.allowed - planned.total() < 2 * (planned.kv / blocks as u64) + planned.allowed / 2000);
-        let refusal = plan_of(blocks + 100).expect_err("more than there is room for").to_string();
+        assert!(planned.allowed - planned.total() < 2 * demand.block_bytes, "{planned}");
+        let refusal = plan(&demand, blocks + 100).expect_err("more than there is room for").to_string();
         assert!(refusal.contains("out of device memory") && refusal.contains("--kv-memory"), "{refusal}");
         assert!(refusal.contains("weights") && refusal.contains("2.34 GiB"), "{refusal}");
     }
 
     #[test]
     fn a_device_that_is_too_small_is_refused_with_numbers() {
-        let spec = llama_1b();
-        let small = demand(&spec, 3 << 30);
+        let small = demand(3 << 30);
         assert_eq!(room(&small), 0);
         let refusal = plan(&small, 1).expect_err("2 GiB are free").to_string();
         assert!(refusal.contains("no KV cache at all") && refusal.contains("a device"), "{refusal}");

@@ -11,7 +11,7 @@ const MIB: u64 = 1 << 20;
 const BLOCK: u64 = (512 << 10) + 33 * 64;
 
 /// The model's shape.
-pub(super) fn llama_1b() -> ModelSpec {
+fn llama_1b() -> ModelSpec {
     let layer = LayerSpec { attention: AttentionSpec::default(), ffn: FfnSpec { kind: FfnKind::Gated, bias: false } };
     ModelSpec {
         arch: "llama".into(),
