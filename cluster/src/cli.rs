@@ -4,6 +4,7 @@
 
 use crate::bench::{BenchArgs, RooflineArgs};
 use crate::drain::DrainArgs;
+use crate::gpu_check::GpuCheckArgs;
 use crate::logging::LogFormat;
 use crate::network::NetworkArgs;
 use crate::record::RecordArgs;
@@ -13,7 +14,8 @@ use crate::size::{parse_bytes, parse_count, parse_duration};
 use crate::synth::{Preset, SynthDType};
 use crate::trial::{ChaosArgs, VerifyArgs};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ridge_protocol::CacheDtype;
+use ridge_model::device::DeviceChoice;
+use ridge_protocol::{CacheDtype, Role};
 use ridge_router::shell::http::ResumeConfig;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -60,6 +62,8 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Break a cluster on this machine, again and again, and check that no stream notices.
     Chaos(ChaosArgs),
+    /// Check the CUDA kernels, engine and clusters on a device, and measure them.
+    GpuCheck(GpuCheckArgs),
     /// Create the cluster's certificate authority or issue a node's certificate, for clusters of several machines.
     Ca(CaArgs),
 }
@@ -97,6 +101,12 @@ pub struct UpArgs {
     /// What prefill nodes do otherwise.
     #[command(flatten)]
     pub prefill_kv: PrefillKvArgs,
+    /// What prefill nodes compute on, if not on --device.
+    #[arg(long, value_name = "DEVICE")]
+    pub prefill_device: Option<DeviceChoice>,
+    /// What decode nodes compute on, if not on --device.
+    #[arg(long, value_name = "DEVICE")]
+    pub decode_device: Option<DeviceChoice>,
     /// Sequences that a decode node runs in one pass.
     #[arg(long, value_parser = parse_count)]
     pub max_num_seqs: Option<usize>,
@@ -208,6 +218,47 @@ pub struct EngineArgs {
     /// Whether to ask for transparent huge pages for the KV cache.
     #[arg(long, env = "RIDGE_HUGE_PAGES", value_enum, default_value_t)]
     pub huge_pages: HugePagesArg,
+    /// What to compute on: auto, cpu or cuda:N. `auto` is the first CUDA device, or the CPU where there is none. `emulated`
+    /// runs the CUDA kernels on the CPU; it is slow, and for tests.
+    #[arg(long, env = "RIDGE_DEVICE", value_name = "DEVICE", default_value_t)]
+    pub device: DeviceChoice,
+    /// The part of a CUDA device's memory for all nodes of this command together.
+    #[arg(long, env = "RIDGE_GPU_MEMORY_UTILIZATION", value_name = "PART", default_value_t = 0.9, value_parser = parse_part)]
+    pub gpu_memory_utilization: f64,
+    /// CUDA kernels to choose from. `experimental` adds those that no device has checked yet.
+    #[arg(long, env = "RIDGE_KERNELS", value_enum, default_value_t)]
+    pub kernels: KernelsArg,
+}
+
+impl UpArgs {
+    /// What the nodes of a role compute on.
+    fn device_of(&self, role: Role) -> DeviceChoice {
+        let of_role = if role == Role::Prefill { self.prefill_device } else { self.decode_device };
+        of_role.unwrap_or(self.engine.device)
+    }
+
+    /// Flags that tell a node of a role its device, and its part of the device's memory.
+    pub fn device_flags(&self, role: Role) -> Vec<String> {
+        let device = self.device_of(role);
+        let nodes = [(Role::Prefill, self.prefill), (Role::Decode, self.decode)];
+        let sharing = nodes.into_iter().filter(|(role, _)| self.device_of(*role) == device).map(|(_, nodes)| nodes);
+        let part = self.engine.gpu_memory_utilization / f64::from(sharing.sum::<u16>().max(1));
+        let mut flags = vec![format!("--device={device}"), format!("--gpu-memory-utilization={part}")];
+        if self.engine.kernels == KernelsArg::Experimental {
+            flags.push("--kernels=experimental".into());
+        }
+        flags
+    }
+}
+
+/// Which CUDA kernels may be used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum KernelsArg {
+    /// The simplest that do the job.
+    #[default]
+    Stable,
+    /// Also those for one architecture that no device has checked yet.
+    Experimental,
 }
 
 /// Blocks of prefill nodes that are not as decode nodes': KV is converted on its way.
@@ -597,6 +648,11 @@ fn parse_block_size(text: &str) -> Result<usize, String> {
     if size.is_power_of_two() && size <= 256 { Ok(size) } else { Err("must be a power of two up to 256".into()) }
 }
 
+fn parse_part(text: &str) -> Result<f64, String> {
+    let part: f64 = text.parse().map_err(|_| format!("{text:?} is not a number"))?;
+    if part > 0.0 && part <= 1.0 { Ok(part) } else { Err("must be above 0 and at most 1".into()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -634,6 +690,28 @@ mod tests {
             let config = router.http.resume.config();
             assert_eq!(config, up.http.resume.config());
             assert_eq!(config == ResumeConfig::default(), flags.is_empty());
+        }
+    }
+
+    #[test]
+    fn nodes_compute_where_up_was_told() {
+        let engines = |flags: &[&str]| {
+            let line = ["cluster", "up", "--local"].iter().chain(flags);
+            let Command::Up(up) = Cli::try_parse_from(line).expect("good flags").command else { panic!("up") };
+            [Role::Prefill, Role::Decode].map(|role| {
+                let node = ["cluster", "prefill", "--router", "127.0.0.1:1", "--tls-dir", "x", "--model", "x"];
+                let line = node.iter().map(|word| word.to_string()).chain(up.device_flags(role));
+                let Command::Prefill(node) = Cli::parse_from(line).command else { panic!("prefill") };
+                (node.engine.device, node.engine.gpu_memory_utilization, node.engine.kernels)
+            })
+        };
+        let (cuda, stable) = (DeviceChoice::Cuda(1), KernelsArg::Stable);
+        assert_eq!(engines(&["--device", "cuda:1"]), [(cuda, 0.45, stable); 2]);
+        let mixed = engines(&["--prefill-device", "cuda:1", "--device", "cpu", "--kernels", "experimental"]);
+        assert_eq!(mixed[0], (cuda, 0.9, KernelsArg::Experimental));
+        assert_eq!(mixed[1].0, DeviceChoice::Cpu);
+        for bad in [["--device", "gpu"], ["--gpu-memory-utilization", "1.5"], ["--gpu-memory-utilization", "0"]] {
+            assert!(Cli::try_parse_from(["cluster", "up", "--local"].iter().chain(&bad)).is_err());
         }
     }
 

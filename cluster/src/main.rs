@@ -12,6 +12,7 @@ mod demo;
 mod dirs;
 mod drain;
 mod generate;
+mod gpu_check;
 mod logging;
 mod network;
 mod record;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Decode(args) => roles::decode(*args),
         Command::Drain(args) => drain::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::GpuCheck(args) => gpu_check::run(&args),
         Command::Synth(args) => synth::write(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Roofline(args) => bench::run_roofline(&args),

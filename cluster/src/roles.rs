@@ -2,7 +2,9 @@
 //!
 //! The roles themselves live in their crates. Read [`router`], [`prefill`], [`decode`] and [`Shutdown`].
 
-use crate::cli::{EngineArgs, HugePagesArg, KvCacheDtype, NodeArgs, RouterArgs, SupervisionArgs, WeightsCache};
+use crate::cli::{
+    EngineArgs, HugePagesArg, KernelsArg, KvCacheDtype, NodeArgs, RouterArgs, SupervisionArgs, WeightsCache,
+};
 use crate::dirs;
 use anyhow::Context;
 use ridge_decode_node::machine::DecodeConfig;
@@ -10,6 +12,7 @@ use ridge_decode_node::shell::DecodeOptions;
 use ridge_kernels::KvDtype;
 use ridge_kernels::sync::pool::Placement;
 use ridge_kvtransfer::shell::LinkOptions;
+use ridge_model::device::KernelSet;
 use ridge_model::mapping::HugePages;
 use ridge_model::memory::KvDemand;
 use ridge_model::worker::EngineOptions;
@@ -162,6 +165,13 @@ pub fn engine(model: String, placement: Placement, args: &EngineArgs) -> EngineO
             HugePagesArg::Off => HugePages::Off,
         },
         weights_cache: weights_cache(&args.weights_cache),
+        device: args.device,
+        gpu_memory_utilization: args.gpu_memory_utilization,
+        kernels: match args.kernels {
+            KernelsArg::Stable => KernelSet::Stable,
+            KernelsArg::Experimental => KernelSet::Experimental,
+        },
+        kernel_cache: dirs::cache().ok().map(|cache| cache.join("kernels")),
     }
 }
 

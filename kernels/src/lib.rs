@@ -17,6 +17,8 @@
 
 #[cfg(not(loom))]
 mod cpu;
+#[cfg(not(loom))]
+pub mod cuda;
 mod dtype;
 mod kv;
 #[cfg(not(loom))]

@@ -8,6 +8,7 @@ use crate::forward::{Forward, Weights};
 use crate::kv::KvMemory;
 use crate::sampling::sample_rows;
 use crate::spec::ModelSpec;
+use ridge_kernels::cuda::CudaError;
 use ridge_kernels::{Cpu, KvDtype, KvFormat};
 use ridge_protocol::{BatchPlan, CacheDtype, KV_LAYOUT, ModelIdentity, RequestId, TokenOut};
 use std::path::Path;
@@ -58,6 +59,23 @@ pub enum EngineError {
         /// The model's value.
         wanted: usize,
     },
+    /// The device refused something.
+    #[error(transparent)]
+    Device(#[from] CudaError),
+}
+
+/// Checks that KV memory was laid out for a model.
+pub(crate) fn check_layout(spec: &ModelSpec, kv: &KvMemory) -> Result<(), EngineError> {
+    let format = kv.format();
+    let layout = [
+        ("layers", kv.layers(), spec.layers),
+        ("kv heads", format.kv_heads, spec.kv_heads),
+        ("head dim", format.head_dim, spec.head_dim),
+    ];
+    match layout.into_iter().find(|(_, found, wanted)| found != wanted) {
+        None => Ok(()),
+        Some((field, found, wanted)) => Err(EngineError::KvLayout { field, found, wanted }),
+    }
 }
 
 /// The engine that computes on CPU cores.
@@ -77,17 +95,7 @@ impl CpuEngine {
         cpu: Cpu,
         cache: Option<&Path>,
     ) -> Result<Self, EngineError> {
-        let (spec, format) = (&checkpoint.spec, kv.format());
-        let layout = [
-            ("layers", kv.layers(), spec.layers),
-            ("kv heads", format.kv_heads, spec.kv_heads),
-            ("head dim", format.head_dim, spec.head_dim),
-        ];
-        for (field, found, wanted) in layout {
-            if found != wanted {
-                return Err(EngineError::KvLayout { field, found, wanted });
-            }
-        }
+        check_layout(&checkpoint.spec, &kv)?;
         let weights = Weights::new(checkpoint, &cpu, cache)?;
         Ok(Self { weights, kv, cpu, forward: Forward::default() })
     }

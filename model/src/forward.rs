@@ -313,7 +313,7 @@ fn written_pages<'a>(kv: &'a KvMemory, layer: usize, run: &Run<'_>) -> impl Iter
 }
 
 /// A plan that breaks these is a scheduler's bug: running it would read or write another sequence's cache.
-fn check(plan: &BatchPlan, spec: &ModelSpec, kv: &KvMemory) {
+pub(crate) fn check(plan: &BatchPlan, spec: &ModelSpec, kv: &KvMemory) {
     assert!(!plan.items.is_empty(), "step {}: a plan without items", plan.step);
     for item in &plan.items {
         let request = item.request;

@@ -20,6 +20,8 @@ use ridge_kernels::{KvDtype, KvFormat, KvMove, convert_kv};
 use ridge_protocol::transfer::PageSource;
 use ridge_protocol::{BlockId, BlockShape, CacheDtype};
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Pages start at multiples of this many bytes, a cache line, so that no two pages share one.
 const PAGE_ALIGN: usize = 64;
@@ -75,6 +77,33 @@ pub struct KvMemory {
     huge_pages: HugePagesGot,
     /// One per page, in the order of the pages.
     locks: PageLocks,
+    /// Where an engine has a second copy of the pages.
+    device: OnceLock<DeviceCopy>,
+}
+
+/// A device's copy of the pages.
+pub trait PageSource: Send + Sync {
+    /// Reads a page, as the work asked of the device so far leaves it.
+    fn fetch(&self, layer: usize, block: BlockId, page: &mut [u8]);
+}
+
+impl<T: PageSource + ?Sized> PageSource for std::sync::Arc<T> {
+    fn fetch(&self, layer: usize, block: BlockId, page: &mut [u8]) {
+        (**self).fetch(layer, block, page);
+    }
+}
+
+/// Which of the two copies of a page is the newer one.
+struct DeviceCopy {
+    source: Box<dyn PageSource>,
+    /// Blocks with at least one page that arrived here: a pass asks for every block that it reads.
+    arrived_blocks: Vec<AtomicBool>,
+    /// Pages that were written here and not yet copied to the device.
+    arrived: Vec<AtomicBool>,
+    /// Pages that the device wrote and that were not copied here: whoever reads one fetches it first.
+    stale: Vec<AtomicBool>,
+    /// One fetch at a time, so that a second reader of a page waits for the first one's.
+    fetching: Mutex<()>,
 }
 
 impl KvMemory {
@@ -98,13 +127,38 @@ impl KvMemory {
             mapping::map(bytes, huge).map_err(|error| KvError::Map { bytes, reason: error.to_string() })?;
         let locks = PageLocks::new(layers * blocks);
         let stride = stride(&format);
-        Ok(Self { format, layers, blocks, stride, block_stride, map: map.into(), huge_pages, locks })
+        Ok(Self {
+            format,
+            layers,
+            blocks,
+            stride,
+            block_stride,
+            map: map.into(),
+            huge_pages,
+            locks,
+            device: OnceLock::new(),
+        })
     }
 
     /// Bytes that a block takes over all layers, which saturate.
     pub fn block_bytes(format: &KvFormat, layers: usize) -> usize {
         let bytes = stride(format).saturating_mul(layers);
         if bytes < SHIFT_FROM { bytes } else { bytes.saturating_add(SHIFT) }
+    }
+
+    /// Distance between blocks, in bytes.
+    pub fn block_stride(&self) -> usize {
+        self.block_stride
+    }
+
+    /// Distance between the pages of a block, in bytes.
+    pub fn page_stride(&self) -> usize {
+        self.stride
+    }
+
+    /// The same for pages of this layout.
+    pub fn page_stride_of(format: &KvFormat) -> usize {
+        stride(format)
     }
 
     /// Whether the memory will be in huge pages.
@@ -139,6 +193,11 @@ impl KvMemory {
     /// If the page is being written, or does not exist.
     pub fn read(&self, layer: usize, block: BlockId) -> PageRead<'_> {
         let page = self.page(layer, block);
+        if let Some(device) = self.device.get()
+            && device.stale[page].load(Ordering::Acquire)
+        {
+            self.refresh(device, layer, block);
+        }
         assert!(self.locks.try_read(page), "page of layer {layer}, block {} is read while it is written", block.0);
         PageRead { memory: self, page }
     }
@@ -176,7 +235,72 @@ impl KvMemory {
     pub fn write(&self, layer: usize, block: BlockId) -> PageWrite<'_> {
         let page = self.page(layer, block);
         assert!(self.locks.try_write(page), "page of layer {layer}, block {} is written while it is in use", block.0);
-        PageWrite { memory: self, page }
+        if let Some(device) = self.device.get() {
+            // Whoever writes a page that the device wrote before has no use for what was there.
+            device.stale[page].store(false, Ordering::Relaxed);
+        }
+        PageWrite { memory: self, page, arrives: true }
+    }
+
+    /// As [`KvMemory::write`], for the engine that copies its own device's page here: nothing arrives by it.
+    ///
+    /// # Panics
+    ///
+    /// As there.
+    pub fn write_copy(&self, layer: usize, block: BlockId) -> PageWrite<'_> {
+        let mut write = self.write(layer, block);
+        write.arrives = false;
+        write
+    }
+
+    /// From now on a device has a copy of every page, as they are now. Only the first one counts.
+    pub fn attach(&self, source: Box<dyn PageSource>) {
+        let flags = |count: usize| (0..count).map(|_| AtomicBool::new(false)).collect();
+        let pages = self.blocks * self.layers;
+        self.device.get_or_init(|| DeviceCopy {
+            source,
+            arrived_blocks: flags(self.blocks),
+            arrived: flags(pages),
+            stale: flags(pages),
+            fetching: Mutex::default(),
+        });
+    }
+
+    /// The device has been asked to write this page, which will be fetched when somebody reads it here.
+    pub fn mark_stale(&self, layer: usize, block: BlockId) {
+        if let Some(device) = self.device.get() {
+            device.stale[self.page(layer, block)].store(true, Ordering::Release);
+        }
+    }
+
+    /// Calls `copy` for the layers in which this block was written since it was last asked for, other than through
+    /// [`KvMemory::write_copy`].
+    pub fn take_arrivals(&self, block: BlockId, mut copy: impl FnMut(usize)) {
+        let Some(device) = self.device.get() else { return };
+        // Acquire: what was written under the guard that set the flag is seen by whoever finds it set.
+        let flag = &device.arrived_blocks[block.0 as usize];
+        if !flag.load(Ordering::Relaxed) || !flag.swap(false, Ordering::Acquire) {
+            return;
+        }
+        for layer in 0..self.layers {
+            if device.arrived[self.page(layer, block)].swap(false, Ordering::Acquire) {
+                copy(layer);
+            }
+        }
+    }
+
+    /// Fetches a page that the device has newer, unless somebody else just did.
+    fn refresh(&self, device: &DeviceCopy, layer: usize, block: BlockId) {
+        let _one = device.fetching.lock().unwrap_or_else(PoisonError::into_inner);
+        let stale = &device.stale[self.page(layer, block)];
+        if stale.load(Ordering::Acquire) {
+            let mut write = self.write_copy(layer, block);
+            // `write` takes the flag away; the others must wait until the bytes are here.
+            stale.store(true, Ordering::Relaxed);
+            device.source.fetch(layer, block, &mut write);
+            drop(write);
+            stale.store(false, Ordering::Release);
+        }
     }
 
     /// A page's place among all pages.
@@ -238,6 +362,8 @@ impl Drop for PageRead<'_> {
 pub struct PageWrite<'a> {
     memory: &'a KvMemory,
     page: usize,
+    /// Whether an engine's device has yet to get what is written.
+    arrives: bool,
 }
 
 impl Deref for PageWrite<'_> {
@@ -259,6 +385,13 @@ impl DerefMut for PageWrite<'_> {
 
 impl Drop for PageWrite<'_> {
     fn drop(&mut self) {
+        if self.arrives
+            && let Some(device) = self.memory.device.get()
+        {
+            // The page before its block: whoever finds the block's flag finds the page's.
+            device.arrived[self.page].store(true, Ordering::Release);
+            device.arrived_blocks[self.page / self.memory.layers].store(true, Ordering::Release);
+        }
         self.memory.locks.release_write(self.page);
     }
 }
@@ -350,6 +483,51 @@ mod tests {
         let memory = memory();
         let _read = memory.read(0, BlockId(1));
         memory.write(0, BlockId(1));
+    }
+
+    /// A device whose pages are full of their layer's number plus 100.
+    struct Numbered;
+
+    impl PageSource for Numbered {
+        fn fetch(&self, layer: usize, _: BlockId, page: &mut [u8]) {
+            page.fill(100 + layer as u8);
+        }
+    }
+
+    #[test]
+    fn arrivals_are_told_once_and_copies_are_none() {
+        let memory = memory();
+        let arrived = |block| {
+            let mut layers = Vec::new();
+            memory.take_arrivals(BlockId(block), |layer| layers.push(layer));
+            layers
+        };
+        memory.write(0, BlockId(1)).fill(1);
+        assert!(arrived(1).is_empty(), "no device");
+        memory.attach(Box::new(Numbered));
+        memory.write(1, BlockId(1)).fill(1);
+        memory.write(0, BlockId(2)).fill(1);
+        memory.write(1, BlockId(2)).fill(1);
+        memory.write_copy(0, BlockId(0)).fill(1);
+        assert_eq!((arrived(0), arrived(1), arrived(2)), (vec![], vec![1], vec![0, 1]));
+        assert_eq!((arrived(1), arrived(2)), (vec![], vec![]));
+        memory.write(0, BlockId(1)).fill(2);
+        assert_eq!(arrived(1), [0]);
+    }
+
+    #[test]
+    fn a_page_that_the_device_has_newer_is_fetched_by_its_reader() {
+        let memory = memory();
+        memory.attach(Box::new(Numbered));
+        let block = BlockId(1);
+        memory.write_copy(1, block).fill(7);
+        assert_eq!(memory.read(1, block)[0], 7);
+        memory.mark_stale(1, block);
+        assert_eq!((memory.read(1, block)[0], memory.read(0, block)[0]), (101, 0));
+        memory.take_arrivals(block, |layer| panic!("layer {layer} did not arrive: it was fetched"));
+        memory.mark_stale(0, block);
+        memory.write(0, block).fill(9);
+        assert_eq!(memory.read(0, block)[0], 9, "what arrived since is newer");
     }
 
     #[test]

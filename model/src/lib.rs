@@ -8,7 +8,9 @@
 pub mod checkpoint;
 pub mod config;
 pub mod cost;
+pub mod cuda;
 pub mod detokenize;
+pub mod device;
 pub mod engine;
 pub mod forward;
 pub mod generate;

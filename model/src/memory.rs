@@ -4,6 +4,7 @@
 //! machine has is read by [`machine`]. Neither knows threads, files or networks. Read [`Demand`] and [`MemoryPlan`]
 //! first.
 
+pub mod device;
 pub mod machine;
 
 use crate::checkpoint::{Checkpoint, LoadError};
@@ -96,6 +97,15 @@ pub struct Demand<'a> {
     pub machine: MachineMemory,
     /// Nodes that share it, this one included.
     pub nodes: usize,
+    /// What is computed on a device, if anything: the host then has pages, staging and logits.
+    pub on_device: Option<OnDevice>,
+}
+
+/// What a device takes off the host.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct OnDevice {
+    /// Blocks that the device has room for.
+    pub room: usize,
 }
 
 /// The five line items, in bytes, and what follows from them.
@@ -220,6 +230,7 @@ pub fn plan(demand: &Demand<'_>) -> Result<MemoryPlan, Refusal> {
             fair.min(per_sequence * DEFAULT_SEQUENCES as usize)
                 .max(least)
                 .max(2usize.div_ceil(demand.format.block_size))
+                .min(demand.on_device.map_or(usize::MAX, |device| device.room.max(1)))
         }
     };
     let fits = blocks.saturating_mul(demand.format.block_size);
@@ -230,7 +241,7 @@ pub fn plan(demand: &Demand<'_>) -> Result<MemoryPlan, Refusal> {
         )));
     }
     let kv = blocks as u64 * block_bytes;
-    let (activations, workspace) = (activation_bytes(demand.spec, demand.pass), workspace_bytes(demand));
+    let (activations, workspace) = (host_activation_bytes(demand), workspace_bytes(demand));
     let others = demand.weights.total() + activations + workspace;
     let plan = MemoryPlan {
         weights: demand.weights,
@@ -297,7 +308,7 @@ fn allowed(demand: &Demand<'_>, nodes: usize) -> u64 {
 /// What is left for KV when everything else, headroom included, has its part.
 fn kv_room(demand: &Demand<'_>, nodes: usize) -> u64 {
     let allowed = allowed(demand, nodes);
-    let others = demand.weights.total() + activation_bytes(demand.spec, demand.pass) + workspace_bytes(demand);
+    let others = demand.weights.total() + host_activation_bytes(demand) + workspace_bytes(demand);
     // The inverse of `x + x / 20`, and never less than the least headroom below what is allowed.
     let before_headroom = allowed / (HEADROOM_SHARE + 1) * HEADROOM_SHARE;
     before_headroom.min(allowed.saturating_sub(HEADROOM_BYTES_MIN)).saturating_sub(others)
@@ -309,6 +320,15 @@ pub fn activation_bytes(spec: &ModelSpec, pass: PassLimits) -> u64 {
     let row = 2 * spec.hidden + 2 * spec.q_width() + 2 * spec.kv_width() + 2 * spec.ffn + 2 * pairs + 1;
     let floats = pass.tokens as u64 * row as u64 + pass.sequences as u64 * spec.vocab as u64;
     floats * size_of::<f32>() as u64
+}
+
+/// Buffers of the pass on the host. Beside a device: logits, and pages on their way, as `cuda::pages` stages them.
+fn host_activation_bytes(demand: &Demand<'_>) -> u64 {
+    if demand.on_device.is_none() {
+        return activation_bytes(demand.spec, demand.pass);
+    }
+    let staging = crate::cuda::staging_bytes(&demand.format, KvMemory::page_stride_of(&demand.format), demand.pass);
+    staging + (demand.pass.sequences * demand.spec.vocab * size_of::<f32>()) as u64
 }
 
 /// Everything that is neither weights nor KV nor a row of the pass; an estimate, see the constants.

@@ -4,11 +4,15 @@
 //! a callback; [`load_engine`] turns [`EngineOptions`] into weights, KV memory and an engine, or says why not.
 
 use crate::checkpoint::{Checkpoint, LoadError, LoadOptions, LoadProgress, ModelSource, TensorMap, load};
+use crate::cuda::{CudaEngine, Footprint};
+use crate::device::{self, DeviceChoice, KernelSet};
 use crate::engine::{CpuEngine, Engine, EngineError, identity};
 use crate::kv::{KvError, KvMemory};
 use crate::mapping::HugePages;
+use crate::memory::device::{DeviceDemand, DeviceRefusal};
 use crate::memory::machine::MachineMemory;
-use crate::memory::{self, Demand, KvDemand, MemoryPlan, PassLimits, Refusal, WeightBytes};
+use crate::memory::{self, Demand, KvDemand, MemoryPlan, OnDevice, PassLimits, Refusal, WeightBytes};
+use ridge_kernels::cuda::CudaError;
 use ridge_kernels::sync::pool::{Placement, lower_priority, pin_to};
 use ridge_kernels::{Cpu, DType, KvDtype, KvFormat};
 use ridge_protocol::{BatchPlan, Duration, ModelIdentity, RequestId, TokenOut};
@@ -40,6 +44,14 @@ pub struct EngineOptions {
     pub huge_pages: HugePages,
     /// Folder for packed weights, shared by the machine's processes; `None` packs into private memory.
     pub weights_cache: Option<PathBuf>,
+    /// What to compute on.
+    pub device: DeviceChoice,
+    /// The part of a CUDA device's memory that this node may use, from 0 to 1.
+    pub gpu_memory_utilization: f64,
+    /// Which CUDA kernels may be used.
+    pub kernels: KernelSet,
+    /// Folder for compiled CUDA kernels; `None` compiles them at every start.
+    pub kernel_cache: Option<PathBuf>,
 }
 
 /// Why a node's engine could not be set up.
@@ -57,6 +69,17 @@ pub enum SetupError {
     /// The machine is too small for it.
     #[error(transparent)]
     Memory(#[from] Refusal),
+    /// The device that was asked for cannot be used.
+    #[error("--device {choice}: {error}")]
+    Device {
+        /// What was asked for.
+        choice: DeviceChoice,
+        /// Why not.
+        error: CudaError,
+    },
+    /// The device is too small.
+    #[error(transparent)]
+    DeviceMemory(#[from] DeviceRefusal),
     /// An option is out of range.
     #[error("{0}")]
     Option(String),
@@ -100,10 +123,34 @@ pub fn load_engine(
         head_dim: spec.head_dim,
         block_size: options.block_size,
     };
-    let MemoryPlan { blocks, max_model_len, .. } = plan_memory(options, pass, &checkpoint, format)?;
+    if !(options.gpu_memory_utilization > 0.0 && options.gpu_memory_utilization <= 1.0) {
+        let text =
+            format!("--gpu-memory-utilization must be above 0 and at most 1, got {}", options.gpu_memory_utilization);
+        return Err(SetupError::Option(text));
+    }
+    let refused = |error| SetupError::Device { choice: options.device, error };
+    let device = device::open(options.device, options.kernel_cache.as_deref()).map_err(refused)?;
+    let planned = match &device {
+        None => plan_memory(options, pass, &checkpoint, format, None)?,
+        Some(device) => {
+            let demand = DeviceDemand {
+                engine: Footprint::of(&checkpoint, &format, pass)?,
+                block_bytes: KvMemory::block_bytes(&format, spec.layers) as u64,
+                name: &device.properties().name,
+                total: device.properties().memory_bytes,
+                free: device.free_bytes().map_err(EngineError::Device)?,
+                utilization: options.gpu_memory_utilization,
+            };
+            plan_memory(options, pass, &checkpoint, format, Some(&demand))?
+        }
+    };
+    let MemoryPlan { blocks, max_model_len, .. } = planned;
     let kv = Arc::new(KvMemory::with_huge_pages(format, spec.layers, blocks, options.huge_pages)?);
     let cpu = Cpu::placed(&options.placement);
-    let engine = Box::new(CpuEngine::new(&checkpoint, kv.clone(), cpu, options.weights_cache.as_deref())?);
+    let engine: Box<dyn Engine> = match device {
+        None => Box::new(CpuEngine::new(&checkpoint, kv.clone(), cpu, options.weights_cache.as_deref())?),
+        Some(device) => Box::new(CudaEngine::new(&checkpoint, kv.clone(), cpu, device, pass, options.kernels)?),
+    };
     let identity = identity(&checkpoint, &format);
     tracing::info!(
         model = %checkpoint.name,
@@ -128,16 +175,21 @@ pub fn default_kv_dtype(checkpoint: &Checkpoint) -> KvDtype {
     }
 }
 
-/// Plans the node's memory and logs the plan.
+/// Plans the node's memory, and its device's, and logs the plans.
 fn plan_memory(
     options: &EngineOptions,
     pass: PassLimits,
     checkpoint: &Checkpoint,
     format: KvFormat,
+    device: Option<&DeviceDemand<'_>>,
 ) -> Result<MemoryPlan, SetupError> {
+    let weights = match device {
+        None => WeightBytes::of(checkpoint, options.weights_cache.is_some())?,
+        Some(_) => WeightBytes::default(),
+    };
     let plan = memory::plan(&Demand {
         spec: &checkpoint.spec,
-        weights: WeightBytes::of(checkpoint, options.weights_cache.is_some())?,
+        weights,
         format,
         pass,
         threads: options.placement.threads,
@@ -145,7 +197,12 @@ fn plan_memory(
         max_model_len: options.max_model_len,
         machine: options.memory_bytes.map_or_else(MachineMemory::read, MachineMemory::given),
         nodes: options.memory_nodes,
+        on_device: device.map(|demand| OnDevice { room: memory::device::room(demand) }),
     })?;
+    if let Some(demand) = device {
+        let plan = memory::device::plan(demand, plan.blocks)?;
+        tracing::info!(target: "ridge_model::memory", "memory plan of the device\n{plan}");
+    }
     // A target of its own, so that a supervisor that hides other news can show it.
     tracing::info!(target: "ridge_model::memory", "memory plan\n{plan}");
     if options.max_model_len.is_none() && plan.max_model_len < checkpoint.spec.context {

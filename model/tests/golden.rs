@@ -1,11 +1,16 @@
 //! Greedy continuations and log-probabilities against other implementations: Hugging Face transformers on small
 //! random models of every supported shape (`goldens/make_model_goldens.py`), and llama2.c's published stories.
 
+use ridge_kernels::cuda::Device;
+use ridge_kernels::cuda::emulated::Emulated;
 use ridge_kernels::{Cpu, Isa, KvDtype, KvFormat};
 use ridge_model::checkpoint::{Checkpoint, LoadOptions, ModelSource, load};
-use ridge_model::engine::CpuEngine;
+use ridge_model::cuda::CudaEngine;
+use ridge_model::device::KernelSet;
+use ridge_model::engine::{CpuEngine, Engine};
 use ridge_model::generate::generate;
 use ridge_model::kv::KvMemory;
+use ridge_model::memory::PassLimits;
 use ridge_protocol::{SamplingParams, TokenOut};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -47,12 +52,22 @@ fn open(folder: &Path, tokenizer: Option<PathBuf>) -> Checkpoint {
     load(&ModelSource::Folder(folder.to_owned()), &options, &mut |_| {}).unwrap_or_else(|error| panic!("{error}"))
 }
 
-fn engine(checkpoint: &Checkpoint, kv: KvDtype, isa: Isa, positions: usize) -> CpuEngine {
-    let cpu = Cpu::with_isa(isa, 1).expect("an instruction set of this machine");
+fn memory(checkpoint: &Checkpoint, kv: KvDtype, positions: usize) -> Arc<KvMemory> {
     let spec = &checkpoint.spec;
     let format = KvFormat { dtype: kv, kv_heads: spec.kv_heads, head_dim: spec.head_dim, block_size: 16 };
-    let kv = KvMemory::new(format, spec.layers, positions.div_ceil(16)).expect("KV memory");
-    CpuEngine::new(checkpoint, Arc::new(kv), cpu, None).expect("an engine")
+    Arc::new(KvMemory::new(format, spec.layers, positions.div_ceil(16)).expect("KV memory"))
+}
+
+fn engine(checkpoint: &Checkpoint, kv: KvDtype, isa: Isa, positions: usize) -> CpuEngine {
+    let cpu = Cpu::with_isa(isa, 1).expect("an instruction set of this machine");
+    CpuEngine::new(checkpoint, memory(checkpoint, kv, positions), cpu, None).expect("an engine")
+}
+
+/// The CUDA engine on the emulated device; `None` without a C++ compiler.
+fn emulated(checkpoint: &Checkpoint, kv: KvDtype, positions: usize) -> Option<CudaEngine> {
+    let device: Arc<dyn Device> = Emulated::for_tests()?;
+    let (kv, limits) = (memory(checkpoint, kv, positions), PassLimits { tokens: 16, sequences: 1 });
+    Some(CudaEngine::new(checkpoint, kv, Cpu::new(1, None), device, limits, KernelSet::Stable).expect("an engine"))
 }
 
 fn greedy(steps: usize) -> SamplingParams {
@@ -113,19 +128,30 @@ fn check_model(name: &str, checkpoint: Checkpoint, tolerance: Tolerance) {
             true => Tolerance { logprob: 1.5 * tolerance.logprob, ..tolerance },
             false => tolerance,
         };
-        let mut engine = engine(&checkpoint, tolerance.kv, isa, longest);
-        let mut worst = 0.0f32;
-        for case in cases {
-            let (prompt, steps) = (ids(&case["prompt"]), ids(&case["ids"]).len());
-            for chunk in [16, 1024] {
-                let out = generate(&mut engine, &prompt, &greedy(steps), chunk, usize::MAX, &mut |_| true)
-                    .expect("a continuation");
-                let label = format!("{name} on {}, prompt of {}, chunks of {chunk}", isa.name(), prompt.len());
-                worst = worst.max(check_case(&label, case, &out, tolerance));
-            }
-        }
-        println!("{name} on {}: log-probabilities within {worst:.1e}", isa.name());
+        check_engine(name, isa.name(), &mut engine(&checkpoint, tolerance.kv, isa, longest), cases, tolerance);
     }
+    // On a device activations are in the weights' type, or in bf16 for quantised ones.
+    if !tolerance.widen
+        && let Some(mut engine) = emulated(&checkpoint, tolerance.kv, longest)
+    {
+        let rounds = tolerance.kv == KvDtype::BF16;
+        let tolerance = Tolerance { logprob: if rounds { 1.5 } else { 1.0 } * tolerance.logprob, ..tolerance };
+        check_engine(name, "emulated CUDA", &mut engine, cases, tolerance);
+    }
+}
+
+fn check_engine(name: &str, on: &str, engine: &mut dyn Engine, cases: &[Value], tolerance: Tolerance) {
+    let mut worst = 0.0f32;
+    for case in cases {
+        let (prompt, steps) = (ids(&case["prompt"]), ids(&case["ids"]).len());
+        for chunk in [16, 1024] {
+            let out =
+                generate(engine, &prompt, &greedy(steps), chunk, usize::MAX, &mut |_| true).expect("a continuation");
+            let label = format!("{name} on {on}, prompt of {}, chunks of {chunk}", prompt.len());
+            worst = worst.max(check_case(&label, case, &out, tolerance));
+        }
+    }
+    println!("{name} on {on}: log-probabilities within {worst:.1e}");
 }
 
 fn check_random(name: &str, tolerance: Tolerance) {

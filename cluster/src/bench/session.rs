@@ -9,12 +9,16 @@ use super::host;
 use crate::{demo, dirs, roles};
 use anyhow::{Context, ensure};
 use ridge_kernels::machine::{Gauge, Limits};
+use ridge_kernels::sync::pool::Placement;
 use ridge_kernels::{Cpu, KvFormat};
 use ridge_model::checkpoint::{Checkpoint, LoadOptions, ModelSource, load};
 use ridge_model::cost::{Cost, CostModel};
+use ridge_model::cuda::CudaEngine;
+use ridge_model::device;
 use ridge_model::engine::{CpuEngine, Engine};
 use ridge_model::kv::KvMemory;
 use ridge_model::mapping::HugePages;
+use ridge_model::memory::PassLimits;
 use ridge_model::memory::machine::MachineMemory;
 use ridge_model::spec::ModelSpec;
 use ridge_model::worker::default_kv_dtype;
@@ -128,7 +132,7 @@ pub struct Session {
     pub cost: CostModel,
     /// What is measured.
     pub phases: Vec<Phase>,
-    engine: CpuEngine,
+    engine: Box<dyn Engine>,
     params: Arc<SamplingParams>,
     /// Threads for measuring the machine; the engine's own are inside it.
     cpu: Cpu,
@@ -174,7 +178,15 @@ impl Session {
         let gauge_bytes = GAUGE_BYTES_MAX.min(usize::try_from(spare / 2).unwrap_or(usize::MAX)) / threads;
         let gauge = Gauge::new(&cpu, gauge_bytes.min(Gauge::BYTES_PER_THREAD));
         let cache = roles::weights_cache(&args.engine.weights_cache);
-        let engine = CpuEngine::new(&checkpoint, kv, Cpu::new(threads, None), cache.as_deref())?;
+        let kernels = roles::engine(path, Placement::threads(threads), &args.engine);
+        let engine: Box<dyn Engine> = match device::open(kernels.device, kernels.kernel_cache.as_deref())? {
+            None => Box::new(CpuEngine::new(&checkpoint, kv, Cpu::new(threads, None), cache.as_deref())?),
+            Some(device) => {
+                let pass = PassLimits { tokens: args.chunk, sequences: 1 };
+                let cpu = Cpu::new(threads, None);
+                Box::new(CudaEngine::new(&checkpoint, kv, cpu, device, pass, kernels.kernels)?)
+            }
+        };
         let params = Arc::new(SamplingParams::greedy(1));
         let mut session = Self { model, cost, phases, engine, params, cpu, gauge };
         session.fill_contexts(limit);

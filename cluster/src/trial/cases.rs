@@ -3,13 +3,14 @@
 //! Prompts end before, at and after block borders, half of them start like another one, and all of sampling takes part: greedy,
 //! seeded, filters, penalties, biases, log-probabilities, stop strings and the end of text. Read [`Case`] and [`Oracle`].
 
-use crate::cli::{EngineArgs, HugePagesArg, KvCacheDtype, WeightsCache};
+use crate::cli::{EngineArgs, HugePagesArg, KernelsArg, KvCacheDtype, WeightsCache};
 use crate::roles;
 use crate::up::{MODEL, Model};
 use anyhow::Context;
 use ridge_kernels::sync::pool::Placement;
 use ridge_model::checkpoint::{LoadOptions, ModelSource, load};
 use ridge_model::detokenize::StreamDecoder;
+use ridge_model::device::DeviceChoice;
 use ridge_model::generate::generate;
 use ridge_model::memory::PassLimits;
 use ridge_model::worker::{LoadedEngine, load_engine};
@@ -170,6 +171,9 @@ impl Oracle {
             kv_memory: None,
             weights_cache: WeightsCache::Auto,
             huge_pages: HugePagesArg::Auto,
+            device: DeviceChoice::Cpu,
+            gpu_memory_utilization: 1.0,
+            kernels: KernelsArg::Stable,
         };
         let options = roles::engine(model.path.clone(), Placement::threads(roles::default_threads()), &engine);
         let loaded = load_engine(&options, PassLimits { tokens: CHUNK, sequences: 1 }, &mut |_| {})?;

@@ -109,8 +109,17 @@ impl Embedded {
     /// Starts `cluster up --local` with these flags, on a free port and without keys, and waits until it serves.
     pub fn start(flags: &[String], embedding: Embedding) -> anyhow::Result<Self> {
         let Embedding { relays, restart_after, start_timeout } = embedding;
-        let own =
-            ["cluster", "up", "--local", "--host=127.0.0.1", "--port=0", "--api-key=", "--served-model-name", MODEL];
+        let own = [
+            "cluster",
+            "up",
+            "--local",
+            "--host=127.0.0.1",
+            "--port=0",
+            "--api-key=",
+            "--device=cpu",
+            "--served-model-name",
+            MODEL,
+        ];
         let line = own.into_iter().map(str::to_owned).chain(flags.iter().cloned());
         let what = format!("cluster up --local {}", flags.join(" "));
         let Command::Up(args) = Cli::try_parse_from(line).with_context(|| what.clone())?.command else {

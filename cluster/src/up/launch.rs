@@ -135,6 +135,7 @@ impl Launch {
         if engine.huge_pages == HugePagesArg::Off {
             line.flag("--huge-pages", &"off");
         }
+        line.0.extend(self.args.device_flags(member.role));
         line.flag("--block-size", &engine.block_size);
         if engine.kv_cache_dtype != KvCacheDtype::Auto {
             let name = engine.kv_cache_dtype.to_possible_value().expect("no type is skipped");

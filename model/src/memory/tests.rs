@@ -43,6 +43,7 @@ fn demand(spec: &ModelSpec, mib: u64) -> Demand<'_> {
         max_model_len: None,
         machine: MachineMemory { bytes: mib * MIB, source: MemorySource::Available, known: true },
         nodes: 1,
+        on_device: None,
     }
 }
 

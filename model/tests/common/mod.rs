@@ -1,6 +1,8 @@
 //! What the tests of this crate share.
 #![allow(dead_code, reason = "each test file is a crate of its own and uses a part")]
 
+pub mod tiny;
+
 use ridge_model::checkpoint::{Checkpoint, LoadError, LoadOptions, ModelSource, load};
 use std::path::{Path, PathBuf};
 

@@ -2,8 +2,16 @@
 
 use super::{Tree, code_only};
 
-/// The only files outside `kernels/` with unsafe code: owners of mapped memory. Adding one is a decision.
-const OWNERS_OF_MEMORY: [&str; 2] = ["model/src/kv.rs", "model/src/checkpoint/map.rs"];
+/// The only files outside `kernels/` with unsafe code: owners of mapped memory, and those that name a device's memory by
+/// addresses. Adding one is a decision.
+const OWNERS_OF_MEMORY: [&str; 6] = [
+    "model/src/kv.rs",
+    "model/src/checkpoint/map.rs",
+    "model/src/cuda/pages.rs",
+    "model/src/cuda/attending.rs",
+    "model/src/cuda/pass.rs",
+    "model/src/cuda/sampler.rs",
+];
 /// Longest source file, in lines. Most should have 100 to 300.
 const LINES_MAX: usize = 800;
 

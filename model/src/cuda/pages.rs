@@ -1,0 +1,189 @@
+//! KV pages on the device, and their traffic with the host's.
+//!
+//! The device has a page for each page of [`KvMemory`], with the same bytes and at the same distances. What a pass writes of prompts
+//! is copied to the host's pages a layer at a time, beside the computing of later layers; what it writes of decode steps is fetched when
+//! somebody reads it there. What arrived at the host from a peer is copied to the device before a pass reads it. So network and
+//! schedulers see the host's pages alone, and a node's device is nobody else's concern.
+
+#![allow(unsafe_code, reason = "the device's memory is addressed by numbers")]
+
+use crate::kv::{KvMemory, PageSource};
+use crate::memory::PassLimits;
+use ridge_kernels::KvFormat;
+use ridge_kernels::cuda::ops::pages::{self, Pages};
+use ridge_kernels::cuda::{Buffer, CudaError, Device, Fetch, Pinned};
+use ridge_protocol::BlockId;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// Layers whose pages may be on their way to the host at a time: the device stays busy while the host copies one of them.
+const LAYERS_UNDER_WAY: usize = 3;
+
+/// The device's pages.
+pub struct DevicePages {
+    /// Before the pool, because dropping it waits for the copies from there.
+    under_way: VecDeque<Shipment>,
+    device: Arc<dyn Device>,
+    kv: Arc<KvMemory>,
+    pool: Arc<Pool>,
+    /// Memory of earlier shipments, to be used again.
+    spare: Vec<(Buffer, Pinned)>,
+    place_bytes: usize,
+}
+
+/// One layer's pages on their way to the host.
+struct Shipment {
+    /// Before the memory that it copies from.
+    fetch: Fetch,
+    staging: Buffer,
+    layer: usize,
+    blocks: Vec<BlockId>,
+}
+
+/// Where pages lie on the device.
+struct Pool {
+    memory: Buffer,
+    block_stride: usize,
+    page_stride: usize,
+}
+
+impl Pool {
+    /// Where a page begins, within the memory.
+    fn offset(&self, layer: usize, block: BlockId) -> usize {
+        block.0 as usize * self.block_stride + layer * self.page_stride
+    }
+}
+
+impl PageSource for Pool {
+    fn fetch(&self, layer: usize, block: BlockId, page: &mut [u8]) {
+        let fetched = self.memory.download(self.offset(layer, block), page);
+        // The reader needs the page and there is no other: the node is started again.
+        fetched
+            .unwrap_or_else(|error| panic!("the device does not give back layer {layer}, block {}: {error}", block.0));
+    }
+}
+
+impl DevicePages {
+    /// Allocates a page for each of the host's.
+    pub fn new(device: &Arc<dyn Device>, kv: Arc<KvMemory>) -> Result<Self, CudaError> {
+        let (block_stride, page_stride) = (kv.block_stride(), kv.page_stride());
+        let memory = Buffer::new(device, kv.blocks() * block_stride)?;
+        // Slots that no token was written to are zero in every page, from the start.
+        memory.fill(0)?;
+        let pool = Arc::new(Pool { memory, block_stride, page_stride });
+        kv.attach(Box::new(pool.clone()));
+        Ok(Self { under_way: VecDeque::new(), device: device.clone(), kv, pool, spare: Vec::new(), place_bytes: 0 })
+    }
+
+    /// Where the first page lies.
+    pub fn address(&self) -> u64 {
+        self.pool.memory.address()
+    }
+
+    /// The layout of a page.
+    pub fn format(&self) -> &KvFormat {
+        self.kv.format()
+    }
+
+    /// The host's pages.
+    pub fn host(&self) -> &Arc<KvMemory> {
+        &self.kv
+    }
+
+    /// Copies the pages of these blocks that arrived at the host since the last time.
+    pub fn upload_arrivals(&self, blocks: impl Iterator<Item = BlockId>) -> Result<(), CudaError> {
+        let mut result = Ok(());
+        for block in blocks {
+            self.kv.take_arrivals(block, |layer| {
+                if result.is_ok() {
+                    let page = self.kv.read(layer, block);
+                    result = self.pool.memory.upload(self.pool.offset(layer, block), &page);
+                }
+            });
+        }
+        result
+    }
+
+    /// Notes that a layer's pages of these blocks, which the device has been asked to write, are to be fetched by whoever reads them:
+    /// those of decode steps, which hardly anybody ever reads.
+    pub fn keep(&self, layer: usize, blocks: &[BlockId]) {
+        blocks.iter().for_each(|block| self.kv.mark_stale(layer, *block));
+    }
+
+    /// Pages of a layer as the kernels take them.
+    pub fn of_layer(&self, layer: usize) -> Pages {
+        Pages {
+            format: *self.kv.format(),
+            base: self.address() + (layer * self.kv.page_stride()) as u64,
+            block_stride: self.kv.block_stride() as u64,
+        }
+    }
+
+    /// Begins to copy a layer's pages of these blocks to the host, after everything asked of the device so far. `numbers` is the address
+    /// of the blocks' numbers. `landed` hears of layers that are there, in order.
+    pub fn ship(
+        &mut self,
+        layer: usize,
+        (blocks, numbers): (&[BlockId], u64),
+        landed: &mut dyn FnMut(usize),
+    ) -> Result<(), CudaError> {
+        if blocks.is_empty() && self.under_way.is_empty() {
+            landed(layer);
+            return Ok(());
+        }
+        while self.under_way.len() >= LAYERS_UNDER_WAY {
+            self.land(true, landed)?;
+        }
+        while self.land(false, landed)? {}
+        let bytes = blocks.len() * self.kv.page_stride();
+        let (staging, pinned) = self.place(bytes)?;
+        let gathered =
+            Pages { base: staging.address(), block_stride: self.kv.page_stride() as u64, ..self.of_layer(layer) };
+        // One behind the other on the device first: a copy per page would keep the host busy.
+        // SAFETY: the numbers are of blocks of the pool, and the staging memory has a page for each.
+        unsafe { pages::copy(&*self.device, blocks.len(), (&self.of_layer(layer), numbers), (&gathered, 0))? };
+        // SAFETY: the staging memory is kept with the fetch, and used again only when that is done.
+        let fetch = unsafe { Fetch::begin(&[(staging.address(), bytes)], pinned)? };
+        self.under_way.push_back(Shipment { fetch, staging, layer, blocks: blocks.to_vec() });
+        Ok(())
+    }
+
+    /// Waits until everything shipped has landed.
+    pub fn land_all(&mut self, landed: &mut dyn FnMut(usize)) -> Result<(), CudaError> {
+        while self.land(true, landed)? {}
+        Ok(())
+    }
+
+    /// Puts the oldest shipment into the host's pages, if it is there or is to be waited for. Whether it did.
+    fn land(&mut self, wait: bool, landed: &mut dyn FnMut(usize)) -> Result<bool, CudaError> {
+        let Some(oldest) = self.under_way.front_mut() else { return Ok(false) };
+        let Some(pinned) = oldest.fetch.take(wait)? else { return Ok(false) };
+        let Shipment { layer, blocks, staging, .. } = self.under_way.pop_front().expect("there is an oldest");
+        let page_bytes = self.kv.page_bytes();
+        for (block, page) in blocks.iter().zip(pinned.bytes().chunks_exact(self.kv.page_stride())) {
+            self.kv.write_copy(layer, *block).copy_from_slice(&page[..page_bytes]);
+        }
+        self.spare.push((staging, pinned));
+        landed(layer);
+        Ok(true)
+    }
+
+    /// Memory of at least this size on both sides.
+    fn place(&mut self, bytes: usize) -> Result<(Buffer, Pinned), CudaError> {
+        if bytes > self.place_bytes {
+            // Sizes grow with the largest pass; what is too small is given back.
+            self.spare.clear();
+            self.place_bytes = bytes;
+        }
+        let fits = self.spare.iter().position(|(staging, _)| staging.bytes() >= bytes);
+        match fits {
+            Some(index) => Ok(self.spare.swap_remove(index)),
+            None => Ok((Buffer::new(&self.device, self.place_bytes)?, Pinned::new(&self.device, self.place_bytes)?)),
+        }
+    }
+}
+
+/// Bytes of staging memory, on each side, for passes up to `tokens` of prompts.
+pub fn staging_bytes(format: &KvFormat, page_stride: usize, pass: PassLimits) -> u64 {
+    (LAYERS_UNDER_WAY * (pass.tokens.div_ceil(format.block_size) + pass.sequences) * page_stride) as u64
+}

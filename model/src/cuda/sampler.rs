@@ -1,0 +1,62 @@
+//! Sampling on the device: its tokens are those of [`crate::sampling::sample`], without the logits on the way to the host.
+
+#![allow(unsafe_code, reason = "the device's memory is addressed by numbers")]
+
+use ridge_kernels::cuda::ops::sampling::{Request, Sampler};
+use ridge_kernels::cuda::{Buffer, CudaError};
+use ridge_protocol::{SampleSpec, TokenOut};
+
+/// Chooses a token for each of `specs` from its row of `logits` `[specs.len(), vocab]`, which are left in an unspecified state.
+///
+/// # Panics
+///
+/// If there are fewer rows.
+pub fn sample_rows(
+    sampler: &mut Sampler,
+    logits: &Buffer,
+    vocab: usize,
+    specs: &[&SampleSpec],
+) -> Result<Vec<TokenOut>, CudaError> {
+    let requests: Vec<Request> = specs.iter().map(|spec| request(spec)).collect();
+    sampler.prepare(&requests)?;
+    let rows = logits.at(0, specs.len() * vocab * size_of::<f32>());
+    // SAFETY: so many floats begin there, and the borrow lasts until the tokens have been read.
+    unsafe { sampler.run(rows)? };
+    let tokens = sampler.read()?;
+    Ok(tokens.into_iter().map(|s| TokenOut { token: s.token, logprob: s.logprob, top: s.top }).collect())
+}
+
+fn request(spec: &SampleSpec) -> Request {
+    let params = &*spec.params;
+    let seen = if params.needs_history() { seen(spec) } else { Vec::new() };
+    Request {
+        temperature: params.temperature,
+        top_k: params.top_k,
+        top_p: params.top_p,
+        min_p: params.min_p,
+        seed: params.seed,
+        position: spec.position,
+        repetition: params.repetition_penalty,
+        presence: params.presence_penalty,
+        frequency: params.frequency_penalty,
+        seen,
+        biases: params.logit_bias.clone(),
+        mask: None,
+        logprobs: params.logprobs,
+    }
+}
+
+/// Every token of prompt and answer once, with how often the answer has it.
+fn seen(spec: &SampleSpec) -> Vec<(u32, u32)> {
+    let mut tokens = spec.history.clone();
+    tokens.sort_unstable();
+    tokens.dedup();
+    let mut counted: Vec<(u32, u32)> = tokens.into_iter().map(|token| (token, 0)).collect();
+    for token in &spec.history[spec.prompt_len as usize..] {
+        let at = counted
+            .binary_search_by_key(token, |(token, _)| *token)
+            .expect("the history has every token of the answer");
+        counted[at].1 += 1;
+    }
+    counted
+}

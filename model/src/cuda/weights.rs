@@ -1,0 +1,256 @@
+//! The weights on the device: one allocation that every tensor has its place in, filled from the mapped file.
+//!
+//! Matrices lie as stored where the kernels read their type, and in the compute type otherwise; norms and biases are f32.
+//! Read [`DeviceWeights`]; [`plan`] says how many bytes it will take, before anything is allocated.
+
+use crate::checkpoint::{Checkpoint, LoadError, Tensor, TensorMap};
+use crate::rope::Rope;
+use crate::spec::ModelSpec;
+use ridge_kernels::cuda::ops::matmul::{self, Products, Weight};
+use ridge_kernels::cuda::{Buffer, CudaError, Device};
+use ridge_kernels::{DType, quantize_row};
+use std::sync::Arc;
+
+/// Tensors begin at multiples of this.
+const ALIGN: usize = 256;
+
+/// Everything that a pass reads.
+pub struct DeviceWeights {
+    pub(super) spec: ModelSpec,
+    pub(super) rope: Rope,
+    /// What norms, attention and gates hand to the next product: bf16, or the weights' own f16 or f32.
+    pub(super) compute: DType,
+    pub(super) embed: Embed,
+    pub(super) norm: u64,
+    pub(super) head: Weight,
+    pub(super) layers: Vec<Layer>,
+    /// What all of the addresses above lead into.
+    _arena: Buffer,
+}
+
+/// Where embeddings come from.
+pub(super) enum Embed {
+    /// A table on the device, of this plain type.
+    Device(DType, u64),
+    /// Rows of a quantised one are decoded on the host.
+    Host(Tensor),
+}
+
+/// One layer's weights; an address of 0 stands for what the layer has not got.
+pub(super) struct Layer {
+    pub(super) window: Option<usize>,
+    pub(super) attn_norm: u64,
+    pub(super) ffn_norm: u64,
+    pub(super) query: Projection,
+    pub(super) key: Projection,
+    pub(super) value: Projection,
+    pub(super) out: Projection,
+    pub(super) gate: Weight,
+    pub(super) up: Weight,
+    pub(super) down: Weight,
+}
+
+/// A matrix with what may follow it.
+pub(super) struct Projection {
+    pub(super) weight: Weight,
+    pub(super) bias: u64,
+    /// Of the norm over each head.
+    pub(super) head_norm: u64,
+}
+
+impl Projection {
+    /// A matrix with nothing behind it.
+    pub(super) fn plain(weight: Weight) -> Self {
+        Self { weight, bias: 0, head_norm: 0 }
+    }
+}
+
+/// Bytes that products with these weights need beside their operands. The output head only ever meets few rows.
+pub(super) fn scratch_of(weights: &DeviceWeights) -> usize {
+    let matrices = |layer: &Layer| {
+        let [q, k, v, o] = [&layer.query, &layer.key, &layer.value, &layer.out].map(|projection| projection.weight);
+        [q, k, v, o, layer.gate, layer.up, layer.down].map(|weight| (weight.dtype, weight.n, weight.k))
+    };
+    Products::scratch_bytes(weights.layers.iter().flat_map(matrices))
+}
+
+/// The same, before the weights are on the device.
+pub fn product_bytes(checkpoint: &Checkpoint) -> Result<u64, LoadError> {
+    let tied = checkpoint.spec.tied_head;
+    let mut matrices = Vec::new();
+    for (name, dtype) in placements(checkpoint)? {
+        if let (Some(dtype), true) = (dtype, name.starts_with("layers.")) {
+            let tensor = tensor(&checkpoint.tensors, &name, tied)?;
+            matrices.push((dtype, tensor.rows, tensor.cols));
+        }
+    }
+    Ok(Products::scratch_bytes(matrices) as u64)
+}
+
+/// The type that activations are rounded to before a product with these weights.
+pub fn compute_type(checkpoint: &Checkpoint) -> Result<DType, LoadError> {
+    let matrices = ["wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"];
+    let mut types = Vec::new();
+    for layer in 0..checkpoint.spec.layers {
+        for name in matrices {
+            types.push(checkpoint.tensors.get(&format!("layers.{layer}.{name}"))?.dtype);
+        }
+    }
+    let only = |wanted| types.iter().all(|dtype| *dtype == wanted);
+    Ok(match () {
+        () if only(DType::F32) => DType::F32,
+        () if only(DType::F16) => DType::F16,
+        () => DType::BF16,
+    })
+}
+
+/// How a matrix lies on the device.
+fn device_type(stored: DType, compute: DType) -> DType {
+    if matmul::compute_type(stored) == compute { stored } else { compute }
+}
+
+/// Whether the embedding has a table on the device.
+fn table_type(stored: DType) -> bool {
+    matches!(stored, DType::F32 | DType::F16 | DType::BF16)
+}
+
+/// The tensors that go to the device, in order, and how: `None` as vectors of f32.
+fn placements(checkpoint: &Checkpoint) -> Result<Vec<(String, Option<DType>)>, LoadError> {
+    let compute = compute_type(checkpoint)?;
+    let mut out = Vec::new();
+    for (name, [rows, _]) in crate::checkpoint::wanted(&checkpoint.spec) {
+        let stored = checkpoint.tensors.get(&name)?.dtype;
+        if rows == 1 {
+            out.push((name, None));
+        } else if name == "embed" {
+            // A tied head is a product with the same matrix: if it lies as stored, once is enough.
+            if table_type(stored) {
+                out.push((name, Some(stored)));
+            }
+        } else {
+            out.push((name, Some(device_type(stored, compute))));
+        }
+    }
+    let embed = checkpoint.tensors.get("embed")?.dtype;
+    if checkpoint.spec.tied_head && !(table_type(embed) && device_type(embed, compute) == embed) {
+        out.push(("head".into(), Some(device_type(embed, compute))));
+    }
+    Ok(out)
+}
+
+/// The tensor behind a placement's name.
+fn tensor<'a>(tensors: &'a TensorMap, name: &str, tied: bool) -> Result<&'a Tensor, LoadError> {
+    tensors.get(if name == "head" && tied { "embed" } else { name })
+}
+
+fn placed_bytes(tensor: &Tensor, dtype: Option<DType>) -> usize {
+    let row = dtype.unwrap_or(DType::F32).row_bytes(tensor.cols).expect("plain types have rows of any length");
+    (tensor.rows * row).next_multiple_of(ALIGN)
+}
+
+/// Bytes that the weights will take on the device.
+pub fn device_bytes(checkpoint: &Checkpoint) -> Result<u64, LoadError> {
+    let mut bytes = 0;
+    for (name, dtype) in placements(checkpoint)? {
+        bytes += placed_bytes(tensor(&checkpoint.tensors, &name, checkpoint.spec.tied_head)?, dtype) as u64;
+    }
+    Ok(bytes)
+}
+
+impl DeviceWeights {
+    /// Uploads a checkpoint; `progress` hears of bytes done and of all bytes.
+    pub fn new(
+        device: &Arc<dyn Device>,
+        checkpoint: &Checkpoint,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, WeightsError> {
+        let spec = checkpoint.spec.clone();
+        let total = device_bytes(checkpoint)?;
+        let arena = Buffer::new(device, total as usize)?;
+        let mut places = std::collections::BTreeMap::new();
+        let mut at = 0;
+        for (name, dtype) in placements(checkpoint)? {
+            let source = tensor(&checkpoint.tensors, &name, spec.tied_head)?;
+            upload(&arena, at, source, dtype)?;
+            let address = arena.at(at, 0);
+            places.insert(name, (dtype, source.rows, source.cols, address));
+            at += placed_bytes(source, dtype);
+            progress(at as u64, total);
+        }
+        device.synchronize()?;
+        for file in checkpoint.tensors.files() {
+            file.release();
+        }
+        let vector = |name: &str| places.get(name).map_or(0, |(_, _, _, address)| *address);
+        let matrix = |name: &str| {
+            let (dtype, n, k, address) = places[name];
+            Weight { dtype: dtype.expect("a matrix has a type"), n, k, address }
+        };
+        let layer = |index: usize| {
+            let name = |part: &str| format!("layers.{index}.{part}");
+            let projection = |weight: &str, bias: &str, head_norm: &str| Projection {
+                weight: matrix(&name(weight)),
+                bias: vector(&name(bias)),
+                head_norm: vector(&name(head_norm)),
+            };
+            Layer {
+                window: spec.layer_specs[index].attention.window,
+                attn_norm: vector(&name("attn_norm")),
+                ffn_norm: vector(&name("ffn_norm")),
+                query: projection("wq", "q_bias", "q_norm"),
+                key: projection("wk", "k_bias", "k_norm"),
+                value: projection("wv", "v_bias", ""),
+                out: projection("wo", "o_bias", ""),
+                gate: matrix(&name("w_gate")),
+                up: matrix(&name("w_up")),
+                down: matrix(&name("w_down")),
+            }
+        };
+        let embed = match places.get("embed") {
+            Some((Some(dtype), _, _, address)) => Embed::Device(*dtype, *address),
+            _ => Embed::Host(checkpoint.tensors.get("embed")?.clone()),
+        };
+        let head = matrix(if places.contains_key("head") { "head" } else { "embed" });
+        Ok(Self {
+            rope: Rope::new(&spec.rope),
+            compute: compute_type(checkpoint)?,
+            embed,
+            norm: vector("norm"),
+            head,
+            layers: (0..spec.layers).map(layer).collect(),
+            spec,
+            _arena: arena,
+        })
+    }
+
+    /// What is computed.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+}
+
+/// Copies a tensor to its place, converted where it has to be.
+fn upload(arena: &Buffer, at: usize, source: &Tensor, dtype: Option<DType>) -> Result<(), CudaError> {
+    match dtype {
+        None => arena.upload(at, &source.to_f32()),
+        Some(dtype) if dtype == source.dtype => arena.upload(at, source.bytes()),
+        Some(dtype) => {
+            let mut bytes = Vec::with_capacity(placed_bytes(source, Some(dtype)));
+            for row in source.to_f32().chunks_exact(source.cols) {
+                quantize_row(dtype, row, &mut bytes).expect("a plain type can be written");
+            }
+            arena.upload(at, &bytes)
+        }
+    }
+}
+
+/// Why weights could not be brought to the device.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum WeightsError {
+    /// The checkpoint lacks something.
+    #[error(transparent)]
+    Checkpoint(#[from] LoadError),
+    /// The device refused.
+    #[error(transparent)]
+    Device(#[from] CudaError),
+}

@@ -1,0 +1,134 @@
+//! Which device an engine computes on: what the user asked for, and what is there.
+//!
+//! Read [`DeviceChoice`] and [`open`].
+
+use ridge_kernels::cuda::driver::{self, Driver};
+use ridge_kernels::cuda::emulated::Emulated;
+use ridge_kernels::cuda::{CudaError, Device, selftest};
+use std::fmt;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+
+/// What the user asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum DeviceChoice {
+    /// The first CUDA device if there is one that works, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU's cores.
+    Cpu,
+    /// A CUDA device by its number.
+    Cuda(usize),
+    /// The CUDA kernels, run on the CPU without a device: slow, for tests.
+    Emulated,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "emulated" => Ok(Self::Emulated),
+            _ => {
+                let number = text.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+                number.map(Self::Cuda).ok_or_else(|| format!("{text:?} is not auto, cpu or cuda:N"))
+            }
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(number) => write!(f, "cuda:{number}"),
+            Self::Emulated => f.write_str("emulated"),
+        }
+    }
+}
+
+/// Which kernels may be used where there is a choice.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum KernelSet {
+    /// The simplest that do the job.
+    #[default]
+    Stable,
+    /// Also those for one architecture that no device has checked yet.
+    Experimental,
+}
+
+/// Opens a CUDA device; `None` is the CPU. Compiled kernels are kept in the folder `cache`, if there is one.
+///
+/// # Errors
+///
+/// What is missing, if a device was asked for by name. `auto` logs it and takes the CPU.
+pub fn open(choice: DeviceChoice, cache: Option<&Path>) -> Result<Option<Arc<dyn Device>>, CudaError> {
+    match choice {
+        DeviceChoice::Cpu => Ok(None),
+        DeviceChoice::Cuda(number) => checked(Driver::open(number, cache).map(|driver| Arc::new(driver) as _)),
+        DeviceChoice::Emulated => {
+            let device = match cache {
+                Some(cache) => Emulated::new(&cache.join("emulated")),
+                None => Emulated::beside_the_program(),
+            };
+            checked(device.map(|device| Arc::new(device) as _))
+        }
+        DeviceChoice::Auto if !driver::is_present() => {
+            tracing::info!("computing on the CPU: no NVIDIA driver on this machine");
+            Ok(None)
+        }
+        DeviceChoice::Auto => Ok(open(DeviceChoice::Cuda(0), cache).unwrap_or_else(|error| {
+            tracing::warn!("computing on the CPU: {error}");
+            None
+        })),
+    }
+}
+
+/// A device must first show that it computes at all.
+fn checked(device: Result<Arc<dyn Device>, CudaError>) -> Result<Option<Arc<dyn Device>>, CudaError> {
+    let device = device?;
+    selftest::run(&device)?;
+    let properties = device.properties();
+    tracing::info!(
+        device = properties.name,
+        sm = properties.sm,
+        multiprocessors = properties.multiprocessors,
+        memory_mib = properties.memory_bytes >> 20,
+        "computing on a device. Ridge's CUDA kernels have passed their checks in an emulator; no device has checked them yet: \
+         `cluster gpu-check` does"
+    );
+    Ok(Some(device))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn choices_round_trip() {
+        for text in ["auto", "cpu", "cuda:0", "cuda:7", "emulated"] {
+            assert_eq!(text.parse::<DeviceChoice>().map(|choice| choice.to_string()).as_deref(), Ok(text));
+        }
+        assert_eq!("cuda".parse(), Ok(DeviceChoice::Cuda(0)));
+        for bad in ["", "gpu", "cuda:", "cuda:x", "cuda:-1"] {
+            assert!(bad.parse::<DeviceChoice>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn without_a_driver_auto_is_the_cpu_and_a_named_device_an_error() {
+        assert!(open(DeviceChoice::Cpu, None).unwrap().is_none());
+        if driver::is_present() {
+            println!("skipped: there is a driver here");
+            return;
+        }
+        assert!(open(DeviceChoice::Auto, None).unwrap().is_none());
+        let error = open(DeviceChoice::Cuda(0), None).unwrap_err();
+        assert!(error.to_string().contains("the NVIDIA driver (libcuda) is not on this machine"), "{error}");
+    }
+}

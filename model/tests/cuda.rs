@@ -1,0 +1,260 @@
+//! The CUDA engine, on the emulated device: it computes what the CPU does, whatever the batch, and shares its pages.
+
+mod common;
+
+use common::tiny::{Random, checkpoint, item, memory, prompts, spec};
+use ridge_kernels::cuda::emulated::{Emulated, Order};
+use ridge_kernels::cuda::{CudaError, Device};
+use ridge_kernels::{Cpu, DType, KvDtype, KvFormat};
+use ridge_model::checkpoint::Checkpoint;
+use ridge_model::cuda::CudaEngine;
+use ridge_model::device::KernelSet;
+use ridge_model::engine::{CpuEngine, Engine, EngineError};
+use ridge_model::forward::{Forward, Weights};
+use ridge_model::kv::KvMemory;
+use ridge_model::memory::PassLimits;
+use ridge_protocol::{BatchPlan, BlockId, TokenId};
+use std::sync::Arc;
+
+const VOCAB: usize = 96;
+
+fn engine(device: &Arc<Emulated>, checkpoint: &Checkpoint, kv: KvMemory) -> CudaEngine {
+    // Small on purpose: buffers must grow.
+    let limits = PassLimits { tokens: 4, sequences: 1 };
+    let device: Arc<dyn Device> = device.clone();
+    CudaEngine::new(checkpoint, Arc::new(kv), Cpu::new(1, None), device, limits, KernelSet::Stable).expect("an engine")
+}
+
+fn table(blocks: usize) -> Vec<BlockId> {
+    (0..blocks as u32).map(BlockId).collect()
+}
+
+/// Logits after every position, computed alone by the CPU, one token at a time.
+fn by_the_cpu(checkpoint: &Checkpoint, kv_dtype: KvDtype, tokens: &[TokenId]) -> Vec<Vec<f32>> {
+    let weights = Weights::new(checkpoint, &Cpu::new(1, None), None).expect("every tensor");
+    let kv = memory(kv_dtype, 8, tokens.len().div_ceil(8));
+    let (table, cpu, mut forward) = (table(kv.blocks()), Cpu::new(1, None), Forward::default());
+    let step = |position: usize| {
+        let items = vec![item(0, &tokens[position..=position], position, &table)];
+        forward.run(&weights, &kv, &cpu, &BatchPlan { step: 0, items }, &mut |_| {}).to_vec()
+    };
+    (0..tokens.len()).map(step).collect()
+}
+
+/// Runs all prompts together, at random cut into chunks, batched and placed, and compares every row of logits with the CPU's.
+fn check_schedule(
+    device: &Arc<Emulated>,
+    checkpoint: &Checkpoint,
+    kv_dtype: KvDtype,
+    expected: &[Vec<Vec<f32>>],
+    tolerance: f32,
+    seed: u64,
+) {
+    device.set_order([Order::Forward, Order::Backward, Order::Shuffled(seed)][seed as usize % 3]);
+    let mut random = Random::new(seed);
+    let prompts = prompts();
+    let block_size = [1, 4, 16, 32][seed as usize % 4];
+    let needed: Vec<usize> = prompts.iter().map(|prompt| prompt.len().div_ceil(block_size)).collect();
+    let mut engine = engine(device, checkpoint, memory(kv_dtype, block_size, needed.iter().sum()));
+    let mut free = table(needed.iter().sum());
+    let mut take = || free.swap_remove(random.range(0, free.len()));
+    let tables: Vec<Vec<BlockId>> = needed.iter().map(|count| (0..*count).map(|_| take()).collect()).collect();
+    let mut done = vec![0; prompts.len()];
+    let mut worst = 0f32;
+    while done.iter().zip(&prompts).any(|(done, prompt)| *done < prompt.len()) {
+        let mut items = Vec::new();
+        for (i, prompt) in prompts.iter().enumerate() {
+            if done[i] < prompt.len() && random.unit() < 0.7 {
+                let end = random.range(done[i], prompt.len()) + 1;
+                let mut item = item(i as u64, &prompt[done[i]..end], done[i], &tables[i]);
+                if random.unit() < 0.3 {
+                    item.sample = None;
+                }
+                items.push(item);
+                done[i] = end;
+            }
+        }
+        if items.is_empty() {
+            continue;
+        }
+        let plan = BatchPlan { step: 0, items };
+        let mut layers = Vec::new();
+        let logits = engine.logits(&plan, &mut |layer| layers.push(layer)).expect("the device answers");
+        assert_eq!(layers, [0, 1], "layers land in order");
+        let sampled = plan.items.iter().filter(|item| item.sample.is_some());
+        assert_eq!(logits.len(), sampled.clone().count() * VOCAB);
+        for (item, logits) in sampled.zip(logits.chunks_exact(VOCAB)) {
+            let position = item.start as usize + item.tokens.len() - 1;
+            for (got, want) in logits.iter().zip(&expected[item.request.0 as usize][position]) {
+                assert!(
+                    (got - want).abs() <= tolerance,
+                    "seed {seed}: {got} at position {position}, the CPU has {want}"
+                );
+                worst = worst.max((got - want).abs());
+            }
+        }
+    }
+    device.synchronize().expect("no kernel wrote where it should not");
+    println!("seed {seed}: logits within {worst:.1e} of the CPU's");
+}
+
+fn check(dtype: DType, kv_dtype: KvDtype, tolerance: f32) {
+    let Some(device) = Emulated::for_tests() else { return };
+    let checkpoint = checkpoint(dtype);
+    let expected: Vec<_> = prompts().iter().map(|prompt| by_the_cpu(&checkpoint, kv_dtype, prompt)).collect();
+    for seed in 0..6 {
+        check_schedule(&device, &checkpoint, kv_dtype, &expected, tolerance, seed);
+    }
+}
+
+#[test]
+fn logits_are_the_cpus_f32() {
+    check(DType::F32, KvDtype::F32, 1e-4);
+}
+
+#[test]
+fn logits_are_the_cpus_bf16() {
+    check(DType::BF16, KvDtype::BF16, 0.15);
+}
+
+#[test]
+fn logits_are_the_cpus_f16() {
+    check(DType::F16, KvDtype::F16, 0.05);
+}
+
+#[test]
+fn logits_are_the_cpus_int8_cache() {
+    check(DType::F32, KvDtype::Int8, 0.05);
+}
+
+#[test]
+fn logits_are_the_cpus_fp8_cache() {
+    check(DType::F32, KvDtype::Fp8, 0.3);
+}
+
+#[test]
+fn logits_are_the_cpus_q8_0() {
+    check(DType::Q8_0, KvDtype::F16, 0.15);
+}
+
+/// A sequence's logits are the same bits alone and in company, as long as its own tokens are cut the same way.
+#[test]
+fn logits_do_not_depend_on_the_company() {
+    let Some(device) = Emulated::for_tests() else { return };
+    for (dtype, kv_dtype) in [(DType::F32, KvDtype::F32), (DType::BF16, KvDtype::BF16)] {
+        let checkpoint = checkpoint(dtype);
+        let prompts = prompts();
+        // Each as a chunk, then three single tokens; alone, in blocks of 8, or all together in blocks of 16.
+        let steps = |i: usize| {
+            let prompt = &prompts[i];
+            let chunk = prompt.len().saturating_sub(3).max(1);
+            (chunk..=prompt.len()).map(move |end| if end == chunk { 0..end } else { end - 1..end })
+        };
+        let mut alone = Vec::new();
+        for (i, prompt) in prompts.iter().enumerate() {
+            let mut engine = engine(&device, &checkpoint, memory(kv_dtype, 8, 8));
+            let run = |tokens: std::ops::Range<usize>| {
+                let items = vec![item(0, &prompt[tokens.clone()], tokens.start, &table(8))];
+                engine.logits(&BatchPlan { step: 0, items }, &mut |_| {}).expect("logits")
+            };
+            alone.push(steps(i).map(run).collect::<Vec<_>>());
+        }
+        let mut engine = engine(&device, &checkpoint, memory(kv_dtype, 16, 4 * prompts.len()));
+        let tables: Vec<_> =
+            (0..prompts.len() as u32).map(|i| (4 * i..4 * i + 4).map(BlockId).collect::<Vec<_>>()).collect();
+        for round in 0..4 {
+            let mut items = Vec::new();
+            for (i, prompt) in prompts.iter().enumerate() {
+                items.extend(steps(i).nth(round).map(|t| item(i as u64, &prompt[t.clone()], t.start, &tables[i])));
+            }
+            let plan = BatchPlan { step: 0, items };
+            let logits = engine.logits(&plan, &mut |_| {}).expect("logits");
+            for (item, logits) in plan.items.iter().zip(logits.chunks_exact(VOCAB)) {
+                assert!(
+                    logits == &alone[item.request.0 as usize][round][..],
+                    "{dtype:?}: {} in round {round}",
+                    item.request
+                );
+            }
+        }
+    }
+}
+
+/// Pages that one engine wrote are read by the other, in both directions, and the tail of the last one is zero.
+#[test]
+fn pages_pass_between_cpu_and_device() {
+    let Some(device) = Emulated::for_tests() else { return };
+    let checkpoint = checkpoint(DType::F32);
+    let prompt = prompts()[4].clone();
+    for (kv_dtype, tolerance) in [(KvDtype::F32, 1e-4), (KvDtype::Int8, 0.05)] {
+        let expected = by_the_cpu(&checkpoint, kv_dtype, &prompt);
+        let whole = |tokens: &[TokenId], start, request| BatchPlan {
+            step: 0,
+            items: vec![item(request, tokens, start, &table(8))],
+        };
+        let cpu_kv = Arc::new(memory(kv_dtype, 8, 8));
+        let mut on_cpu = CpuEngine::new(&checkpoint, cpu_kv.clone(), Cpu::new(1, None), None).expect("an engine");
+        let mut on_device = engine(&device, &checkpoint, memory(kv_dtype, 8, 8));
+        let device_kv = on_device.kv().clone();
+        let copy = |from: &KvMemory, to: &KvMemory| {
+            for layer in 0..spec().layers {
+                for block in table(8) {
+                    to.write(layer, block).copy_from_slice(&from.read(layer, block));
+                }
+            }
+        };
+        // Prefilled by the CPU, continued by the device.
+        on_cpu.run(&whole(&prompt[..50], 0, 0), &mut |_| {});
+        copy(&cpu_kv, &device_kv);
+        for position in 50..55 {
+            let plan = whole(&prompt[position..=position], position, 0);
+            let logits = on_device.logits(&plan, &mut |_| {}).expect("logits");
+            let differ = logits.iter().zip(&expected[position]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(differ <= tolerance, "{kv_dtype:?}: logits differ by {differ} at {position}");
+        }
+        // And back: what the device wrote is on the host, slots beyond it are zero as ever.
+        copy(&device_kv, &cpu_kv);
+        let weights = Weights::new(&checkpoint, &Cpu::new(1, None), None).expect("every tensor");
+        let logits = Forward::default()
+            .run(&weights, &cpu_kv, &Cpu::new(1, None), &whole(&prompt[55..60], 55, 1), &mut |_| {})
+            .to_vec();
+        let differ = logits.iter().zip(&expected[59]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(differ <= tolerance, "{kv_dtype:?}: logits differ by {differ} on the way back");
+        let format = *device_kv.format();
+        let page = device_kv.read(1, BlockId(6));
+        let mut cleared = page.to_vec();
+        format.zero_tail(&mut cleared, 55 % 8);
+        assert!(cleared == *page && page.iter().any(|byte| *byte != 0), "{kv_dtype:?}: slots after the end are zero");
+    }
+}
+
+/// What is in the host's pages when a layer is announced is what stays there.
+#[test]
+fn a_layer_is_announced_when_its_pages_are_final() {
+    let Some(device) = Emulated::for_tests() else { return };
+    let mut engine = engine(&device, &checkpoint(DType::F32), memory(KvDtype::BF16, 8, 3));
+    let kv = engine.kv().clone();
+    let pages = |layer: u32| table(3).iter().flat_map(|b| kv.read(layer as usize, *b).to_vec()).collect::<Vec<u8>>();
+    let mut seen = Vec::new();
+    let plan = BatchPlan { step: 0, items: vec![item(0, &prompts()[3][..24], 0, &table(3))] };
+    engine.run(&plan, &mut |layer| seen.push(pages(layer)));
+    assert_eq!(seen.len(), 2);
+    assert!(seen[0] == pages(0) && seen[1] == pages(1) && seen[0] != seen[1]);
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let Some(emulated) = Emulated::for_tests() else { return };
+    let device: Arc<dyn Device> = emulated;
+    let new = |kv: KvMemory, device: &Arc<dyn Device>| {
+        let limits = PassLimits { tokens: 4, sequences: 1 };
+        let cpu = Cpu::new(1, None);
+        CudaEngine::new(&checkpoint(DType::F32), Arc::new(kv), cpu, device.clone(), limits, KernelSet::Stable).err()
+    };
+    let format = KvFormat { dtype: KvDtype::F32, kv_heads: 3, head_dim: 16, block_size: 16 };
+    let other = KvMemory::new(format, 2, 1).expect("a small mapping");
+    assert_eq!(new(other, &device), Some(EngineError::KvLayout { field: "kv heads", found: 3, wanted: 2 }));
+    let small = Emulated::beside_the_program().expect("a device").with_properties(|p| p.memory_bytes = 200_000);
+    let error = new(memory(KvDtype::F32, 16, 100), &(Arc::new(small) as Arc<dyn Device>));
+    assert!(matches!(error, Some(EngineError::Device(CudaError::OutOfMemory { .. }))), "{error:?}");
+}
