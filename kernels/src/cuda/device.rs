@@ -3,6 +3,7 @@
 //! [`Device`] has two implementations, the CUDA driver and the emulator. Its calls are unsafe because addresses are
 //! numbers; [`Buffer`] owns one allocation and makes copies to and from it safe. Read [`Device`] and [`Buffer`] first.
 
+use crate::DType;
 use std::fmt;
 use std::sync::Arc;
 
@@ -122,6 +123,26 @@ pub enum Arg {
     Bytes128([u8; 128]),
 }
 
+/// A matrix in device memory as Hopper's copy engine is told of it: row-major, fetched a box at a time into shared memory with its
+/// 128-byte swizzle; what lies outside is zero.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TensorMap {
+    /// Where it begins; a multiple of 16.
+    pub address: u64,
+    /// BF16 or F16.
+    pub element: DType,
+    /// Elements of a row.
+    pub cols: u64,
+    /// Rows.
+    pub rows: u64,
+    /// Distance between rows; a multiple of 16.
+    pub row_bytes: u64,
+    /// Elements of a row of a box: at most 128 bytes of them.
+    pub box_cols: u32,
+    /// Rows of a box, at most 256.
+    pub box_rows: u32,
+}
+
 /// An argument in memory, aligned as the strictest of them needs it.
 #[repr(C, align(64))]
 pub(super) struct ArgValue([u8; 128]);
@@ -204,6 +225,19 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// Waits for everything asked for so far.
     fn synchronize(&self) -> Result<(), CudaError>;
+
+    /// The argument that describes a matrix to the copy engine.
+    ///
+    /// # Errors
+    ///
+    /// If the device has no such engine, or the driver takes no such shape.
+    fn tensor_map(&self, map: &TensorMap) -> Result<[u8; 128], CudaError>;
+
+    /// The CUDA stream that everything runs on, for libraries that take one, with its context current on this thread. `None` if there
+    /// is no such thing.
+    fn raw_stream(&self) -> Option<u64> {
+        None
+    }
 
     /// Allocates host memory that the device copies to without a detour. See [`Pinned`].
     fn alloc_pinned(&self, bytes: usize) -> Result<*mut u8, CudaError>;

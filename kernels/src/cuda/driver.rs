@@ -8,8 +8,9 @@
 //! without a driver gets an error.
 
 use super::compile;
-use super::device::{Arg, ArgValue, CudaError, Device, Kernel, Launch, Properties};
+use super::device::{Arg, ArgValue, CudaError, Device, Kernel, Launch, Properties, TensorMap};
 use super::lock;
+use crate::DType;
 use cudarc::driver::{DriverError, result, sys};
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
@@ -355,6 +356,56 @@ impl Device for Driver {
             call("cuStreamSynchronize", result::stream::synchronize(self.stream))?;
             call("cuStreamSynchronize", result::stream::synchronize(self.side))
         }
+    }
+
+    fn raw_stream(&self) -> Option<u64> {
+        self.enter().ok()?;
+        Some(self.stream as u64)
+    }
+
+    fn tensor_map(&self, map: &TensorMap) -> Result<[u8; 128], CudaError> {
+        use sys::{
+            CUtensorMapDataType_enum as Type, CUtensorMapFloatOOBfill_enum as Fill,
+            CUtensorMapInterleave_enum as Interleave, CUtensorMapL2promotion_enum as Promotion,
+            CUtensorMapSwizzle_enum as Swizzle,
+        };
+        if self.properties.sm < 90 {
+            return Err(CudaError::Unavailable(format!("{} has no copy engine for tensors", self.properties.name)));
+        }
+        self.enter()?;
+        let element = match map.element {
+            DType::BF16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            DType::F16 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            other => panic!("no tensor map of {}", other.name()),
+        };
+        let mut out = sys::CUtensorMap { opaque: [0; 16] };
+        // An old driver lacks the function, which cudarc would panic about.
+        guarded(|| {
+            // SAFETY: pointers to arrays of two dimensions and one stride, and to where the map goes; the address is only written
+            // down.
+            let encoded = unsafe {
+                sys::cuTensorMapEncodeTiled(
+                    &raw mut out,
+                    element,
+                    2,
+                    map.address as *mut c_void,
+                    [map.cols, map.rows].as_ptr(),
+                    [map.row_bytes].as_ptr(),
+                    [map.box_cols, map.box_rows].as_ptr(),
+                    [1, 1].as_ptr(),
+                    Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                    Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                    Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                    Fill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+                )
+            };
+            call("cuTensorMapEncodeTiled", encoded.result())
+        })?;
+        let mut bytes = [0; 128];
+        for (field, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(out.opaque) {
+            *field = word.to_ne_bytes();
+        }
+        Ok(bytes)
     }
 
     fn alloc_pinned(&self, bytes: usize) -> Result<*mut u8, CudaError> {

@@ -6,7 +6,7 @@
 //! every float type) and lies between guard zones that are looked at when the device is synchronised and when memory is
 //! freed. What it cannot show: the time that anything takes, and races between blocks.
 
-use super::device::{Arg, ArgValue, CudaError, Device, Kernel, Launch, Properties};
+use super::device::{Arg, ArgValue, CudaError, Device, Kernel, Launch, Properties, TensorMap};
 use super::lock;
 use super::source::{EMULATOR, HEADERS, Source};
 use std::collections::{BTreeMap, HashMap};
@@ -291,6 +291,20 @@ impl Device for Emulated {
 
     fn synchronize(&self) -> Result<(), CudaError> {
         Self::check_guards(&lock(&self.memory))
+    }
+
+    fn tensor_map(&self, map: &TensorMap) -> Result<[u8; 128], CudaError> {
+        // The numbers as they are, in the order in which `hopper.cuh` reads them when it is emulated.
+        let mut bytes = [0; 128];
+        let wide = [map.address, map.cols, map.rows, map.row_bytes];
+        for (field, value) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(wide) {
+            *field = value.to_le_bytes();
+        }
+        let narrow = [map.box_cols, map.box_rows, map.element.block_bytes() as u32];
+        for (field, value) in bytes[32..].as_chunks_mut::<4>().0.iter_mut().zip(narrow) {
+            *field = value.to_le_bytes();
+        }
+        Ok(bytes)
     }
 
     fn alloc_pinned(&self, bytes: usize) -> Result<*mut u8, CudaError> {
