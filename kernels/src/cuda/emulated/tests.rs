@@ -200,7 +200,7 @@ fn conversions_are_those_of_the_pages() {
     }
     for half in 0..=u16::MAX {
         // Bf16 values and midpoints between them.
-        values.push(f32::from_bits(u32::from(half) << 16 | 0x8000 * u32::from(half & 1)));
+        values.push(f32::from_bits((u32::from(half) << 16) | (0x8000 * u32::from(half & 1))));
     }
     let n = values.len();
     let x = Buffer::of(&device, &values).unwrap();
@@ -217,7 +217,7 @@ fn conversions_are_those_of_the_pages() {
         let mut page = vec![0; format.page_bytes()];
         format.write(&mut page, 0, &values, &values);
         for (j, code) in page[..n * dtype.bytes()].chunks(dtype.bytes()).enumerate() {
-            let code = code.iter().rev().fold(0u32, |code, byte| code << 8 | u32::from(*byte));
+            let code = code.iter().rev().fold(0u32, |code, byte| (code << 8) | u32::from(*byte));
             let (ours, back) = (got[(2 * i) * n + j], f32::from_bits(got[(2 * i + 1) * n + j]));
             let nan = values[j].is_nan();
             assert!(nan || ours == code, "{dtype:?} of {:e} is {ours:#x}, the pages have {code:#x}", values[j]);
