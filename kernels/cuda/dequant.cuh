@@ -131,6 +131,21 @@ struct MXFP4 : Block32<17>, NoMinimum {
     }
 };
 
+// ---- 64 elements in fp4 (e2m1) with an fp8 (e4m3) scale for each 16: four scales, then two elements per byte, the first in
+// its low half. The values of NVIDIA's NVFP4, its scales beside its elements; a factor per row goes with them.
+
+struct NVFP4 : NoMinimum {
+    static constexpr unsigned BLOCK = 64, BYTES = 36, GROUP = 16, ZERO = 12;
+    static constexpr bool WIDE = false;
+    static RIDGE_INLINE unsigned quad(const unsigned char* b, unsigned sixteen, unsigned t) {
+        const unsigned v = *reinterpret_cast<const unsigned short*>(b + 4 + 8 * sixteen + 2 * t);
+        const unsigned spread = (v & 0x0fu) | (v & 0xf0u) << 4 | (v & 0xf00u) << 8 | (v & 0xf000u) << 12;
+        return look_up(spread, make_uint4(0x0f0e0d0cu, 0x18141210u, 0x090a0b0cu, 0x00040608u));  // as MXFP4's
+    }
+    // Half, because the values are doubled.
+    static RIDGE_INLINE float scale(const unsigned char* b, unsigned group) { return 0.5f * e4m3_to_f32(b[group]); }
+};
+
 // ---- blocks of 256 elements
 
 struct Q2_K : Block256<84, 16> {

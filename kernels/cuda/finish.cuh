@@ -2,7 +2,7 @@
 #pragma once
 #include "common.cuh"
 
-// Kinds of finish; `plan/finish.rs` has the same numbers.
+// Kinds of finish; `src/cuda/ops/gemm.rs` has the same numbers.
 constexpr unsigned STORE_F32 = 0;   // y = v + bias, f32
 constexpr unsigned STORE_NARROW = 1;  // y = v + bias, in the compute type
 constexpr unsigned ADD_F32 = 2;     // y += v + bias, f32: a residual connection

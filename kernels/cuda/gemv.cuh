@@ -51,6 +51,28 @@ struct Plain {
     }
 };
 
+// fp8 weights, widened to bf16, which holds every value of theirs. A factor per row of w goes with them.
+struct Fp8 {
+    using Compute = BF16;
+    static constexpr unsigned STEP = 128, GROUP = 0, BLOCK = 1;
+    static constexpr bool MINIMA = false;
+    static RIDGE_INLINE size_t row_bytes(unsigned k) { return k; }
+    static RIDGE_INLINE const unsigned char* at(const unsigned char* row, unsigned k) { return row + k; }
+    static RIDGE_INLINE unsigned widen(unsigned pair) {
+        return bf16_pair(e4m3_to_f32(static_cast<unsigned char>(pair & 255u)), e4m3_to_f32(static_cast<unsigned char>(pair >> 8 & 255u)));
+    }
+    // k is a multiple of 8.
+    static RIDGE_INLINE void fragment(const unsigned char* step, unsigned u, unsigned t, unsigned left, unsigned (&words)[4]) {
+        uint2 v = make_uint2(0, 0);
+        if (CHUNK * u + 8 * t < left) v = __ldg(reinterpret_cast<const uint2*>(step) + 4 * u + t);
+        words[0] = widen(v.x), words[1] = widen(v.x >> 16), words[2] = widen(v.y), words[3] = widen(v.y >> 16);
+    }
+    static RIDGE_INLINE void x_fragment(const unsigned short* x, unsigned t, unsigned left, unsigned (&words)[4]) {
+        Plain<BF16>::x_fragment(x, t, left, words);
+    }
+    static RIDGE_INLINE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_m16n8k16_bf16(d, a, b); }
+};
+
 template <class Q>
 struct Quantised {
     using Compute = BF16;
@@ -89,6 +111,8 @@ struct Product {
     const float* bias;
     void* y;
     unsigned m, n, k, finish, gated, activation;
+    // A factor per row of w and of up, or null for none.
+    const float *w_scales, *up_scales;
 };
 
 // ROWS / 8 tiles of rows of x: sums[tile of w][tile of x][as mma has them].
@@ -170,6 +194,8 @@ struct Skinny {
 
     static RIDGE_INLINE void run(const Product& p) {
         constexpr unsigned PITCH = ROWS + 1, CHUNKS = F::STEP / CHUNK;
+        // With many rows a chunk has work enough to hide its loads behind; with few, all of a step's are asked for at once.
+        constexpr unsigned UNROLL = ROWS == 8 ? CHUNKS : 2;
         RIDGE_DYNAMIC_SHARED(float, partial);  // [warp][column][row of x]
         const unsigned warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
         const unsigned per_block = p.gated ? COLS / 2 : COLS, first_col = blockIdx.x * per_block;
@@ -188,7 +214,7 @@ struct Skinny {
             const unsigned char* steps[4];
 #pragma unroll
             for (unsigned r = 0; r < 4; ++r) steps[r] = F::at(rows[r], at);
-#pragma unroll
+#pragma unroll(UNROLL)
             for (unsigned u = 0; u < CHUNKS; ++u) chunk(p, steps, at, u, sums);
         }
         // The last step may not be whole, unless a step is a block; it is one warp's.
@@ -196,7 +222,7 @@ struct Skinny {
             const unsigned char* steps[4];
 #pragma unroll
             for (unsigned r = 0; r < 4; ++r) steps[r] = F::at(rows[r], at);
-#pragma unroll
+#pragma unroll 1
             for (unsigned u = 0; u < CHUNKS; ++u)
                 if (at + CHUNK * u < p.k) chunk(p, steps, at, u, sums);
         }
@@ -222,7 +248,12 @@ struct Skinny {
             const unsigned col = i % per_block, row = i / per_block;
             if (first_col + col >= p.n) continue;
             float value = total(col, row);
-            if (p.gated) value = activate(p.activation, value) * total(16 + col, row);
+            if (p.w_scales) value *= p.w_scales[first_col + col];
+            if (p.gated) {
+                float up = total(16 + col, row);
+                if (p.up_scales) up *= p.up_scales[first_col + col];
+                value = activate(p.activation, value) * up;
+            }
             finish.put(row, first_col + col, value);
         }
     }
@@ -232,13 +263,26 @@ struct Skinny {
 
 // Grid: n / 32, or n / 16 if gated, rounded up. 256 threads. Dynamic shared memory: 8 * 32 * (rows + 1) floats.
 #define RIDGE_GEMV_ROWS(name, format, rows)                                                                                \
-    extern "C" __global__ void __launch_bounds__(256)                                                                      \
+    extern "C" __global__ void __launch_bounds__(256, 1)                                                                   \
         gemv_##name##_##rows(const unsigned short* x, const unsigned char* w, const unsigned char* up, const float* bias,  \
                              void* y, unsigned m, unsigned n, unsigned k, unsigned finish, unsigned gated,                 \
                              unsigned activation) {                                                                        \
-        gemv::Skinny<format, rows>::run({x, w, up, bias, y, m, n, k, finish, gated, activation});                          \
+        gemv::Skinny<format, rows>::run({x, w, up, bias, y, m, n, k, finish, gated, activation, 0, 0});                          \
     }
 #define RIDGE_GEMV(name, format)           \
     RIDGE_GEMV_ROWS(name, format, 8)       \
     RIDGE_GEMV_ROWS(name, format, 32)      \
     RIDGE_GEMV_ROWS(name, format, 64)
+
+// The same with a factor per row of w (and of up).
+#define RIDGE_GEMV_SCALED_ROWS(name, format, rows)                                                                         \
+    extern "C" __global__ void __launch_bounds__(256, 1)                                                                   \
+        gemv_##name##_##rows(const unsigned short* x, const unsigned char* w, const unsigned char* up, const float* bias,  \
+                             void* y, unsigned m, unsigned n, unsigned k, unsigned finish, unsigned gated,                 \
+                             unsigned activation, const float* w_scales, const float* up_scales) {                         \
+        gemv::Skinny<format, rows>::run({x, w, up, bias, y, m, n, k, finish, gated, activation, w_scales, up_scales});     \
+    }
+#define RIDGE_GEMV_SCALED(name, format)      \
+    RIDGE_GEMV_SCALED_ROWS(name, format, 8)  \
+    RIDGE_GEMV_SCALED_ROWS(name, format, 32) \
+    RIDGE_GEMV_SCALED_ROWS(name, format, 64)

@@ -6,11 +6,16 @@
 //! the number of rows, the row's place, or the other rows. So a caller that takes the path by what a row *is* (prompt or
 //! decode), never by how many there are, gets the same bits in any batch.
 
-use crate::cuda::device::{Arg, Buffer, CudaError, Device, Kernel, Launch};
-use crate::cuda::plan::{gemm, gemv};
+use super::blas::Blas;
+use super::dequantize::dequantize;
+use super::gemm::{ADD_F32, Gemm, Own, Plain, STORE_F32, STORE_NARROW, Wgmma};
+use crate::cuda::device::{Arg, Buffer, CudaError, Device};
+use crate::cuda::plan::gemm::Shape;
+use crate::cuda::plan::gemv;
 use crate::{DType, Gate};
-use gemm::{Plan, Shape};
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// A weight `[n, k]` on the device, row-major, its bytes as stored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -71,12 +76,34 @@ pub const fn compute_type(weights: DType) -> DType {
     }
 }
 
+/// Whether weights of this type are multiplied as they are with rows of type `x`.
+pub const fn supports(weights: DType, x: DType) -> bool {
+    compute_type(weights) as u8 == x as u8
+}
+
 /// Products on one device, with the memory they need beside their operands.
 #[derive(Debug)]
 pub struct Products {
     device: Arc<dyn Device>,
     /// bf16 copies of quantised weights, made anew for each product.
     scratch: Buffer,
+    /// For many rows, our own first.
+    implementations: Vec<Box<dyn Gemm>>,
+    /// Which of them, unless measurement says otherwise.
+    preferred: usize,
+    /// Which of them is fastest at type, n, k and a power of two of rows.
+    fastest: HashMap<(DType, usize, usize, usize), usize>,
+}
+
+/// What an implementation took for a product of many rows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Measured {
+    /// Whose time this is.
+    pub name: &'static str,
+    /// The product.
+    pub shape: Shape,
+    /// The shortest of a few runs.
+    pub time: Duration,
 }
 
 impl Products {
@@ -88,7 +115,66 @@ impl Products {
 
     /// Allocates `scratch_bytes`.
     pub fn new(device: &Arc<dyn Device>, scratch_bytes: usize) -> Result<Self, CudaError> {
-        Ok(Self { device: device.clone(), scratch: Buffer::new(device, scratch_bytes.max(256))? })
+        Ok(Self {
+            device: device.clone(),
+            scratch: Buffer::new(device, scratch_bytes.max(256))?,
+            implementations: vec![Box::new(Own(device.clone()))],
+            preferred: 0,
+            fastest: HashMap::new(),
+        })
+    }
+
+    /// Takes the experimental kernels of [`Path::Gemm`] where the device has the instructions for them.
+    #[must_use]
+    pub fn experimental(mut self) -> Self {
+        self.implementations.push(Box::new(Wgmma(self.device.clone())));
+        self.preferred = self.implementations.len() - 1;
+        self
+    }
+
+    /// Times every implementation, NVIDIA's library included where it is, on [`Path::Gemm`] at these numbers of rows, and takes
+    /// the fastest for each shape from now on. Sums may then differ with the number of rows: **not batch-invariant**.
+    ///
+    /// # Safety
+    ///
+    /// The weights lie on this device.
+    pub unsafe fn measure(&mut self, weights: &[Weight], rows: &[usize]) -> Result<Vec<Measured>, CudaError> {
+        match Blas::open(&self.device) {
+            Ok(blas) => self.implementations.push(Box::new(blas)),
+            Err(error) => tracing::info!("products are not measured against cuBLASLt: {error}"),
+        }
+        let mut times = Vec::new();
+        for w in weights {
+            let dtype = compute_type(w.dtype);
+            for m in rows.iter().map(|rows| rows.next_power_of_two()) {
+                let key = (dtype, w.n, w.k, m);
+                if self.fastest.contains_key(&key) {
+                    continue;
+                }
+                // What the numbers are does not matter, but denormal or NaN ones might take another time: zeros.
+                let x = Buffer::new(&self.device, m * w.k * dtype.block_bytes())?;
+                let y = Buffer::new(&self.device, m * w.n * 4)?;
+                x.fill(0)?;
+                let x = X { address: x.at(0, x.bytes()), dtype, rows: m };
+                let call = Call { x, w, up: None, code: STORE_F32, bias: 0, activation: 0, y: y.address() };
+                // SAFETY: x and y were allocated for the shape, and the weight is the caller's promise.
+                let plain = unsafe { self.plain(&call)? };
+                let mut best = None;
+                for (i, implementation) in self.implementations.iter().enumerate() {
+                    if !implementation.takes(&plain) {
+                        continue;
+                    }
+                    // SAFETY: as above, and it takes the product.
+                    let time = unsafe { time(&*self.device, &**implementation, &plain)? };
+                    times.push(Measured { name: implementation.name(), shape: plain.shape, time });
+                    if best.is_none_or(|(least, _)| time < least) {
+                        best = Some((time, i));
+                    }
+                }
+                self.fastest.extend(best.map(|(_, i)| (key, i)));
+            }
+        }
+        Ok(times)
     }
 
     /// `y = finish(x · wᵀ)`, `[rows, n]`.
@@ -130,10 +216,7 @@ impl Products {
     ) -> Result<(), CudaError> {
         assert_eq!((gate.dtype, gate.n, gate.k), (up.dtype, up.n, up.k), "the two weights of a gate are alike");
         let (code, bias) = code(gate.dtype, Finish::Store { bias: 0, to });
-        let activation = match activation {
-            Gate::Silu => 0,
-            Gate::GeluTanh => 1,
-        };
+        let activation = activation_code(activation);
         let call = Call { x, w: gate, up: Some(up), code, bias, activation, y };
         // SAFETY: passed on.
         unsafe { self.run(path, &call) }
@@ -160,8 +243,23 @@ impl Products {
     ///
     /// As [`Products::matmul`].
     unsafe fn gemm(&self, call: &Call<'_>) -> Result<(), CudaError> {
+        // SAFETY: passed on.
+        let plain = unsafe { self.plain(call)? };
+        let Shape { m, n, k } = plain.shape;
+        let measured = self.fastest.get(&(plain.dtype, n, k, m.next_power_of_two()));
+        let wanted = &self.implementations[*measured.unwrap_or(&self.preferred)];
+        let implementation = if wanted.takes(&plain) { wanted } else { &self.implementations[0] };
+        // SAFETY: the implementation takes the product; the operands are the caller's promise, or were just decoded.
+        unsafe { implementation.multiply(&plain) }
+    }
+
+    /// The product with plain weights that a call comes down to; quantised ones are decoded.
+    ///
+    /// # Safety
+    ///
+    /// As [`Products::matmul`].
+    unsafe fn plain(&self, call: &Call<'_>) -> Result<Plain, CudaError> {
         let Weight { dtype, n, k, address } = *call.w;
-        let compute = compute_type(dtype);
         let mut weights = [address, call.up.map_or(address, |up| up.address)];
         if dtype.block_len() > 1 {
             let each = 2 * n * k;
@@ -173,16 +271,17 @@ impl Products {
                 *from = to;
             }
         }
-        let plan = gemm::plan(self.device.properties(), compute, call.shape(call.x.rows), call.up.is_some());
-        let mut args = vec![Arg::Ptr(call.x.address), Arg::Ptr(weights[0])];
-        args.push(Arg::Ptr(if call.up.is_some() { weights[1] } else { call.bias }));
-        args.push(Arg::Ptr(call.y));
-        args.extend([call.x.rows, n, k].map(|size| Arg::U32(size as u32)));
-        args.push(Arg::U32(call.code));
-        args.extend(call.up.map(|_| Arg::U32(call.activation)));
-        // SAFETY: the operands are as large as the shape says (the caller's promise), the plan covers it, and kernels of both
-        // sources take these arguments.
-        unsafe { self.launch(&plan, &args) }
+        Ok(Plain {
+            dtype: compute_type(dtype),
+            shape: call.shape(call.x.rows),
+            x: call.x.address,
+            w: weights[0],
+            up: call.up.map(|_| weights[1]),
+            bias: call.bias,
+            y: call.y,
+            finish: call.code,
+            activation: call.activation,
+        })
     }
 
     /// # Safety
@@ -208,34 +307,50 @@ impl Products {
                 Arg::U32(u32::from(call.up.is_some())),
                 Arg::U32(call.activation),
             ];
+            tracing::trace!(%plan);
             // SAFETY: rows `first..first + rows` of x and y exist, the plan covers the shape, and all kernels of a plan for
             // few rows take these arguments.
-            unsafe { self.launch(&plan, &args)? };
+            unsafe { self.device.launch(plan.kernel, &plan.launch, &args)? };
         }
         Ok(())
     }
-
-    /// # Safety
-    ///
-    /// The arguments are the kernel's, and what it touches exists.
-    unsafe fn launch(&self, plan: &Plan, args: &[Arg]) -> Result<(), CudaError> {
-        tracing::trace!(%plan);
-        // SAFETY: passed on.
-        unsafe { self.device.launch(plan.kernel, &plan.launch, args) }
-    }
 }
 
-/// Numbers of `finish.cuh`.
-const STORE_F32: u32 = 0;
-const STORE_NARROW: u32 = 1;
-const ADD_F32: u32 = 2;
+/// The shortest of three runs, after one that compiles and warms.
+///
+/// # Safety
+///
+/// As [`Gemm::multiply`].
+unsafe fn time(device: &dyn Device, implementation: &dyn Gemm, plain: &Plain) -> Result<Duration, CudaError> {
+    const REPEAT: u32 = 4;
+    let mut least = Duration::MAX;
+    for run in 0..4 {
+        let started = Instant::now();
+        for _ in 0..REPEAT {
+            // SAFETY: passed on.
+            unsafe { implementation.multiply(plain)? };
+        }
+        device.synchronize()?;
+        if run > 0 {
+            least = least.min(started.elapsed() / REPEAT);
+        }
+    }
+    Ok(least)
+}
 
-fn code(weights: DType, finish: Finish) -> (u32, u64) {
+pub(super) fn code(weights: DType, finish: Finish) -> (u32, u64) {
     match finish {
         Finish::Store { bias, to: DType::F32 } => (STORE_F32, bias),
         Finish::Store { bias, to } if to == compute_type(weights) => (STORE_NARROW, bias),
         Finish::Store { to, .. } => panic!("{} weights do not give {}", weights.name(), to.name()),
         Finish::Add { bias } => (ADD_F32, bias),
+    }
+}
+
+pub(super) fn activation_code(activation: Gate) -> u32 {
+    match activation {
+        Gate::Silu => 0,
+        Gate::GeluTanh => 1,
     }
 }
 
@@ -265,56 +380,6 @@ impl Call<'_> {
             assert!(address.is_multiple_of(16), "{address:#x} is not a multiple of 16");
         }
     }
-}
-
-/// Decodes `elements` of a quantised matrix to F32 (exactly what [`crate::dequantize_row`] gives) or BF16 (that, rounded).
-///
-/// # Safety
-///
-/// `from` and `to` are memory of the device, as large as `elements` take in the two types.
-///
-/// # Panics
-///
-/// If the type is not quantised, `as_type` is another, or `elements` are not whole blocks.
-pub unsafe fn dequantize(
-    device: &dyn Device,
-    dtype: DType,
-    elements: usize,
-    from: u64,
-    as_type: DType,
-    to: u64,
-) -> Result<(), CudaError> {
-    assert!(elements.is_multiple_of(dtype.block_len()), "{elements} elements of {}", dtype.name());
-    let [bf16, f32] = match dtype {
-        DType::Q4_0 => ["dequant_q4_0_bf16", "dequant_q4_0_f32"],
-        DType::Q4_1 => ["dequant_q4_1_bf16", "dequant_q4_1_f32"],
-        DType::Q5_0 => ["dequant_q5_0_bf16", "dequant_q5_0_f32"],
-        DType::Q5_1 => ["dequant_q5_1_bf16", "dequant_q5_1_f32"],
-        DType::Q8_0 => ["dequant_q8_0_bf16", "dequant_q8_0_f32"],
-        DType::Q2K => ["dequant_q2_k_bf16", "dequant_q2_k_f32"],
-        DType::Q3K => ["dequant_q3_k_bf16", "dequant_q3_k_f32"],
-        DType::Q4K => ["dequant_q4_k_bf16", "dequant_q4_k_f32"],
-        DType::Q5K => ["dequant_q5_k_bf16", "dequant_q5_k_f32"],
-        DType::Q6K => ["dequant_q6_k_bf16", "dequant_q6_k_f32"],
-        DType::IQ4NL => ["dequant_iq4_nl_bf16", "dequant_iq4_nl_f32"],
-        DType::MXFP4 => ["dequant_mxfp4_bf16", "dequant_mxfp4_f32"],
-        DType::F32 | DType::F16 | DType::BF16 => panic!("{} is not quantised", dtype.name()),
-    };
-    let name = match as_type {
-        DType::BF16 => bf16,
-        DType::F32 => f32,
-        other => panic!("quantised weights are not decoded to {}", other.name()),
-    };
-    let quads = elements / 4;
-    if quads == 0 {
-        return Ok(());
-    }
-    // Enough blocks for any device; each goes on by the whole grid.
-    let blocks = quads.div_ceil(256).min(1 << 16);
-    let launch = Launch { grid: [blocks as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 };
-    let args = [Arg::Ptr(from), Arg::Ptr(to), Arg::U64(quads as u64)];
-    // SAFETY: passed on; these are the kernel's parameters.
-    unsafe { device.launch(Kernel { source: "dequant.cu", name }, &launch, &args) }
 }
 
 #[cfg(test)]

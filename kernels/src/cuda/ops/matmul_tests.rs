@@ -189,7 +189,7 @@ fn dequantised_weights_are_those_of_the_reference() {
 
 #[test]
 fn many_rows_are_multiplied() {
-    in_every_order(|device, order| {
+    in_every_order(|device, _| {
         let mut random = Random::new(31);
         for dtype in [DType::BF16, DType::F16, DType::F32] {
             for _ in 0..2 {
@@ -203,7 +203,6 @@ fn many_rows_are_multiplied() {
         for dtype in [DType::Q4_0, DType::Q6K] {
             check(device, &mut random, dtype, Path::Gemm, shape);
         }
-        let _ = order;
     });
 }
 
@@ -227,4 +226,69 @@ fn few_rows_are_multiplied_with_every_type() {
         check(device, &mut random, DType::Q8_0, Path::Skinny, Shape { m: 70, n: 33, k: 64 });
         check(device, &mut random, DType::BF16, Path::Skinny, Shape { m: 11, n: 20, k: 77 });
     });
+}
+
+/// Row `row` of a case, alone or behind others, is the same to the bit.
+#[test]
+fn a_rows_product_is_the_same_in_any_company() {
+    in_every_order(|device, _| {
+        let mut random = Random::new(61);
+        for (path, dtype, shape) in [
+            (Path::Gemm, DType::BF16, Shape { m: 140, n: 72, k: 200 }),
+            (Path::Gemm, DType::F32, Shape { m: 70, n: 10, k: 50 }),
+            (Path::Gemm, DType::Q5_1, Shape { m: 66, n: 20, k: 96 }),
+            (Path::Skinny, DType::F16, Shape { m: 64, n: 40, k: 1480 }),
+            (Path::Skinny, DType::F32, Shape { m: 64, n: 40, k: 100 }),
+            (Path::Skinny, DType::Q4K, Shape { m: 40, n: 35, k: 1024 }),
+            (Path::Skinny, DType::MXFP4, Shape { m: 70, n: 33, k: 416 }),
+        ] {
+            let case = Case::new(device, &mut random, dtype, shape, 2);
+            let finish = Finish::Store { bias: 0, to: DType::F32 };
+            let (whole, gated) = (case.run(path, finish, None), case.gated(path, Gate::Silu, DType::F32));
+            for _ in 0..3 {
+                let first = random.within(0, shape.m - 1);
+                let rows = random.within(1, shape.m - first);
+                let x_row = shape.k * compute_type(dtype).block_bytes();
+                // Addresses of x are multiples of 16, so the rows are copied to a buffer of their own.
+                let bytes = case.x_on.to_vec::<u8>(case.x_on.bytes()).unwrap();
+                let part = Case {
+                    shape: Shape { m: rows, ..shape },
+                    x: Vec::new(),
+                    weights: Vec::new(),
+                    dtype,
+                    device: device.clone(),
+                    products: Products::new(device, Products::scratch_bytes([(dtype, shape.n, shape.k)])).unwrap(),
+                    x_on: Buffer::of(device, &bytes[first * x_row..][..rows * x_row]).unwrap(),
+                    weights_on: case.weights.iter().map(|w| Buffer::of(device, w).unwrap()).collect(),
+                };
+                let what = format!("{} {path:?} rows {first} and {rows} on of {shape:?}", dtype.name());
+                let here = first * shape.n..(first + rows) * shape.n;
+                crate::testing::assert_same(&part.run(path, finish, None), &whole[here.clone()], &what);
+                crate::testing::assert_same(&part.gated(path, Gate::Silu, DType::F32), &gated[here], &what);
+            }
+        }
+    });
+}
+
+/// Measured implementations are used where they were measured; the experimental one where the device can.
+#[test]
+fn implementations_are_chosen() {
+    let Ok(emulated) = crate::cuda::emulated::Emulated::beside_the_program() else {
+        return println!("skipped: no C++ compiler");
+    };
+    let hopper = |p: &mut crate::cuda::Properties| (p.sm, p.shared_per_block, p.multiprocessors) = (90, 227 << 10, 2);
+    let device: Arc<dyn Device> = Arc::new(emulated.with_properties(hopper));
+    let mut random = Random::new(91);
+    let mut case = Case::new(&device, &mut random, DType::BF16, Shape { m: 4, n: 24, k: 64 }, 1);
+    case.products = Products::new(&device, 0).unwrap().experimental();
+    let (want, bound) = case.reference(0);
+    let finish = Finish::Store { bias: 0, to: DType::F32 };
+    let experimental = case.run(Path::Gemm, finish, None);
+    assert_explained(&experimental, &want, &bound, 3e-6, DType::F32, "experimental");
+    // SAFETY: the weight is on the device.
+    let times = unsafe { case.products.measure(&[case.weight(0)], &[4]).unwrap() };
+    assert_eq!(times.iter().map(|measured| measured.name).collect::<Vec<_>>(), ["own", "wgmma"]);
+    let fastest = usize::from(times[1].time < times[0].time);
+    assert_eq!(case.products.fastest[&(DType::BF16, 24, 64, 4)], fastest);
+    assert_explained(&case.run(Path::Gemm, finish, None), &want, &bound, 3e-6, DType::F32, "measured");
 }

@@ -1,10 +1,14 @@
 //! Operations on device memory: each checks its shapes, takes a launch from [`super::plan`] and launches it.
 
 pub mod attention;
+pub mod blas;
+pub mod dequantize;
+pub mod gemm;
 pub mod matmul;
 pub mod pages;
 pub mod rows;
 pub mod sampling;
+pub mod scaled;
 
 use crate::DType;
 

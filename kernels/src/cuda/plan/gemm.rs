@@ -54,6 +54,12 @@ macro_rules! tile {
 /// The tiles of `gemm_mma.cu`, largest first.
 pub const TILES: [Tile; 3] = [tile!(128, 256, 256, 3), tile!(128, 128, 128, 3), tile!(64, 64, 128, 4)];
 
+/// The tiles of `gemm_fp8.cu`, which has no kernels for other types.
+const FP8_TILES: [Tile; 2] = [
+    Tile { bm: 128, bn: 128, threads: 128, stages: 3, names: ["gemm_fp8_128x128", "gemm_fp8_128x128_gated", "", ""] },
+    Tile { bm: 64, bn: 64, threads: 128, stages: 4, names: ["gemm_fp8_64x64", "gemm_fp8_64x64_gated", "", ""] },
+];
+
 impl Tile {
     /// Bytes of k per step and row.
     const ROW_BYTES: usize = 128;
@@ -97,6 +103,11 @@ pub enum Reason {
         /// Bytes of a row.
         row_bytes: usize,
     },
+    /// The device has no instructions for it.
+    Architecture {
+        /// Its compute capability times ten.
+        sm: u32,
+    },
     /// More rows than the kernel takes.
     Rows {
         /// Rows of x.
@@ -117,6 +128,7 @@ impl fmt::Display for Reason {
             }
             Self::LargerSuffices => f.write_str("a larger tile keeps all multiprocessors busy and reads less"),
             Self::Alignment { row_bytes } => write!(f, "rows of {row_bytes} bytes are not whole numbers of 16"),
+            Self::Architecture { sm } => write!(f, "devices of compute capability {}.{} cannot", sm / 10, sm % 10),
             Self::Rows { rows, most } => write!(f, "{rows} rows of at most {most}"),
             Self::Precision => f.write_str("tensor cores would round f32"),
         }
@@ -159,39 +171,61 @@ pub fn plan(device: &Properties, dtype: DType, shape: Shape, gated: bool) -> Pla
     if !row_bytes.is_multiple_of(16) {
         return simt(dtype, shape, gated, Reason::Alignment { row_bytes });
     }
+    tiled(device, "gemm_mma.cu", &TILES, names + usize::from(gated), shape, gated).unwrap_or_else(|rejected| {
+        let needed = TILES[TILES.len() - 1].shared_bytes();
+        let available = device.shared_per_block as usize;
+        Plan { rejected, ..simt(dtype, shape, gated, Reason::Shared { needed, available }) }
+    })
+}
+
+/// Plans a product of fp8 rows, as [`plan`] does for 16 bits. k is a multiple of 16.
+///
+/// # Errors
+///
+/// Why every tile was rejected.
+pub fn plan_fp8(device: &Properties, shape: Shape, gated: bool) -> Result<Plan, Vec<(&'static str, Reason)>> {
+    assert!(shape.m > 0 && shape.n > 0 && shape.k > 0, "{shape:?} has nothing to multiply");
+    if device.sm < 89 {
+        return Err(vec![("gemm_fp8", Reason::Architecture { sm: device.sm })]);
+    }
+    if !shape.k.is_multiple_of(16) {
+        return Err(vec![("gemm_fp8", Reason::Alignment { row_bytes: shape.k })]);
+    }
+    tiled(device, "gemm_fp8.cu", &FP8_TILES, usize::from(gated), shape, gated)
+}
+
+/// Chooses among tiles, largest first, by the rule that the module states; `name` is which of a tile's kernels.
+fn tiled(
+    device: &Properties,
+    source: &'static str,
+    tiles: &[Tile],
+    name: usize,
+    shape: Shape,
+    gated: bool,
+) -> Result<Plan, Vec<(&'static str, Reason)>> {
     let (multiprocessors, available) = (device.multiprocessors as usize, device.shared_per_block as usize);
-    let name = |tile: &Tile| tile.names[names + usize::from(gated)];
     let mut rejected = Vec::new();
-    let mut chosen: Option<(Tile, usize)> = None;
-    for tile in TILES {
+    let mut chosen: Option<(&Tile, usize)> = None;
+    for tile in tiles {
         let [across, down] = tile.grid(shape, gated);
         let (needed, blocks) = (tile.shared_bytes(), across * down);
-        if needed > available {
-            rejected.push((name(&tile), Reason::Shared { needed, available }));
-            continue;
-        }
         match chosen {
-            Some((_, enough)) if enough >= multiprocessors => rejected.push((name(&tile), Reason::LargerSuffices)),
-            Some((larger, fewer)) if blocks > fewer => {
-                let idle = Reason::Idle { blocks: fewer, multiprocessors };
-                rejected.push((name(&larger), idle));
+            _ if needed > available => rejected.push((tile.names[name], Reason::Shared { needed, available })),
+            Some((larger, fewer)) if fewer < multiprocessors && blocks > fewer => {
+                rejected.push((larger.names[name], Reason::Idle { blocks: fewer, multiprocessors }));
                 chosen = Some((tile, blocks));
             }
-            Some(_) => rejected.push((name(&tile), Reason::LargerSuffices)),
+            Some(_) => rejected.push((tile.names[name], Reason::LargerSuffices)),
             None => chosen = Some((tile, blocks)),
         }
     }
-    let Some((tile, _)) = chosen else {
-        let mut plan = simt(dtype, shape, gated, Reason::Shared { needed: TILES[2].shared_bytes(), available });
-        plan.rejected = rejected;
-        return plan;
-    };
+    let Some((tile, _)) = chosen else { return Err(rejected) };
     let [across, down] = tile.grid(shape, gated);
-    Plan {
-        kernel: Kernel { source: "gemm_mma.cu", name: name(&tile) },
+    Ok(Plan {
+        kernel: Kernel { source, name: tile.names[name] },
         launch: launch(across, down, tile.threads, tile.shared_bytes()),
         rejected,
-    }
+    })
 }
 
 fn launch(across: usize, down: usize, threads: u32, shared_bytes: usize) -> Launch {
@@ -270,6 +304,18 @@ mod tests {
         assert_eq!(odd.rejected, [("gemm_mma", Reason::Alignment { row_bytes: 200 })]);
         let exact = named(&h100, DType::F32, 65, 64, 64, false);
         assert_eq!((exact.kernel.name, exact.launch.grid), ("gemm_simt_f32", [2, 1, 1]));
+    }
+
+    #[test]
+    fn fp8_needs_its_instructions_and_whole_rows() {
+        let shape = Shape { m: 4096, n: 4096, k: 4096 };
+        let a100 = plan_fp8(&device(80, 108, 163 << 10), shape, false).unwrap_err();
+        assert_eq!(a100, [("gemm_fp8", Reason::Architecture { sm: 80 })]);
+        let l4 = device(89, 58, 99 << 10);
+        assert_eq!(plan_fp8(&l4, shape, true).unwrap().kernel.name, "gemm_fp8_128x128_gated");
+        assert_eq!(plan_fp8(&l4, Shape { m: 64, n: 640, k: 64 }, false).unwrap().kernel.name, "gemm_fp8_64x64");
+        let odd = plan_fp8(&l4, Shape { k: 24, ..shape }, false).unwrap_err();
+        assert_eq!(odd, [("gemm_fp8", Reason::Alignment { row_bytes: 24 })]);
     }
 
     /// Every tile covers the product, and every plan fits the device.

@@ -66,18 +66,66 @@ pub fn plan(dtype: DType, shape: Shape, gated: bool) -> Plan {
             rejected: vec![("gemv", reason)],
         };
     };
-    let variant = [8, 32, 64].iter().position(|rows| m <= *rows).expect("at most 64 rows");
-    let rows = [8, 32, 64][variant];
+    few(source, names, shape, gated)
+}
+
+/// Weights with a factor per row, which no file format that Ridge reads has; see [`crate::cuda::ops::scaled`].
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum ScaledType {
+    /// fp8.
+    E4M3,
+    /// fp4 (e2m1) with an fp8 scale for each 16 elements.
+    NvFp4,
+}
+
+impl ScaledType {
+    /// Elements that rows are whole numbers of.
+    pub const fn unit(self) -> usize {
+        match self {
+            Self::E4M3 => 8,
+            Self::NvFp4 => 64,
+        }
+    }
+
+    /// Bytes of a row of `k` elements.
+    pub const fn row_bytes(self, k: usize) -> usize {
+        match self {
+            Self::E4M3 => k,
+            Self::NvFp4 => k / 64 * 36,
+        }
+    }
+}
+
+/// As [`plan`], for weights with a factor per row. Their kernels take the factors behind the other arguments.
+///
+/// # Panics
+///
+/// As [`plan`], and if k is not a whole number of units.
+pub fn plan_scaled(weights: ScaledType, shape: Shape, gated: bool) -> Plan {
+    let Shape { m, n, k } = shape;
+    assert!(n > 0 && k > 0 && (1..=ROWS_MAX).contains(&m), "{shape:?} is no skinny product");
+    assert!(k.is_multiple_of(weights.unit()), "rows of {k} elements");
+    let names = match weights {
+        ScaledType::E4M3 => names!("e4m3_8", "e4m3_32", "e4m3_64"),
+        ScaledType::NvFp4 => names!("nvfp4_8", "nvfp4_32", "nvfp4_64"),
+    };
+    few("gemv_scaled.cu", names, shape, gated)
+}
+
+/// The kernel for so many rows, of those for 8, 32 and 64.
+fn few(source: &'static str, names: [&'static str; 3], shape: Shape, gated: bool) -> Plan {
+    const ROWS: [usize; 3] = [8, 32, 64];
+    let m = shape.m;
+    let variant = ROWS.iter().position(|rows| m <= *rows).expect("at most 64 rows");
     let columns = if gated { COLUMNS / 2 } else { COLUMNS };
-    let too_many = |i: &usize| (names[*i], Reason::Rows { rows: m, most: [8, 32, 64][*i] });
     Plan {
         kernel: Kernel { source, name: names[variant] },
         launch: Launch {
-            grid: [n.div_ceil(columns) as u32, 1, 1],
+            grid: [shape.n.div_ceil(columns) as u32, 1, 1],
             block: [WARPS as u32 * 32, 1, 1],
-            shared_bytes: (WARPS * COLUMNS * (rows + 1) * 4) as u32,
+            shared_bytes: (WARPS * COLUMNS * (ROWS[variant] + 1) * 4) as u32,
         },
-        rejected: (0..variant).map(|i| too_many(&i)).collect(),
+        rejected: (0..variant).map(|i| (names[i], Reason::Rows { rows: m, most: ROWS[i] })).collect(),
     }
 }
 

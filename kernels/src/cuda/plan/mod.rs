@@ -3,6 +3,7 @@
 pub mod attention;
 pub mod gemm;
 pub mod gemv;
+pub mod wgmma;
 
 /// What was chosen, and why each candidate before it was not.
 #[derive(Clone, PartialEq, Eq, Debug)]

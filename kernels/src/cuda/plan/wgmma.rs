@@ -1,0 +1,213 @@
+//! The plan of `gemm_wgmma.cu`, Hopper's product of many rows, and the tensor maps that it is given. Experimental.
+
+use super::gemm::{Plan, Reason, Shape};
+use crate::DType;
+use crate::cuda::TensorMap;
+use crate::cuda::device::{Kernel, Launch, Properties};
+
+/// Rows of a box of x and of w: a tile has one of x and two of w.
+const BOX_ROWS: u32 = 128;
+const ROW_BYTES: usize = 128;
+const BM: usize = 128;
+const BN: usize = 256;
+const STAGES: usize = 4;
+/// Where the warps exchange sums before they store them, and the barriers.
+const FINISH_BYTES: usize = 8 * 16 * 40 * 4;
+const BARRIER_BYTES: usize = 2 * STAGES * 8;
+
+/// The map of a matrix `[rows, cols]` that lies without gaps.
+///
+/// # Panics
+///
+/// If elements are not of 16 bits, or an address or row is not a whole number of 16 bytes.
+pub fn tensor_map(element: DType, address: u64, rows: usize, cols: usize) -> TensorMap {
+    assert!(matches!(element, DType::F16 | DType::BF16), "no tensor map of {}", element.name());
+    let row_bytes = 2 * cols as u64;
+    assert!(address.is_multiple_of(16) && row_bytes.is_multiple_of(16), "{row_bytes} bytes at {address:#x}");
+    let box_cols = ROW_BYTES as u32 / 2;
+    TensorMap { address, element, cols: cols as u64, rows: rows as u64, row_bytes, box_cols, box_rows: BOX_ROWS }
+}
+
+/// Plans a product of 16-bit x and w, or says why it cannot be.
+///
+/// # Errors
+///
+/// [`Reason::Architecture`], [`Reason::Precision`], [`Reason::Alignment`] or [`Reason::Shared`].
+pub fn plan(device: &Properties, dtype: DType, shape: Shape, gated: bool) -> Result<Plan, Reason> {
+    let name = match (dtype, gated) {
+        (DType::BF16, false) => "gemm_wgmma_bf16",
+        (DType::BF16, true) => "gemm_wgmma_bf16_gated",
+        (DType::F16, false) => "gemm_wgmma_f16",
+        (DType::F16, true) => "gemm_wgmma_f16_gated",
+        _ => return Err(Reason::Precision),
+    };
+    // wgmma is of 9.0 alone: later devices do not have it.
+    if device.sm != 90 {
+        return Err(Reason::Architecture { sm: device.sm });
+    }
+    let row_bytes = 2 * shape.k;
+    if !row_bytes.is_multiple_of(16) {
+        return Err(Reason::Alignment { row_bytes });
+    }
+    let (needed, available) = (shared_bytes(), device.shared_per_block as usize);
+    if needed > available {
+        return Err(Reason::Shared { needed, available });
+    }
+    let columns = if gated { BN / 2 } else { BN };
+    let tiles = shape.m.div_ceil(BM) * shape.n.div_ceil(columns);
+    Ok(Plan {
+        kernel: Kernel { source: "gemm_wgmma.cu", name },
+        launch: Launch {
+            grid: [tiles.min(device.multiprocessors as usize) as u32, 1, 1],
+            block: [384, 1, 1],
+            shared_bytes: needed as u32,
+        },
+        rejected: Vec::new(),
+    })
+}
+
+fn shared_bytes() -> usize {
+    STAGES * (BM + BN) * ROW_BYTES + FINISH_BYTES + BARRIER_BYTES
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::device::{Arg, Buffer, Device};
+    use crate::cuda::emulated::{Emulated, Order};
+    use crate::cuda::ops::gemm::{Gemm, Plain, STORE_F32, Wgmma};
+    use crate::testing::{Random, assert_close};
+    use crate::{Matrix, quantize_row, reference};
+    use std::sync::Arc;
+
+    fn hopper(properties: &mut Properties) {
+        (properties.sm, properties.shared_per_block, properties.multiprocessors) = (90, 227 << 10, 3);
+    }
+
+    #[test]
+    fn only_hopper_takes_it() {
+        let mut device = Properties {
+            name: "test".into(),
+            sm: 100,
+            multiprocessors: 148,
+            shared_per_block: 227 << 10,
+            memory_bytes: 1 << 34,
+            l2_bytes: 1 << 25,
+        };
+        let shape = Shape { m: 300, n: 1000, k: 64 };
+        assert_eq!(plan(&device, DType::BF16, shape, false), Err(Reason::Architecture { sm: 100 }));
+        hopper(&mut device);
+        let launch = plan(&device, DType::BF16, Shape { m: 100, ..shape }, false).unwrap().launch;
+        assert_eq!((launch.grid, launch.shared_bytes), ([3, 1, 1], 217_152));
+        assert_eq!(plan(&device, DType::F32, shape, false), Err(Reason::Precision));
+        assert_eq!(
+            plan(&device, DType::F16, Shape { k: 60, ..shape }, true),
+            Err(Reason::Alignment { row_bytes: 120 })
+        );
+        device.shared_per_block = 99 << 10;
+        let short = Reason::Shared { needed: 217_152, available: 101_376 };
+        assert_eq!(plan(&device, DType::F16, shape, true), Err(short));
+    }
+
+    /// Values that bf16 and f16 hold exactly, and their bytes.
+    fn exact(random: &mut Random, dtype: DType, n: usize) -> (Vec<f32>, Vec<u8>) {
+        let values: Vec<f32> = (0..n).map(|_| (random.within(0, 64) as f32 - 32.0) / 16.0).collect();
+        let mut bytes = Vec::new();
+        quantize_row(dtype, &values, &mut bytes).unwrap();
+        (values, bytes)
+    }
+
+    /// More tiles than blocks, edges in m, n and k, and more steps of k than stages.
+    #[test]
+    fn emulated_tiles_are_the_reference_in_every_order() {
+        for (order, dtype, shape) in [
+            (Order::Forward, DType::BF16, Shape { m: 150, n: 521, k: 136 }),
+            (Order::Backward, DType::F16, Shape { m: 3, n: 300, k: 72 }),
+            (Order::Shuffled(5), DType::BF16, Shape { m: 129, n: 40, k: 392 }),
+        ] {
+            let Ok(emulated) = Emulated::beside_the_program() else { return println!("skipped: no C++ compiler") };
+            let emulated = Arc::new(emulated.with_properties(hopper));
+            emulated.set_order(order);
+            let device: Arc<dyn Device> = emulated;
+            let mut random = Random::new(51);
+            let Shape { m, n, k } = shape;
+            let (x, x_bytes) = exact(&mut random, dtype, m * k);
+            let x_on = Buffer::of(&device, &x_bytes).unwrap();
+            let mut products = Vec::new();
+            let mut weights = Vec::new();
+            for _ in 0..2 {
+                let (_, bytes) = exact(&mut random, dtype, n * k);
+                let mut product = vec![0.0; m * n];
+                reference::matmul(&x, &Matrix::new(dtype, n, k, &bytes).unwrap(), None, &mut product);
+                products.push(product);
+                weights.push(Buffer::of(&device, &bytes).unwrap());
+            }
+            let wgmma = Wgmma(device.clone());
+            for gated in [false, true] {
+                let y = Buffer::new(&device, m * n * 4).unwrap();
+                let product = Plain {
+                    dtype,
+                    shape,
+                    x: x_on.address(),
+                    w: weights[0].address(),
+                    up: gated.then(|| weights[1].address()),
+                    bias: 0,
+                    y: y.address(),
+                    finish: STORE_F32,
+                    activation: 0,
+                };
+                assert!(wgmma.takes(&product));
+                // SAFETY: the buffers have the sizes of the shape.
+                unsafe { wgmma.multiply(&product).unwrap() };
+                device.synchronize().unwrap();
+                let mut want = products[0].clone();
+                if gated {
+                    reference::silu_mul(&mut want, &products[1]);
+                }
+                assert_close(&y.to_vec(m * n).unwrap(), &want, 2e-6, 1e-5, &format!("{shape:?}, gated: {gated}"));
+            }
+        }
+    }
+
+    /// fp8 with a factor per row of x and of w.
+    #[test]
+    fn emulated_fp8_tiles_are_the_reference() {
+        let Ok(emulated) = Emulated::beside_the_program() else { return println!("skipped: no C++ compiler") };
+        let device: Arc<dyn Device> = Arc::new(emulated.with_properties(hopper));
+        let mut random = Random::new(52);
+        let (m, n, k) = (130, 270, 208);
+        let mut matrix = |rows: usize| {
+            // Without NaN, and small enough for exact sums.
+            let codes: Vec<u8> = (0..rows * k).map(|_| random.bits() as u8 & 0xcf).collect();
+            let factors: Vec<f32> = (0..rows).map(|_| random.within(1, 8) as f32 / 8.0).collect();
+            let values = codes.iter().enumerate().map(|(i, code)| crate::kv::e4m3_to_f32(*code) * factors[i / k]);
+            let values: Vec<f32> = values.collect();
+            (Buffer::of(&device, &codes).unwrap(), Buffer::of(&device, &factors).unwrap(), values)
+        };
+        let (x, w) = (matrix(m), matrix(n));
+        let map = |at: &Buffer, rows: usize| {
+            let mut out = [0; 128];
+            for (i, value) in [at.address(), k as u64, rows as u64, k as u64].into_iter().enumerate() {
+                out[8 * i..][..8].copy_from_slice(&value.to_le_bytes());
+            }
+            for (i, value) in [128u32, BOX_ROWS, 1].into_iter().enumerate() {
+                out[32 + 4 * i..][..4].copy_from_slice(&value.to_le_bytes());
+            }
+            Arg::Bytes128(out)
+        };
+        let y = Buffer::new(&device, m * n * 4).unwrap();
+        let mut args = vec![map(&x.0, m), map(&w.0, n)];
+        args.extend([x.1.address(), w.1.address(), 0, y.address()].map(Arg::Ptr));
+        args.extend([m, n, k, 0].map(|size| Arg::U32(size as u32)));
+        let launch = Launch { grid: [3, 1, 1], block: [384, 1, 1], shared_bytes: shared_bytes() as u32 };
+        // SAFETY: the buffers have the sizes of the shape, and these are the kernel's parameters.
+        unsafe {
+            device.launch(Kernel { source: "gemm_wgmma.cu", name: "gemm_wgmma_e4m3" }, &launch, &args).unwrap();
+        }
+        device.synchronize().unwrap();
+        let bytes: Vec<u8> = w.2.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let mut want = vec![0.0; m * n];
+        reference::matmul(&x.2, &Matrix::new(DType::F32, n, k, &bytes).unwrap(), None, &mut want);
+        assert_close(&y.to_vec(m * n).unwrap(), &want, 2e-6, 1e-4, "fp8");
+    }
+}
