@@ -112,9 +112,10 @@ fn request(spec: &SampleSpec, mask: Option<Vec<u32>>) -> Request {
     }
 }
 
-fn on_device(device: &Arc<dyn Device>, logits: &[f32], vocab: usize, requests: &[Request]) -> Vec<TokenOut> {
+/// The tokens by a sampler that may have served other batches before.
+fn on_device(sampler: &mut Sampler, device: &Arc<dyn Device>, logits: &[f32], requests: &[Request]) -> Vec<TokenOut> {
     let memory = Buffer::of(device, logits).unwrap();
-    let sampler = Sampler::new(device, vocab, requests).unwrap();
+    sampler.prepare(requests).unwrap();
     // SAFETY: the logits are this buffer's, one row per request.
     unsafe { sampler.run(memory.address()).unwrap() };
     let sampled = sampler.read().unwrap();
@@ -126,13 +127,16 @@ fn cuda_sampling_draws_the_cpus_tokens() {
     let Some(emulated) = Emulated::for_tests() else { return };
     let device: Arc<dyn Device> = emulated.clone();
     let mut random = Random(0x9E37_79B9);
+    let mut samplers: Vec<(usize, Sampler)> =
+        [1, 3, 127, 128, 500, 1000, 2305].map(|vocab| (vocab, Sampler::new(&device, vocab).unwrap())).into();
     for round in 0..60 {
         emulated.set_order([Order::Forward, Order::Backward, Order::Shuffled(round)][round as usize % 3]);
-        let vocab = random.pick(&[1, 3, 127, 128, 500, 1000, 2305]);
-        let specs: Vec<SampleSpec> = (0..4).map(|_| spec(&mut random, vocab)).collect();
+        let (vocab, sampler) = &mut samplers[round as usize % 7];
+        let vocab = *vocab;
+        let specs: Vec<SampleSpec> = (0..=random.below(5)).map(|_| spec(&mut random, vocab)).collect();
         let rows: Vec<Vec<f32>> = specs.iter().map(|_| logits(&mut random, vocab)).collect();
         let requests: Vec<Request> = specs.iter().map(|spec| request(spec, None)).collect();
-        let got = on_device(&device, &rows.concat(), vocab, &requests);
+        let got = on_device(sampler, &device, &rows.concat(), &requests);
         for ((spec, row), got) in specs.iter().zip(&rows).zip(got) {
             let want = sample(&mut row.clone(), spec);
             assert_eq!(got, want, "round {round}, vocabulary {vocab}, {spec:?}");
@@ -157,7 +161,8 @@ fn cuda_sampling_keeps_to_the_mask() {
         let mut masked: Vec<f32> =
             row.iter().enumerate().map(|(i, v)| if allowed(i) { *v } else { f32::NEG_INFINITY }).collect();
         let want = sample(&mut masked, &spec);
-        let got = on_device(&device, &row, vocab, &[request(&spec, Some(mask.clone()))]);
+        let mut sampler = Sampler::new(&device, vocab).unwrap();
+        let got = on_device(&mut sampler, &device, &row, &[request(&spec, Some(mask.clone()))]);
         assert_eq!(got, [want]);
     }
 }

@@ -1,6 +1,7 @@
 //! From logits to tokens (`sampling.cu`): the token, and the log-probabilities, that the CPU's sampler gives for the same logits.
 //!
-//! [`Sampler`] holds the requests of one batch of rows on the device, and the memory that choosing takes. The order of operations
+//! [`Sampler`] holds the requests of one batch of rows on the device, and the memory that choosing takes, which is kept from batch
+//! to batch: [`Sampler::prepare`], [`Sampler::run`], [`Sampler::read`]. The order of operations
 //! is the CPU's: log-probabilities of the raw logits, penalties and biases, a mask of allowed tokens, then the largest logit
 //! or temperature, top-k, top-p, min-p and one draw, which is a function of seed and position.
 
@@ -137,12 +138,11 @@ pub fn scratch_bytes(rows: usize, vocab: usize, reported: bool) -> usize {
 /// The requests of some rows on the device.
 #[derive(Debug)]
 pub struct Sampler {
-    rows: usize,
     vocab: usize,
-    /// Most tokens reported by any row.
-    top: usize,
     /// Which rows ask for log-probabilities.
     reported: Vec<bool>,
+    /// Most tokens reported by any row.
+    top: usize,
     adjusted: bool,
     requests: Buffer,
     adjustments: Buffer,
@@ -155,50 +155,64 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Uploads requests for rows of `vocab` logits.
+    /// A sampler of rows of `vocab` logits, without rows as yet.
     ///
     /// # Panics
     ///
-    /// If there is no row or no token, or more than 2^19 tokens.
-    pub fn new(device: &Arc<dyn Device>, vocab: usize, requests: &[Request]) -> Result<Self, CudaError> {
-        assert!((1..=VOCAB_MAX).contains(&vocab) && !requests.is_empty(), "{} rows of {vocab}", requests.len());
-        let (rows, chunks) = (requests.len(), vocab.div_ceil(CHUNK));
-        let (mut adjustments, mut masks) = (Vec::new(), Vec::new());
-        let words: Vec<u32> =
-            requests.iter().flat_map(|request| request.words(vocab, &mut adjustments, &mut masks)).collect();
-        let adjusted = !adjustments.is_empty();
-        let reported: Vec<bool> = requests.iter().map(|request| request.logprobs.is_some()).collect();
-        let top = requests.iter().filter_map(|request| request.logprobs).max().map_or(0, usize::from);
-        // Lists that nobody reads still have an address.
-        adjustments.push(0);
-        masks.push(0);
-        let buffer = |bytes: usize| Buffer::new(device, bytes);
-        let raw_bytes = if reported.contains(&true) { rows * vocab * 4 } else { 4 };
+    /// If there is no token, or more than 2^19.
+    pub fn new(device: &Arc<dyn Device>, vocab: usize) -> Result<Self, CudaError> {
+        assert!((1..=VOCAB_MAX).contains(&vocab), "a vocabulary of {vocab}");
+        let empty = || Buffer::new(device, 16);
         Ok(Self {
-            rows,
             vocab,
-            top,
-            reported,
-            adjusted,
-            requests: Buffer::of(device, &words)?,
-            adjustments: Buffer::of(device, &adjustments)?,
-            masks: Buffer::of(device, &masks)?,
-            peaks: buffer(rows * chunks * 4)?,
-            keys: buffer(rows * vocab * 8)?,
-            sums: buffer(rows * chunks * 8)?,
-            raw: buffer(raw_bytes)?,
-            results: buffer(rows * (RESULT_WORDS + 2 * top) * 4)?,
+            reported: Vec::new(),
+            top: 0,
+            adjusted: false,
+            requests: empty()?,
+            adjustments: empty()?,
+            masks: empty()?,
+            peaks: empty()?,
+            keys: empty()?,
+            sums: empty()?,
+            raw: empty()?,
+            results: empty()?,
         })
     }
 
-    /// Asks for the tokens of `logits`, `[rows, vocab]` f32, which are left in an unspecified state.
+    /// Uploads a request per row. Memory grows to the largest batch and is never given back.
+    pub fn prepare(&mut self, requests: &[Request]) -> Result<(), CudaError> {
+        let (rows, vocab, chunks) = (requests.len(), self.vocab, self.vocab.div_ceil(CHUNK));
+        let (mut adjustments, mut masks) = (Vec::new(), Vec::new());
+        let words: Vec<u32> =
+            requests.iter().flat_map(|request| request.words(vocab, &mut adjustments, &mut masks)).collect();
+        self.adjusted = !adjustments.is_empty();
+        self.reported = requests.iter().map(|request| request.logprobs.is_some()).collect();
+        self.top = requests.iter().filter_map(|request| request.logprobs).max().map_or(0, usize::from);
+        for (buffer, words) in
+            [(&mut self.requests, &words), (&mut self.adjustments, &adjustments), (&mut self.masks, &masks)]
+        {
+            grow(buffer, words.len() * 4)?;
+            buffer.upload(0, words)?;
+        }
+        grow(&mut self.peaks, rows * chunks * 4)?;
+        grow(&mut self.keys, rows * vocab * 8)?;
+        grow(&mut self.sums, rows * chunks * 8)?;
+        grow(&mut self.raw, if self.reported.contains(&true) { rows * vocab * 4 } else { 0 })?;
+        let result_bytes = rows * self.result_words() * 4;
+        grow(&mut self.results, result_bytes)
+    }
+
+    /// Asks for the tokens of `logits`, `[rows, vocab]` f32 for the rows that were prepared, which are left in an unspecified state.
     ///
     /// # Safety
     ///
     /// `logits` leads to that many floats on the sampler's device, which nobody else uses until this is done.
     pub unsafe fn run(&self, logits: u64) -> Result<(), CudaError> {
+        if self.reported.is_empty() {
+            return Ok(());
+        }
         if self.reported.contains(&true) {
-            // SAFETY: passed on, here and below; all other memory is the sampler's own, with the shapes that `new` gave it.
+            // SAFETY: passed on, here and below; all other memory is the sampler's own, with the shapes that `prepare` gave it.
             unsafe {
                 self.find_peaks(logits, false)?;
                 self.per_row("sampling_report", logits)?;
@@ -211,7 +225,7 @@ impl Sampler {
                 Arg::Ptr(self.requests.address()),
                 Arg::Ptr(self.adjustments.address()),
             ];
-            let shape = Launch { grid: [self.rows as u32, 1, 1], block: [THREADS, 1, 1], shared_bytes: 0 };
+            let shape = Launch { grid: [self.reported.len() as u32, 1, 1], block: [THREADS, 1, 1], shared_bytes: 0 };
             let kernel = Kernel { source: SOURCE, name: "sampling_adjust" };
             // SAFETY: see above.
             unsafe { self.device().launch(kernel, &shape, &args)? };
@@ -225,10 +239,13 @@ impl Sampler {
 
     /// Waits for the tokens.
     pub fn read(&self) -> Result<Vec<Sampled>, CudaError> {
-        let words_per_row = RESULT_WORDS + 2 * self.top;
-        let words = self.results.to_vec::<u32>(self.rows * words_per_row)?;
-        let rows = words.chunks_exact(words_per_row).zip(&self.reported);
+        let words = self.results.to_vec::<u32>(self.reported.len() * self.result_words())?;
+        let rows = words.chunks_exact(self.result_words()).zip(&self.reported);
         Ok(rows.map(|(words, reported)| result(words, *reported)).collect())
+    }
+
+    fn result_words(&self) -> usize {
+        RESULT_WORDS + 2 * self.top
     }
 
     fn device(&self) -> &Arc<dyn Device> {
@@ -238,7 +255,7 @@ impl Sampler {
     unsafe fn find_peaks(&self, logits: u64, masked: bool) -> Result<(), CudaError> {
         let chunks = self.vocab.div_ceil(CHUNK);
         let shape = Launch {
-            grid: [blocks_of(chunks, WARPS), self.rows as u32, 1],
+            grid: [blocks_of(chunks, WARPS), self.reported.len() as u32, 1],
             block: [32 * WARPS as u32, 1, 1],
             shared_bytes: 0,
         };
@@ -256,14 +273,23 @@ impl Sampler {
 
     /// Launches one of the two kernels that give a row to a block; they have the same parameters.
     unsafe fn per_row(&self, name: &'static str, logits: u64) -> Result<(), CudaError> {
-        let shape = Launch { grid: [self.rows as u32, 1, 1], block: [THREADS, 1, 1], shared_bytes: SHARED_BYTES };
+        let shape =
+            Launch { grid: [self.reported.len() as u32, 1, 1], block: [THREADS, 1, 1], shared_bytes: SHARED_BYTES };
         let memory = [&self.requests, &self.peaks, &self.keys, &self.sums, &self.raw];
         let mut args = vec![Arg::U32(self.vocab as u32), Arg::Ptr(logits)];
         args.extend(memory.map(|buffer| Arg::Ptr(buffer.address())));
-        args.extend([Arg::U32((RESULT_WORDS + 2 * self.top) as u32), Arg::Ptr(self.results.address())]);
+        args.extend([Arg::U32(self.result_words() as u32), Arg::Ptr(self.results.address())]);
         // SAFETY: passed on.
         unsafe { self.device().launch(Kernel { source: SOURCE, name }, &shape, &args) }
     }
+}
+
+/// Makes a buffer at least `bytes` long; what it held is lost if it grows.
+fn grow(buffer: &mut Buffer, bytes: usize) -> Result<(), CudaError> {
+    if buffer.bytes() < bytes {
+        *buffer = Buffer::new(buffer.device(), bytes)?;
+    }
+    Ok(())
 }
 
 /// A row's result, from the words that its block left.
