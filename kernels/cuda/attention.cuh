@@ -62,31 +62,34 @@ struct Cache {
     }
 };
 
-// N neighbouring elements, aligned to their size (at most 16 bytes of it), in as few loads as there can be.
+// N neighbouring elements as they lie in memory, aligned to their size (at most 16 bytes of it), in as few loads as there can
+// be. Loading and decoding are apart, so that several loads can be under way before the first is used.
 template <class C, int N>
-RIDGE_INLINE void load_pack(const typename C::Stored* at, float (&out)[N]) {
-    constexpr int BYTES = sizeof(typename C::Stored), WORDS = N * BYTES / 4;
+struct Pack {
+    static constexpr int BYTES = sizeof(typename C::Stored), WORDS = N * BYTES / 4;
     static_assert(N * BYTES % 4 == 0 && (WORDS == 1 || WORDS == 2 || WORDS % 4 == 0), "whole words");
     unsigned words[WORDS];
-    if constexpr (WORDS == 1) {
-        words[0] = *reinterpret_cast<const unsigned*>(at);
-    } else if constexpr (WORDS == 2) {
-        const uint2 both = *reinterpret_cast<const uint2*>(at);
-        words[0] = both.x, words[1] = both.y;
-    } else {
+
+    RIDGE_INLINE void load(const typename C::Stored* at) {
+        if constexpr (WORDS == 1) {
+            words[0] = *reinterpret_cast<const unsigned*>(at);
+        } else if constexpr (WORDS == 2) {
+            const uint2 both = *reinterpret_cast<const uint2*>(at);
+            words[0] = both.x, words[1] = both.y;
+        } else {
 #pragma unroll
-        for (int i = 0; i < WORDS / 4; ++i) {
-            const uint4 four = reinterpret_cast<const uint4*>(at)[i];
-            words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+            for (int i = 0; i < WORDS / 4; ++i) {
+                const uint4 four = reinterpret_cast<const uint4*>(at)[i];
+                words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+            }
         }
     }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-        if constexpr (BYTES == 4) out[i] = __uint_as_float(words[i]);
-        else if constexpr (BYTES == 2) out[i] = C::load(static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2))));
-        else out[i] = C::load(static_cast<typename C::Stored>(words[i / 4] >> (8 * (i % 4)) & 0xffu));
+    RIDGE_INLINE float operator[](int i) const {
+        if constexpr (BYTES == 4) return __uint_as_float(words[i]);
+        else if constexpr (BYTES == 2) return C::load(static_cast<unsigned short>(words[i / 2] >> (16 * (i % 2))));
+        else return C::load(static_cast<typename C::Stored>(words[i / 4] >> (8 * (i % 4)) & 0xffu));
     }
-}
+};
 
 // The type that queries come in: the cache's, where tensor cores can multiply it, otherwise f32.
 template <class C> struct Query { using Type = F32; };

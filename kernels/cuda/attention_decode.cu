@@ -8,6 +8,8 @@ using namespace attention;
 constexpr unsigned SPLIT = 512, THREADS = 128, WARPS = THREADS / 32, KEYS = SPLIT / THREADS;
 // Neighbouring elements of a value that a thread adds up.
 constexpr unsigned PACK = 8;
+// Loads under way at a time: elements of keys ahead of the ones in use, and values.
+constexpr unsigned AHEAD = 8, BESIDE = 8;
 
 // One split of one sequence for up to GROUP query heads of a key/value head, which share each read of the cache.
 //
@@ -58,16 +60,25 @@ __device__ void decode(const Item* items, const uint2* work, const unsigned* tab
         if (block_size % KEYS == 0) {
             const unsigned block = table[(begin + mine) / block_size], slot = (begin + mine) % block_size;
             const Stored* const key = cache.key(block, slot);
-#pragma unroll 8
-            for (unsigned d = 0; d < head_dim; ++d) {
-                float k[KEYS];
-                load_pack<C>(key + d * block_size, k);
+            // The next elements are on their way while these are multiplied.
+            Pack<C, KEYS> next[AHEAD];
 #pragma unroll
-                for (unsigned g = 0; g < GROUP; ++g) {
-                    const float element = queries[d * GROUP + g];
+            for (unsigned i = 0; i < AHEAD; ++i) next[i].load(key + i * block_size);
+            for (unsigned d = 0; d < head_dim; d += AHEAD) {
+                Pack<C, KEYS> packs[AHEAD];
 #pragma unroll
-                    for (unsigned i = 0; i < KEYS; ++i) scores[i][g] = fmaf(k[i], element, scores[i][g]);
+                for (unsigned i = 0; i < AHEAD; ++i) {
+                    packs[i] = next[i];
+                    if (d + AHEAD < head_dim) next[i].load(key + (d + AHEAD + i) * block_size);
                 }
+#pragma unroll
+                for (unsigned i = 0; i < AHEAD; ++i)
+#pragma unroll
+                    for (unsigned g = 0; g < GROUP; ++g) {
+                        const float element = queries[(d + i) * GROUP + g];
+#pragma unroll
+                        for (unsigned k = 0; k < KEYS; ++k) scores[k][g] = fmaf(packs[i][k], element, scores[k][g]);
+                    }
             }
         } else {
 #pragma unroll
@@ -126,15 +137,21 @@ __device__ void decode(const Item* items, const uint2* work, const unsigned* tab
     if (stream < streams) {
         const unsigned char* const values = pages + cache.values;
         const unsigned skipped = low > stream ? (low - stream + streams - 1) / streams : 0;
-#pragma unroll 4
-        for (unsigned j = stream + skipped * streams; j < high; j += streams) {
-            float v[PACK];
-            load_pack<C>(reinterpret_cast<const Stored*>(values + offsets[j]) + lane * PACK, v);
+        const auto value = [&](unsigned j) { return reinterpret_cast<const Stored*>(values + offsets[j]) + lane * PACK; };
+        for (unsigned j = stream + skipped * streams; j < high; j += BESIDE * streams) {
+            Pack<C, PACK> packs[BESIDE];
 #pragma unroll
-            for (unsigned g = 0; g < GROUP; ++g) {
-                const float weight = weights[j * GROUP + g];
+            for (unsigned i = 0; i < BESIDE; ++i)
+                if (j + i * streams < high) packs[i].load(value(j + i * streams));
 #pragma unroll
-                for (unsigned e = 0; e < PACK; ++e) output[g][e] = fmaf(weight, v[e], output[g][e]);
+            for (unsigned i = 0; i < BESIDE; ++i) {
+                if (j + i * streams >= high) continue;
+#pragma unroll
+                for (unsigned g = 0; g < GROUP; ++g) {
+                    const float weight = weights[(j + i * streams) * GROUP + g];
+#pragma unroll
+                    for (unsigned e = 0; e < PACK; ++e) output[g][e] = fmaf(weight, packs[i][e], output[g][e]);
+                }
             }
         }
     }

@@ -213,7 +213,7 @@ __device__ void sum_chunks(const Row& row, const Weigher& weigher, const Cut& cu
 //
 // The CPU sums each bucket in f64. Weights of a bucket differ by a factor of e^(1/16) and are at most 2^19 in number, so that
 // sum is exact, and so is this one of integers: weights as multiples of one unit, split into two words that shared memory can
-// add up in any order. Of the last bucket, whose weights have any size below e^-63, nothing could show in the sum beside the
+// add up in any order. Of the last two, whose weights have any size below e^-63, nothing could show in the sum beside the
 // likeliest token's 1. `mass` holds 2 * BUCKETS words, `edge` two numbers.
 __device__ Cut nucleus(const Row& row, const Weigher& weigher, const Cut& cut, float top_p, unsigned* mass, double* edge,
                        unsigned* ends) {
@@ -231,7 +231,7 @@ __device__ Cut nucleus(const Row& row, const Weigher& weigher, const Cut& cut, f
             const float logit = row.logits[begin + i];
             const float w = weight(weigher, logit, i < first ? cut.logit : next_up(cut.logit));
             const unsigned b = bucket(weigher, logit);
-            if (w == 0.0f || b == BUCKETS - 1) continue;
+            if (w == 0.0f || b >= BUCKETS - 2) continue;
             const float unit = __uint_as_float(static_cast<unsigned>(127 + exponent(b)) << 23);
             const unsigned units = static_cast<unsigned>(w * unit);
             atomicAdd(&mass[2 * b], units & 0x1fffu);

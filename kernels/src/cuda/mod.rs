@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! plan      pure launch plans: shapes in, tiles and grids out            (no device)
+//! reference the kernels' algorithms, walking the same tiles              (no device)
 //! ops       one safe function per operation: checks, plan, launch        (any device)
 //! device    memory, copies, launches: driver::Driver or emulated::Emulated
 //! source    the .cu texts            compile   NVRTC, and its cache of cubins
@@ -18,6 +19,7 @@ pub mod driver;
 pub mod emulated;
 pub mod ops;
 pub mod plan;
+pub mod reference;
 pub mod selftest;
 pub mod source;
 

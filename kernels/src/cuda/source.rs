@@ -47,7 +47,9 @@ pub const SOURCES: &[Source] = sources![
     "attention_decode.cu",
     "attention_prefill.cu",
     "attention_simt.cu",
+    "attention_wgmma.cu",
     "dequant.cu",
+    "embed_quant.cu",
     "gemm_fp8.cu",
     "gemm_mma.cu",
     "gemm_simt.cu",
@@ -65,6 +67,7 @@ pub const SOURCES: &[Source] = sources![
 /// What the units include. Sorted.
 pub const HEADERS: &[Source] = sources![
     "attention.cuh",
+    "attention_tile.cuh",
     "common.cuh",
     "dequant.cuh",
     "elements.cuh",
@@ -73,6 +76,7 @@ pub const HEADERS: &[Source] = sources![
     "gemv.cuh",
     "hopper.cuh",
     "ptx.cuh",
+    "wgmma_turned.cuh",
 ];
 
 /// The emulator: CUDA's language and execution for a host compiler.

@@ -46,7 +46,7 @@ pub fn attention(
 }
 
 /// The key and value of one head at one position.
-fn read(fmt: &KvFormat, item: &AttentionItem<'_>, kv_head: usize, pos: usize) -> (Vec<f32>, Vec<f32>) {
+pub(crate) fn read(fmt: &KvFormat, item: &AttentionItem<'_>, kv_head: usize, pos: usize) -> (Vec<f32>, Vec<f32>) {
     let (page, slot) = (item.pages[pos / fmt.block_size], pos % fmt.block_size);
     let key_scale = scale(fmt, page, fmt.key_scale(kv_head, slot));
     let value_scale = scale(fmt, page, fmt.value_scale(kv_head, slot));

@@ -1,7 +1,7 @@
 //! The oracle: every operation written as its definition, accumulated in f64. Nothing here is fast; everything fast is
 //! tested against it.
 
-mod attention;
+pub(crate) mod attention;
 
 pub use attention::attention;
 

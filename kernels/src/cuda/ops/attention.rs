@@ -6,12 +6,12 @@
 //! # Safety
 //!
 //! of every function here: as in [`super::rows`]; block tables name pages in the memory of `pages` for every position up to
-//! an item's last query, and the lists are those that [`crate::cuda::plan::attention`] made.
+//! an item's last query, and the lists are those that [`crate::cuda::plan::attention`] made. Every address is a multiple of 16.
 
 #![allow(clippy::missing_safety_doc, reason = "the module says it once")]
 
 use super::pages::Pages;
-use super::{by_type, pages};
+use super::{assert_aligned, by_type, pages};
 use crate::cuda::plan::attention::{DECODE_THREADS, ITEM_WORDS, PrefillKernel, decode_shape};
 use crate::cuda::{Arg, CudaError, Device, Kernel, Launch};
 use crate::{DType, KvDtype};
@@ -74,6 +74,7 @@ pub unsafe fn decode(
         block: [DECODE_THREADS as u32, 1, 1],
         shared_bytes: shape.shared_bytes as u32,
     };
+    assert_aligned(&[q, out, workspace]);
     let mut args = inputs(layer, lists, group);
     args.extend([Arg::Ptr(q), Arg::Ptr(workspace), Arg::U32(u32::from(is_direct)), to, Arg::Ptr(out)]);
     let source = "attention_decode.cu";
@@ -112,6 +113,7 @@ pub unsafe fn prefill(
         block: [threads, 1, 1],
         shared_bytes: kernel.shared_bytes(format.head_dim) as u32,
     };
+    assert_aligned(&[q, out]);
     let mut args = inputs(layer, lists, group(layer));
     args.extend([Arg::Ptr(q), Arg::U32(by_type(to, [0, 1, 2])), Arg::Ptr(out)]);
     // SAFETY: passed on.
@@ -128,6 +130,7 @@ fn group(layer: &Layer) -> usize {
 /// The arguments that all kernels begin with.
 fn inputs(layer: &Layer, lists: &Lists, group: usize) -> Vec<Arg> {
     let format = layer.pages.format;
+    assert_aligned(&[lists.items, lists.work, layer.tables, layer.pages.base, layer.pages.block_stride]);
     let addresses = [lists.items, lists.work, layer.tables, layer.pages.base].map(Arg::Ptr);
     let sizes = [format.kv_heads, group, format.head_dim, format.block_size].map(|n| Arg::U32(n as u32));
     let stride = Arg::U64(layer.pages.block_stride);
@@ -172,6 +175,16 @@ fn prefill_name(kernel: PrefillKernel, dtype: KvDtype, head_dim: usize) -> (&'st
                 "attention_simt_int8",
             ];
             return ("attention_simt.cu", names[pages::number(dtype)], 128);
+        }
+        (PrefillKernel::Wgmma, _) => {
+            let name = match (dtype, head_dim) {
+                (KvDtype::F16, 64) => "attention_wgmma_f16_64",
+                (KvDtype::F16, 128) => "attention_wgmma_f16_128",
+                (KvDtype::BF16, 64) => "attention_wgmma_bf16_64",
+                (KvDtype::BF16, 128) => "attention_wgmma_bf16_128",
+                _ => panic!("no Hopper kernel for a cache of {} and heads of {head_dim} elements", dtype.name()),
+            };
+            return ("attention_wgmma.cu", name, 128);
         }
         (PrefillKernel::Mma { stages: 2 }, KvDtype::F16) => mma!("f16", "2"),
         (PrefillKernel::Mma { stages: 2 }, KvDtype::BF16) => mma!("bf16", "2"),

@@ -26,6 +26,14 @@ fn by_type<T: Copy>(dtype: DType, [f32, f16, bf16]: [T; 3]) -> T {
     }
 }
 
+/// Asserts that addresses are multiples of 16, the widest access: the emulator would not mind, a device fails.
+#[track_caller]
+fn assert_aligned(addresses: &[u64]) {
+    for address in addresses {
+        assert!(address.is_multiple_of(16), "{address:#x} is not a multiple of 16");
+    }
+}
+
 /// Blocks that cover `n` elements, `each` a block.
 fn blocks_of(n: usize, each: usize) -> u32 {
     u32::try_from(n.div_ceil(each)).expect("a grid of less than 2^32 blocks")

@@ -7,7 +7,7 @@
 #![allow(clippy::missing_safety_doc, reason = "the module says it once")]
 #![allow(clippy::too_many_arguments, reason = "an operation of the model has these operands")]
 
-use super::blocks_of;
+use super::{assert_aligned, blocks_of};
 use crate::cuda::{Arg, CudaError, Device, Kernel, Launch};
 use crate::{KvDtype, KvFormat};
 
@@ -67,7 +67,8 @@ pub struct KeyTurn {
 }
 
 /// Writes rows of `k` and `v`, each `[rows, kv_heads, head_dim]` f32, into pages, as [`KvFormat::write`] does and to the same bits;
-/// keys are normed and rotated first. `writes` is the address of the [`Write::words`] of `count` writes, which share no slots.
+/// keys are normed and rotated first. `writes` is the address, a
+/// multiple of 16, of the [`Write::words`] of `count` writes, which share no slots.
 pub unsafe fn write_kv(
     device: &dyn Device,
     pages: &Pages,
@@ -79,6 +80,7 @@ pub unsafe fn write_kv(
     check(pages);
     let format = pages.format;
     assert!(2 * turn.pairs <= format.head_dim, "{} pairs of {}", turn.pairs, format.head_dim);
+    assert_aligned(&[writes]);
     if count == 0 {
         return Ok(());
     }
@@ -141,7 +143,7 @@ pub unsafe fn copy(
 }
 
 fn check(pages: &Pages) {
-    assert!(pages.base.is_multiple_of(16) && pages.block_stride.is_multiple_of(16), "{pages:?} is not aligned");
+    assert_aligned(&[pages.base, pages.block_stride]);
 }
 
 /// The kernels' number of a type.

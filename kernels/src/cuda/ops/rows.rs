@@ -11,11 +11,12 @@
 #![allow(clippy::missing_safety_doc, reason = "the module says it once")]
 #![allow(clippy::too_many_arguments, reason = "an operation of the model has these operands")]
 
-use super::{blocks_of, by_type};
+use super::{assert_aligned, blocks_of, by_type};
 use crate::DType;
 use crate::cuda::{Arg, CudaError, Device, Kernel, Launch};
 
 const SOURCE: &str = "rows.cu";
+const QUANTIZED: &str = "embed_quant.cu";
 /// Threads of a block that goes along one row, or along a whole array.
 const THREADS: u32 = 256;
 /// Heads that a block rotates, a warp each.
@@ -36,7 +37,7 @@ pub unsafe fn rms_norm(
     let name = by_type(to, ["rms_norm_f32", "rms_norm_f16", "rms_norm_bf16"]);
     let args = [Arg::U32(width as u32), Arg::F32(eps), Arg::Ptr(x), Arg::Ptr(weight), Arg::Ptr(out)];
     // SAFETY: passed on; a block per row.
-    unsafe { per_row(device, name, rows, THREADS / 32 * 4, &args) }
+    unsafe { per_row(device, Kernel { source: SOURCE, name }, rows, THREADS / 32 * 4, &args) }
 }
 
 /// The heads of some rows, and how they are rotated.
@@ -119,7 +120,8 @@ pub unsafe fn add(device: &dyn Device, n: usize, x: u64, y: u64) -> Result<(), C
     unsafe { along(device, "add", n, &[Arg::U64(n as u64), Arg::Ptr(x), Arg::Ptr(y)]) }
 }
 
-/// `out[i] = table[ids[i]]` for each of `rows` ids (u32): rows of `width` elements of type `of`, to f32.
+/// `out[i] = table[ids[i]]` for each of `rows` ids (u32): rows of `width` elements of any type `of`, to f32. Addresses are
+/// multiples of 16.
 pub unsafe fn embed(
     device: &dyn Device,
     (rows, width): (usize, usize),
@@ -128,10 +130,28 @@ pub unsafe fn embed(
     table: u64,
     out: u64,
 ) -> Result<(), CudaError> {
-    let name = by_type(of, ["embed_f32", "embed_f16", "embed_bf16"]);
+    assert!(of.row_bytes(width).is_some(), "rows of {width} elements of {}", of.name());
+    assert_aligned(&[ids, table, out]);
+    let (source, name) = match of {
+        DType::F32 => (SOURCE, "embed_f32"),
+        DType::F16 => (SOURCE, "embed_f16"),
+        DType::BF16 => (SOURCE, "embed_bf16"),
+        DType::Q4_0 => (QUANTIZED, "embed_q4_0"),
+        DType::Q4_1 => (QUANTIZED, "embed_q4_1"),
+        DType::Q5_0 => (QUANTIZED, "embed_q5_0"),
+        DType::Q5_1 => (QUANTIZED, "embed_q5_1"),
+        DType::Q8_0 => (QUANTIZED, "embed_q8_0"),
+        DType::Q2K => (QUANTIZED, "embed_q2_k"),
+        DType::Q3K => (QUANTIZED, "embed_q3_k"),
+        DType::Q4K => (QUANTIZED, "embed_q4_k"),
+        DType::Q5K => (QUANTIZED, "embed_q5_k"),
+        DType::Q6K => (QUANTIZED, "embed_q6_k"),
+        DType::IQ4NL => (QUANTIZED, "embed_iq4_nl"),
+        DType::MXFP4 => (QUANTIZED, "embed_mxfp4"),
+    };
     let args = [Arg::U32(width as u32), Arg::Ptr(ids), Arg::Ptr(table), Arg::Ptr(out)];
     // SAFETY: passed on; a block per row.
-    unsafe { per_row(device, name, rows, 0, &args) }
+    unsafe { per_row(device, Kernel { source, name }, rows, 0, &args) }
 }
 
 /// `out[i] = x[which[i]]` for each of `rows` row numbers (u32): rows of `row_bytes`, a multiple of 4. `out` is not `x`.
@@ -145,13 +165,13 @@ pub unsafe fn gather(
     assert!(row_bytes.is_multiple_of(4), "rows of {row_bytes} bytes");
     let args = [Arg::U32((row_bytes / 4) as u32), Arg::Ptr(which), Arg::Ptr(x), Arg::Ptr(out)];
     // SAFETY: passed on; a block per row.
-    unsafe { per_row(device, "gather_rows", rows, 0, &args) }
+    unsafe { per_row(device, Kernel { source: SOURCE, name: "gather_rows" }, rows, 0, &args) }
 }
 
 /// A block per row.
 unsafe fn per_row(
     device: &dyn Device,
-    name: &'static str,
+    kernel: Kernel,
     rows: usize,
     shared_bytes: u32,
     args: &[Arg],
@@ -161,7 +181,7 @@ unsafe fn per_row(
     }
     let shape = Launch { grid: [rows as u32, 1, 1], block: [THREADS, 1, 1], shared_bytes };
     // SAFETY: passed on.
-    unsafe { device.launch(Kernel { source: SOURCE, name }, &shape, args) }
+    unsafe { device.launch(kernel, &shape, args) }
 }
 
 /// Blocks along an array of `n` elements.

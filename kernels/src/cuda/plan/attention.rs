@@ -148,6 +148,8 @@ pub enum PrefillKernel {
         /// One or two.
         stages: usize,
     },
+    /// A Hopper warpgroup's instructions, on the same tiles with two in flight. No device has run it: only on demand.
+    Wgmma,
     /// Multiply-adds in f32, for every cache and head size: tiles of 16 queries by 32 keys.
     Simt,
 }
@@ -156,7 +158,7 @@ impl PrefillKernel {
     /// Queries per tile.
     pub const fn tile(self) -> usize {
         match self {
-            PrefillKernel::Mma { .. } => 64,
+            PrefillKernel::Mma { .. } | PrefillKernel::Wgmma => 64,
             PrefillKernel::Simt => 16,
         }
     }
@@ -164,7 +166,9 @@ impl PrefillKernel {
     /// Shared memory in bytes.
     pub const fn shared_bytes(self, head_dim: usize) -> usize {
         match self {
-            // Keys [head_dim][64 + 8] and values [64][head_dim + 8], 16 bits each; queries use the first stage before.
+            // Keys [head_dim][64] and values [64][head_dim], 16 bits each, in two stages.
+            PrefillKernel::Wgmma => 2 * 2 * (2 * 64 * head_dim),
+            // Keys [head_dim][64 + 8] and values [64][head_dim + 8], 16 bits each.
             PrefillKernel::Mma { stages } => stages * 2 * (head_dim * 72 + 64 * (head_dim + 8)),
             // Queries [16][head_dim + 1], keys and values [32][head_dim + 1], weights [16][33], two scales per key; f32.
             PrefillKernel::Simt => 4 * ((16 + 2 * 32) * (head_dim + 1) + 16 * 33 + 2 * 32),
@@ -175,26 +179,43 @@ impl PrefillKernel {
 /// Head sizes that the tensor-core kernel is compiled for.
 pub const MMA_HEADS: [usize; 5] = [64, 80, 96, 128, 256];
 
+/// Head sizes that the Hopper kernel is compiled for.
+pub const WGMMA_HEADS: [usize; 2] = [64, 128];
+
 /// Chooses the kernel for chunks of prompts.
 pub fn prefill_kernel(format: &KvFormat, shared_per_block: usize) -> Choice<PrefillKernel> {
+    let candidates = [PrefillKernel::Mma { stages: 2 }, PrefillKernel::Mma { stages: 1 }, PrefillKernel::Simt];
+    Choice::first(candidates, |kernel| objection(*kernel, format, shared_per_block))
+}
+
+/// As [`prefill_kernel`], among kernels that no device has run yet too. `sm` is the device's compute capability times ten.
+pub fn experimental_prefill_kernel(format: &KvFormat, shared_per_block: usize, sm: u32) -> Choice<PrefillKernel> {
+    let candidates =
+        [PrefillKernel::Wgmma, PrefillKernel::Mma { stages: 2 }, PrefillKernel::Mma { stages: 1 }, PrefillKernel::Simt];
+    Choice::first(candidates, |kernel| match kernel {
+        PrefillKernel::Wgmma if sm != 90 => Some(format!("wgmma is Hopper's (sm_90), this is sm_{sm}")),
+        _ => objection(*kernel, format, shared_per_block),
+    })
+}
+
+/// Why a kernel cannot be used.
+fn objection(kernel: PrefillKernel, format: &KvFormat, shared_per_block: usize) -> Option<String> {
     let dim = format.head_dim;
     assert!(dim.is_multiple_of(8) && (8..=256).contains(&dim), "heads of {dim} elements");
-    let candidates = [PrefillKernel::Mma { stages: 2 }, PrefillKernel::Mma { stages: 1 }, PrefillKernel::Simt];
-    Choice::first(candidates, |kernel| {
-        let bytes = kernel.shared_bytes(dim);
-        if bytes > shared_per_block {
-            return Some(format!("{bytes} bytes of shared memory, {shared_per_block} at most"));
-        }
-        match kernel {
-            PrefillKernel::Mma { .. } if !matches!(format.dtype, KvDtype::F16 | KvDtype::BF16) => {
-                Some(format!("tensor cores take 16-bit floats, the cache is {}", format.dtype.name()))
-            }
-            PrefillKernel::Mma { .. } if !MMA_HEADS.contains(&dim) => {
-                Some(format!("no tensor-core kernel for heads of {dim} elements"))
-            }
-            _ => None,
-        }
-    })
+    let bytes = kernel.shared_bytes(dim);
+    if bytes > shared_per_block {
+        return Some(format!("{bytes} bytes of shared memory, {shared_per_block} at most"));
+    }
+    let heads: &[usize] = match kernel {
+        PrefillKernel::Mma { .. } => &MMA_HEADS,
+        PrefillKernel::Wgmma => &WGMMA_HEADS,
+        PrefillKernel::Simt => return None,
+    };
+    match format.dtype {
+        KvDtype::F16 | KvDtype::BF16 if heads.contains(&dim) => None,
+        KvDtype::F16 | KvDtype::BF16 => Some(format!("no tensor-core kernel for heads of {dim} elements")),
+        other => Some(format!("tensor cores take 16-bit floats, the cache is {}", other.name())),
+    }
 }
 
 #[cfg(test)]
@@ -262,5 +283,10 @@ mod tests {
         for head_dim in (8..=256).step_by(8) {
             of(KvDtype::F32, head_dim, 99 << 10);
         }
+        let new = |head_dim, sm| experimental_prefill_kernel(&KvFormat { head_dim, ..FORMAT }, 227 << 10, sm);
+        assert_eq!(new(128, 90).chosen, PrefillKernel::Wgmma);
+        assert_eq!(new(80, 90).rejected[0].1, "no tensor-core kernel for heads of 80 elements");
+        assert_eq!(new(128, 100).chosen, PrefillKernel::Mma { stages: 2 });
+        assert_eq!(new(128, 100).rejected[0].1, "wgmma is Hopper's (sm_90), this is sm_100");
     }
 }

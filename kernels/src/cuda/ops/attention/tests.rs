@@ -174,13 +174,13 @@ fn single_queries_attend_as_the_reference_does() {
 fn chunks_of_prompts(
     device: &Arc<dyn Device>,
     order: Order,
+    kernel: PrefillKernel,
     format: KvFormat,
     heads: usize,
     seed: u64,
     tolerance: f32,
 ) {
     let mut random = Random::new(seed);
-    let kernel = prefill_kernel(&format, 163 << 10).chosen;
     let lengths = [random.within(1, 30), random.within(70, 180), random.within(40, 100)];
     let world = World::new(device, &mut random, format, heads, &lengths);
     let rows = [lengths[0], random.within(1, lengths[1]), random.within(1, lengths[2])];
@@ -210,14 +210,17 @@ fn chunks_of_prompts(
 
 #[test]
 fn chunks_attend_as_the_reference_does_without_tensor_cores() {
-    let shapes = [(2, 4, 64, 16), (1, 3, 72, 5), (2, 2, 8, 1), (1, 1, 256, 48), (3, 3, 40, 64)];
+    let shapes = [
+        (2, 4, 64, 16, KvDtype::F32),
+        (1, 3, 72, 5, KvDtype::F16),
+        (2, 2, 8, 1, KvDtype::Int8),
+        (1, 1, 256, 48, KvDtype::Fp8),
+        (3, 3, 64, 64, KvDtype::BF16),
+    ];
     in_every_order(|device, order| {
-        for (i, (kv_heads, heads, head_dim, block_size)) in shapes.into_iter().enumerate() {
-            let dtype = [KvDtype::F32, KvDtype::F16, KvDtype::Int8, KvDtype::Fp8, KvDtype::F32][i];
+        for (i, (kv_heads, heads, head_dim, block_size, dtype)) in shapes.into_iter().enumerate() {
             let format = KvFormat { dtype, kv_heads, head_dim, block_size };
-            if prefill_kernel(&format, 163 << 10).chosen == PrefillKernel::Simt {
-                chunks_of_prompts(device, order, format, heads, 40 + i as u64, 1e-5);
-            }
+            chunks_of_prompts(device, order, PrefillKernel::Simt, format, heads, 40 + i as u64, 1e-5);
         }
     });
 }
@@ -233,8 +236,23 @@ fn chunks_attend_as_the_reference_does_on_tensor_cores() {
     in_every_order(|device, order| {
         for (i, (kv_heads, heads, head_dim, block_size, dtype)) in shapes.into_iter().enumerate() {
             let format = KvFormat { dtype, kv_heads, head_dim, block_size };
+            let kernel = prefill_kernel(&format, 163 << 10).chosen;
+            assert_eq!(kernel, PrefillKernel::Mma { stages: 2 });
             // Weights are rounded to the cache's type before they meet the values.
-            chunks_of_prompts(device, order, format, heads, 50 + i as u64, 2.0 * precision(query_dtype(dtype)));
+            let tolerance = 2.0 * precision(query_dtype(dtype));
+            chunks_of_prompts(device, order, kernel, format, heads, 50 + i as u64, tolerance);
+        }
+    });
+}
+
+#[test]
+fn chunks_attend_as_the_reference_does_on_a_warpgroup() {
+    let shapes = [(1, 2, 64, 16, KvDtype::F16), (1, 1, 128, 7, KvDtype::BF16), (2, 2, 128, 64, KvDtype::F16)];
+    in_every_order(|device, order| {
+        for (i, (kv_heads, heads, head_dim, block_size, dtype)) in shapes.into_iter().enumerate() {
+            let format = KvFormat { dtype, kv_heads, head_dim, block_size };
+            let tolerance = 2.0 * precision(query_dtype(dtype));
+            chunks_of_prompts(device, order, PrefillKernel::Wgmma, format, heads, 70 + i as u64, tolerance);
         }
     });
 }

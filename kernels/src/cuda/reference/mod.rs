@@ -1,0 +1,6 @@
+//! The kernels' algorithms in plain Rust, walking the same tiles in the same order: what a kernel does, without its threads.
+//! Tested against the oracle ([`crate::reference`]); the kernels are tested against both.
+
+mod attention;
+
+pub use attention::{decode, prefill};
