@@ -82,12 +82,12 @@ pub struct KvMemory {
 }
 
 /// A device's copy of the pages.
-pub trait PageSource: Send + Sync {
+pub trait FetchPage: Send + Sync {
     /// Reads a page, as the work asked of the device so far leaves it.
     fn fetch(&self, layer: usize, block: BlockId, page: &mut [u8]);
 }
 
-impl<T: PageSource + ?Sized> PageSource for std::sync::Arc<T> {
+impl<T: FetchPage + ?Sized> FetchPage for std::sync::Arc<T> {
     fn fetch(&self, layer: usize, block: BlockId, page: &mut [u8]) {
         (**self).fetch(layer, block, page);
     }
@@ -95,7 +95,7 @@ impl<T: PageSource + ?Sized> PageSource for std::sync::Arc<T> {
 
 /// Which of the two copies of a page is the newer one.
 struct DeviceCopy {
-    source: Box<dyn PageSource>,
+    source: Box<dyn FetchPage>,
     /// Blocks with at least one page that arrived here: a pass asks for every block that it reads.
     arrived_blocks: Vec<AtomicBool>,
     /// Pages that were written here and not yet copied to the device.
@@ -254,7 +254,7 @@ impl KvMemory {
     }
 
     /// From now on a device has a copy of every page, as they are now. Only the first one counts.
-    pub fn attach(&self, source: Box<dyn PageSource>) {
+    pub fn attach(&self, source: Box<dyn FetchPage>) {
         let flags = |count: usize| (0..count).map(|_| AtomicBool::new(false)).collect();
         let pages = self.blocks * self.layers;
         self.device.get_or_init(|| DeviceCopy {
@@ -488,7 +488,7 @@ mod tests {
     /// A device whose pages are full of their layer's number plus 100.
     struct Numbered;
 
-    impl PageSource for Numbered {
+    impl FetchPage for Numbered {
         fn fetch(&self, layer: usize, _: BlockId, page: &mut [u8]) {
             page.fill(100 + layer as u8);
         }

@@ -7,7 +7,7 @@
 
 #![allow(unsafe_code, reason = "the device's memory is addressed by numbers")]
 
-use crate::kv::{KvMemory, PageSource};
+use crate::kv::{FetchPage, KvMemory};
 use crate::memory::PassLimits;
 use ridge_kernels::KvFormat;
 use ridge_kernels::cuda::ops::pages::{self, Pages};
@@ -54,7 +54,7 @@ impl Pool {
     }
 }
 
-impl PageSource for Pool {
+impl FetchPage for Pool {
     fn fetch(&self, layer: usize, block: BlockId, page: &mut [u8]) {
         let fetched = self.memory.download(self.offset(layer, block), page);
         // The reader needs the page and there is no other: the node is started again.
