@@ -218,8 +218,8 @@ pub struct EngineArgs {
     /// Whether to ask for transparent huge pages for the KV cache.
     #[arg(long, env = "RIDGE_HUGE_PAGES", value_enum, default_value_t)]
     pub huge_pages: HugePagesArg,
-    /// What to compute on: auto, cpu or cuda:N. `auto` is the first CUDA device, or the CPU where there is none. `emulated`
-    /// runs the CUDA kernels on the CPU; it is slow, and for tests.
+    /// What to compute on: auto, cpu or cuda:N. `auto` is the first CUDA device of a kind that has passed its checks (none so
+    /// far), or the CPU. `emulated` runs the CUDA kernels on the CPU; it is slow, and for tests.
     #[arg(long, env = "RIDGE_DEVICE", value_name = "DEVICE", default_value_t)]
     pub device: DeviceChoice,
     /// The part of a CUDA device's memory for all nodes of this command together.

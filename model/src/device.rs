@@ -10,10 +10,14 @@ use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
+/// Architectures on which a device has checked the kernels: each has a result of `cluster gpu-check` in `bench/results/`.
+/// `auto` takes no other, whatever is there.
+const CHECKED_ARCHITECTURES: &[u32] = &[];
+
 /// What the user asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum DeviceChoice {
-    /// The first CUDA device if there is one that works, else the CPU.
+    /// The first CUDA device if there is one that works and whose like has passed its checks, else the CPU.
     #[default]
     Auto,
     /// The CPU's cores.
@@ -82,11 +86,27 @@ pub fn open(choice: DeviceChoice, cache: Option<&Path>) -> Result<Option<Arc<dyn
             tracing::info!("computing on the CPU: no NVIDIA driver on this machine");
             Ok(None)
         }
-        DeviceChoice::Auto => Ok(open(DeviceChoice::Cuda(0), cache).unwrap_or_else(|error| {
+        DeviceChoice::Auto => Ok(open_checked(cache).unwrap_or_else(|error| {
             tracing::warn!("computing on the CPU: {error}");
             None
         })),
     }
+}
+
+/// The first CUDA device, if the kernels have passed their checks on its like.
+fn open_checked(cache: Option<&Path>) -> Result<Option<Arc<dyn Device>>, CudaError> {
+    let driver = Driver::open(0, cache)?;
+    let properties = driver.properties();
+    if !CHECKED_ARCHITECTURES.contains(&properties.sm) {
+        tracing::warn!(
+            device = properties.name,
+            sm = properties.sm,
+            "computing on the CPU: no device of this architecture has checked Ridge's kernels. `cluster gpu-check` does, and \
+             `--device cuda:0` uses it all the same"
+        );
+        return Ok(None);
+    }
+    checked(Ok(Arc::new(driver) as _))
 }
 
 /// A device must first show that it computes at all.
