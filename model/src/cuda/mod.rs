@@ -102,7 +102,7 @@ impl CudaEngine {
         }
         let weights = upload(&device, checkpoint)?;
         let pages = DevicePages::new(&device, kv)?;
-        let pass = Pass::new(&device, &weights, pages.format(), limits)?;
+        let pass = Pass::new(&device, &weights, pages.format(), limits, kernels)?;
         let sampler = Sampler::new(&device, checkpoint.spec.vocab)?;
         Ok(Self { weights, pages, pass, sampler, cpu })
     }

@@ -13,13 +13,14 @@ use super::batch::Batch;
 use super::pages::DevicePages;
 use super::scratch::{Numbers, Scratch, Types, bytes_of};
 use super::weights::{DeviceWeights, Embed, Layer, Projection, scratch_of};
+use crate::device::KernelSet;
 use crate::memory::PassLimits;
 use crate::spec::{Activation, ModelSpec};
 use ridge_kernels::cuda::ops::attention;
 use ridge_kernels::cuda::ops::matmul::{Finish, Path, Products, Weight, X};
 use ridge_kernels::cuda::ops::pages::{KeyTurn, Pages, Write, write_kv};
 use ridge_kernels::cuda::ops::rows::{self, Heads};
-use ridge_kernels::cuda::plan::attention::{PrefillKernel, prefill_kernel};
+use ridge_kernels::cuda::plan::attention::{PrefillKernel, experimental_prefill_kernel, prefill_kernel};
 use ridge_kernels::cuda::{Buffer, CudaError, Device};
 use ridge_kernels::{Cpu, DType, Gate, KvFormat};
 use ridge_protocol::BatchPlan;
@@ -83,16 +84,25 @@ impl Pass {
         weights: &DeviceWeights,
         format: &KvFormat,
         limits: PassLimits,
+        kernels: KernelSet,
     ) -> Result<Self, CudaError> {
         let apart = weights.layers.iter().any(|layer| layer.gate.dtype != layer.up.dtype);
         let types = Types { compute: weights.compute, kv: format.dtype, apart };
         let mut scratch = Scratch::new(device, &weights.spec, types)?;
         scratch.fit(limits)?;
-        let prefill = prefill_kernel(format, device.properties().shared_per_block as usize);
+        let (shared, sm) = (device.properties().shared_per_block as usize, device.properties().sm);
+        let prefill = match kernels {
+            KernelSet::Stable => prefill_kernel(format, shared),
+            KernelSet::Experimental => experimental_prefill_kernel(format, shared, sm),
+        };
         for (kernel, reason) in prefill.rejected {
             tracing::debug!("attention of prompts does not take {kernel:?}: {reason}");
         }
         let products = Products::new(device, scratch_of(weights))?;
+        let products = match kernels {
+            KernelSet::Stable => products,
+            KernelSet::Experimental => products.experimental(),
+        };
         Ok(Self { device: device.clone(), scratch, products, prefill: prefill.chosen })
     }
 
