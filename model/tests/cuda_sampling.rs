@@ -4,6 +4,7 @@
 use ridge_kernels::cuda::emulated::{Emulated, Order};
 use ridge_kernels::cuda::ops::sampling::{Request, Sampler};
 use ridge_kernels::cuda::{Buffer, Device};
+use ridge_model::cuda::sampler::request;
 use ridge_model::sampling::sample;
 use ridge_protocol::{SampleSpec, SamplingParams, TokenOut};
 use std::sync::Arc;
@@ -87,31 +88,6 @@ fn spec(random: &mut Random, vocab: usize) -> SampleSpec {
     SampleSpec { params: Arc::new(params), prompt_len, history, position: random.below(100_000) as u32 }
 }
 
-/// What the engine makes of a spec.
-fn request(spec: &SampleSpec, mask: Option<Vec<u32>>) -> Request {
-    let params = &*spec.params;
-    let mut tokens: Vec<u32> = spec.history.clone();
-    tokens.sort_unstable();
-    tokens.dedup();
-    let generated = &spec.history[spec.prompt_len as usize..];
-    let count = |token: &u32| generated.iter().filter(|other| *other == token).count() as u32;
-    Request {
-        temperature: params.temperature,
-        top_k: params.top_k,
-        top_p: params.top_p,
-        min_p: params.min_p,
-        seed: params.seed,
-        position: spec.position,
-        repetition: params.repetition_penalty,
-        presence: params.presence_penalty,
-        frequency: params.frequency_penalty,
-        seen: tokens.iter().map(|token| (*token, count(token))).collect(),
-        biases: params.logit_bias.clone(),
-        mask,
-        logprobs: params.logprobs,
-    }
-}
-
 /// The tokens by a sampler that may have served other batches before.
 fn on_device(sampler: &mut Sampler, device: &Arc<dyn Device>, logits: &[f32], requests: &[Request]) -> Vec<TokenOut> {
     let memory = Buffer::of(device, logits).unwrap();
@@ -135,7 +111,7 @@ fn cuda_sampling_draws_the_cpus_tokens() {
         let vocab = *vocab;
         let specs: Vec<SampleSpec> = (0..=random.below(5)).map(|_| spec(&mut random, vocab)).collect();
         let rows: Vec<Vec<f32>> = specs.iter().map(|_| logits(&mut random, vocab)).collect();
-        let requests: Vec<Request> = specs.iter().map(|spec| request(spec, None)).collect();
+        let requests: Vec<Request> = specs.iter().map(request).collect();
         let got = on_device(sampler, &device, &rows.concat(), &requests);
         for ((spec, row), got) in specs.iter().zip(&rows).zip(got) {
             let want = sample(&mut row.clone(), spec);
@@ -162,7 +138,7 @@ fn cuda_sampling_keeps_to_the_mask() {
             row.iter().enumerate().map(|(i, v)| if allowed(i) { *v } else { f32::NEG_INFINITY }).collect();
         let want = sample(&mut masked, &spec);
         let mut sampler = Sampler::new(&device, vocab).unwrap();
-        let got = on_device(&mut sampler, &device, &row, &[request(&spec, Some(mask.clone()))]);
+        let got = on_device(&mut sampler, &device, &row, &[Request { mask: Some(mask.clone()), ..request(&spec) }]);
         assert_eq!(got, [want]);
     }
 }

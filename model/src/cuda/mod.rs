@@ -9,7 +9,7 @@ mod attending;
 mod batch;
 mod pages;
 mod pass;
-mod sampler;
+pub mod sampler;
 mod scratch;
 mod weights;
 

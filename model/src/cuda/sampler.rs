@@ -26,7 +26,8 @@ pub fn sample_rows(
     Ok(tokens.into_iter().map(|s| TokenOut { token: s.token, logprob: s.logprob, top: s.top }).collect())
 }
 
-fn request(spec: &SampleSpec) -> Request {
+/// What the device is asked for an item's row: no mask, as nothing constrains answers yet.
+pub fn request(spec: &SampleSpec) -> Request {
     let params = &*spec.params;
     let seen = if params.needs_history() { seen(spec) } else { Vec::new() };
     Request {
