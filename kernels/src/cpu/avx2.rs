@@ -54,6 +54,19 @@ pub(super) unsafe fn largest_ymm(v: __m256) -> f32 {
     }
 }
 
+/// The bfloat16 elements with even and with odd indices, as floats.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn deal_words(words: __m256i) -> [Ymm; 2] {
+    // SAFETY: by contract.
+    unsafe {
+        let odd = _mm256_and_si256(words, _mm256_set1_epi32(0xffff_0000u32 as i32));
+        [Ymm(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(words))), Ymm(_mm256_castsi256_ps(odd))]
+    }
+}
+
 impl Vector for Ymm {
     const LANES: usize = 8;
     // 6 x 2 sums, two registers of w and one of x: 15 of the 16.
@@ -169,6 +182,41 @@ impl Vector for Ymm {
             let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
         })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_dealt(a: *const u8, b: *const u8) -> [Self; 2] {
+        // SAFETY: AVX2 and eight readable elements each, by contract.
+        unsafe {
+            let low = _mm256_castsi128_si256(_mm_loadu_si128(a.cast()));
+            deal_words(_mm256_inserti128_si256::<1>(low, _mm_loadu_si128(b.cast())))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_dealt_neighbours(p: *const u8) -> [Self; 2] {
+        // SAFETY: AVX2 and sixteen readable elements, by contract.
+        unsafe { deal_words(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    fn deal([a, b]: [Self; 2]) -> [Self; 2] {
+        // SAFETY: `a` proves AVX2.
+        unsafe {
+            // [a0 a2 b0 b2 | a4 a6 b4 b6] to [a0 a2 a4 a6 | b0 b2 b4 b6], and the odd ones likewise.
+            let even = _mm256_castps_pd(_mm256_shuffle_ps::<0b10_00_10_00>(a.0, b.0));
+            let odd = _mm256_castps_pd(_mm256_shuffle_ps::<0b11_01_11_01>(a.0, b.0));
+            [
+                Ymm(_mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(even))),
+                Ymm(_mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(odd))),
+            ]
+        }
+    }
+    #[inline(always)]
+    fn undeal([even, odd]: [Self; 2]) -> [Self; 2] {
+        // SAFETY: `even` proves AVX2.
+        unsafe {
+            // [a0 a1 a2 a3 | b0 b1 b2 b3] and [a4 a5 a6 a7 | b4 b5 b6 b7].
+            let (low, high) = (_mm256_unpacklo_ps(even.0, odd.0), _mm256_unpackhi_ps(even.0, odd.0));
+            [Ymm(_mm256_permute2f128_ps::<0x20>(low, high)), Ymm(_mm256_permute2f128_ps::<0x31>(low, high))]
+        }
     }
     #[inline(always)]
     unsafe fn load_e4m3(p: *const u8) -> Self {

@@ -103,6 +103,35 @@ pub(crate) trait Vector: Copy {
     /// # Safety
     /// As [`Self::load_f16`].
     unsafe fn load_bf16(p: *const u8) -> Self;
+    /// Reads `LANES` bfloat16 elements at `a` and as many at `b`, in whatever order costs least; [`Self::undeal`] makes the
+    /// registers of `a` and of `b` of it.
+    ///
+    /// # Safety
+    /// As [`Self::load_f16`], for both.
+    #[inline(always)]
+    unsafe fn load_bf16_dealt(a: *const u8, b: *const u8) -> [Self; 2] {
+        // SAFETY: passed on.
+        unsafe { [Self::load_bf16(a), Self::load_bf16(b)] }
+    }
+    /// [`Self::load_bf16_dealt`] of `2 * LANES` neighbours.
+    ///
+    /// # Safety
+    /// As [`Self::load_f16`], for twice as many.
+    #[inline(always)]
+    unsafe fn load_bf16_dealt_neighbours(p: *const u8) -> [Self; 2] {
+        // SAFETY: passed on.
+        unsafe { Self::load_bf16_dealt(p, p.add(2 * Self::LANES)) }
+    }
+    /// Two registers in the order of [`Self::load_bf16_dealt`].
+    #[inline(always)]
+    fn deal(pair: [Self; 2]) -> [Self; 2] {
+        pair
+    }
+    /// Undoes [`Self::deal`].
+    #[inline(always)]
+    fn undeal(pair: [Self; 2]) -> [Self; 2] {
+        pair
+    }
     /// Reads `LANES` E4M3 elements, each times 2^-8: what a shift makes of them as binary16. NaN stays NaN.
     ///
     /// # Safety

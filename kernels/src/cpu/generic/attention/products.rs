@@ -163,8 +163,9 @@ pub(crate) unsafe fn score_strip<V: Vector, E: Element, const N: usize>(
             let mut sums = [[V::splat(0.0); 4]; N];
             for d in 0..dim {
                 let mut loaded = [V::splat(0.0); 4];
+                [loaded[0], loaded[1]] = E::load_dealt::<V>(k[0], k[1]);
+                [loaded[2], loaded[3]] = E::load_dealt::<V>(k[2], k[3]);
                 for j in 0..4 {
-                    loaded[j] = E::load::<V>(k[j]);
                     k[j] = k[j].wrapping_add(keys.stride);
                     // Registers may be shorter than lines.
                     if next[j].addr() % LINE < V::LANES * E::BYTES {
@@ -180,8 +181,10 @@ pub(crate) unsafe fn score_strip<V: Vector, E: Element, const N: usize>(
                 }
             }
             for (i, sums) in sums.iter().enumerate() {
-                for (j, sum) in sums.iter().enumerate() {
-                    sum.store(out.add(i * TILE + at + j * V::LANES));
+                for (p, pair) in sums.as_chunks::<2>().0.iter().enumerate() {
+                    let [a, b] = E::undeal(*pair);
+                    a.store(out.add(i * TILE + at + 2 * p * V::LANES));
+                    b.store(out.add(i * TILE + at + (2 * p + 1) * V::LANES));
                 }
             }
         }
@@ -259,72 +262,77 @@ pub(crate) unsafe fn weigh_strip<V: Vector, E: Element, const N: usize>(
     out: *mut f32,
 ) {
     let span = strip.run.fmt.head_dim.next_multiple_of(V::LANES);
-    let mut key = keys.start;
-    while key < keys.end {
-        let (values, count, stride) = strip.values.rows_from(strip.run, strip.begin, key);
-        let count = count.min(keys.end - key);
-        let ahead = strip.ahead.map_or(values, |ahead| ahead.value(key));
-        let mut at = 0;
-        // SAFETY: registers below `span` are inside a row (`is_direct` sees to it for pages, padding for the tile), and
-        // `count` rows follow one another.
-        unsafe {
-            let weights = weights.add(key);
-            while at + 4 * V::LANES <= span {
-                let (values, ahead) = (values.add(at * E::BYTES), ahead.wrapping_add(at * E::BYTES));
-                weigh_registers::<V, E, N, 4>(weights, values, ahead, count, stride, out.add(at), strip.width);
-                at += 4 * V::LANES;
-            }
-            while at < span {
-                let (values, ahead) = (values.add(at * E::BYTES), ahead.wrapping_add(at * E::BYTES));
-                weigh_registers::<V, E, N, 1>(weights, values, ahead, count, stride, out.add(at), strip.width);
-                at += V::LANES;
-            }
+    let mut at = 0;
+    // SAFETY: registers below `span` are inside a row: `is_direct` sees to it for pages, padding for the tile.
+    unsafe {
+        while at + 4 * V::LANES <= span {
+            weigh_registers::<V, E, N, 4>(strip, weights, keys.clone(), at, out.add(at));
+            at += 4 * V::LANES;
         }
-        key += count;
+        while at < span {
+            weigh_registers::<V, E, N, 1>(strip, weights, keys.clone(), at, out.add(at));
+            at += V::LANES;
+        }
     }
 }
 
-/// [`weigh_strip`] for `count` rows and `R` registers of each.
+/// [`weigh_strip`] for the `R` registers of each value from element `at` on, where `out` leads to.
 ///
 /// # Safety
-/// As [`weigh_strip`], with all pointers moved to the first key and register.
+/// As [`weigh_strip`], and the registers are inside the rows.
 #[inline(always)]
 unsafe fn weigh_registers<V: Vector, E: Element, const N: usize, const R: usize>(
+    strip: &Strip<'_>,
     weights: *const f32,
-    values: *const u8,
-    ahead: *const u8,
-    count: usize,
-    stride: usize,
+    keys: Range<usize>,
+    at: usize,
     out: *mut f32,
-    width: usize,
 ) {
     // SAFETY: by contract.
     unsafe {
         let mut sums = [[V::splat(0.0); R]; N];
         for (i, sums) in sums.iter_mut().enumerate() {
             for (r, sum) in sums.iter_mut().enumerate() {
-                *sum = V::load(out.add(i * width + r * V::LANES));
+                *sum = V::load(out.add(i * strip.width + r * V::LANES));
+            }
+            for pair in sums.as_chunks_mut::<2>().0 {
+                *pair = E::deal(*pair);
             }
         }
-        for key in 0..count {
-            let row = values.add(key * stride);
-            for line in (0..R * V::LANES * E::BYTES).step_by(LINE) {
-                V::prefetch_far(ahead.wrapping_add(key * stride + line));
-            }
-            let mut v = [V::splat(0.0); R];
-            for r in 0..R {
-                v[r] = E::load::<V>(row.add(r * V::LANES * E::BYTES));
-            }
-            for i in 0..N {
-                let weight = V::splat(*weights.add(i * TILE + key));
-                for r in 0..R {
-                    sums[i][r] = weight.fma(v[r], sums[i][r]);
+        let mut key = keys.start;
+        while key < keys.end {
+            let (values, count, stride) = strip.values.rows_from(strip.run, strip.begin, key);
+            let count = count.min(keys.end - key);
+            let ahead = strip.ahead.map_or(values, |ahead| ahead.value(key)).wrapping_add(at * E::BYTES);
+            let (values, weights) = (values.add(at * E::BYTES), weights.add(key));
+            for key in 0..count {
+                let row = values.add(key * stride);
+                for line in (0..R * V::LANES * E::BYTES).step_by(LINE) {
+                    V::prefetch_far(ahead.wrapping_add(key * stride + line));
+                }
+                let mut v = [V::splat(0.0); R];
+                let (pairs, single) = v.as_chunks_mut::<2>();
+                for (p, pair) in pairs.iter_mut().enumerate() {
+                    *pair = E::load_dealt_neighbours::<V>(row.add(2 * p * V::LANES * E::BYTES));
+                }
+                for last in single {
+                    *last = E::load::<V>(row.add((R - 1) * V::LANES * E::BYTES));
+                }
+                for i in 0..N {
+                    let weight = V::splat(*weights.add(i * TILE + key));
+                    for r in 0..R {
+                        sums[i][r] = weight.fma(v[r], sums[i][r]);
+                    }
                 }
             }
+            key += count;
         }
-        for (i, sums) in sums.iter().enumerate() {
+        for (i, sums) in sums.iter_mut().enumerate() {
+            for pair in sums.as_chunks_mut::<2>().0 {
+                *pair = E::undeal(*pair);
+            }
             for (r, sum) in sums.iter().enumerate() {
-                sum.store(out.add(i * width + r * V::LANES));
+                sum.store(out.add(i * strip.width + r * V::LANES));
             }
         }
     }

@@ -21,6 +21,38 @@ pub(crate) trait Element {
     /// The CPU has `V`'s features; `p` is valid for reads of `V::LANES` elements.
     unsafe fn load<V: Vector>(p: *const u8) -> V;
 
+    /// Reads a register at `a` and one at `b`, in an order that [`Element::undeal`] undoes.
+    ///
+    /// # Safety
+    /// As [`Element::load`], for both.
+    #[inline(always)]
+    unsafe fn load_dealt<V: Vector>(a: *const u8, b: *const u8) -> [V; 2] {
+        // SAFETY: passed on.
+        unsafe { [Self::load(a), Self::load(b)] }
+    }
+
+    /// [`Element::load_dealt`] of neighbours.
+    ///
+    /// # Safety
+    /// As [`Element::load`], for two registers.
+    #[inline(always)]
+    unsafe fn load_dealt_neighbours<V: Vector>(p: *const u8) -> [V; 2] {
+        // SAFETY: passed on.
+        unsafe { Self::load_dealt(p, p.add(V::LANES * Self::BYTES)) }
+    }
+
+    /// Two registers in the order of [`Element::load_dealt`].
+    #[inline(always)]
+    fn deal<V: Vector>(pair: [V; 2]) -> [V; 2] {
+        pair
+    }
+
+    /// Undoes [`Element::deal`].
+    #[inline(always)]
+    fn undeal<V: Vector>(pair: [V; 2]) -> [V; 2] {
+        pair
+    }
+
     /// Reads one element, to the same bits.
     ///
     /// # Safety
@@ -68,6 +100,24 @@ impl Element for Brain {
     unsafe fn load<V: Vector>(p: *const u8) -> V {
         // SAFETY: passed on.
         unsafe { V::load_bf16(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_dealt<V: Vector>(a: *const u8, b: *const u8) -> [V; 2] {
+        // SAFETY: passed on.
+        unsafe { V::load_bf16_dealt(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn load_dealt_neighbours<V: Vector>(p: *const u8) -> [V; 2] {
+        // SAFETY: passed on.
+        unsafe { V::load_bf16_dealt_neighbours(p) }
+    }
+    #[inline(always)]
+    fn deal<V: Vector>(pair: [V; 2]) -> [V; 2] {
+        V::deal(pair)
+    }
+    #[inline(always)]
+    fn undeal<V: Vector>(pair: [V; 2]) -> [V; 2] {
+        V::undeal(pair)
     }
     #[inline(always)]
     unsafe fn one(p: *const u8) -> f32 {
