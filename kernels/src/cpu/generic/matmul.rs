@@ -29,7 +29,7 @@ const WIDEN_ROWS: usize = 24;
 /// Elements of k per chunk of float weights that are widened in registers: 16 KiB of 16-bit weights.
 const FLOATS_WIDENED: usize = 128;
 /// Elements of k per chunk of unpacked floats: half of the strip's columns (32 KiB) stay in L1.
-const FLOATS: usize = 256;
+const FLOATS: usize = 128;
 /// Elements of k per chunk of bytes: whole blocks of every type; few rows, then many.
 const BYTES_ONCE: usize = 256;
 const BYTES: usize = 512;
@@ -37,8 +37,6 @@ const BYTES: usize = 512;
 const FUSED_ROWS: usize = 2;
 /// How far ahead of the weights being multiplied to ask for more, in bytes, when each is multiplied once.
 const AHEAD: usize = 8192;
-/// How far ahead to ask for them once more, now by the first-level cache: 2 to 4 % where quants are unpacked.
-const NEAR: usize = 1024;
 
 /// What becomes of a product.
 #[derive(Clone, Copy, Debug)]
@@ -133,10 +131,11 @@ pub(crate) unsafe fn strip<V: Vector, P: WordsDot<V>, B: BytesDot<V>>(job: &Job<
                     let src = data.as_ptr().add(at * STRIP * 2);
                     match layout {
                         Layout::F16 => unpack::f16::<V>(src.cast(), end - at, tile),
-                        _ => unpack::bf16(src.cast(), (end - at).div_ceil(2), tile.cast()),
+                        _ => unpack::bf16::<V>(src.cast(), (end - at).div_ceil(2), tile),
                     }
-                    let next = Ahead { start: src.add((end - at) * STRIP * 2), bytes: FLOATS * STRIP * 2 };
-                    float_tiles::<V, Floats>(job, &rows, at..end, tile.cast(), next, sums);
+                    let next = Ahead { start: src.add((end - at) * STRIP * 2), bytes: FLOATS * STRIP * 2, soon: false };
+                    let panels = Columns::of_panels::<V>(tile.cast(), (end - at).next_multiple_of(2));
+                    float_tiles::<V, Floats>(job, &rows, at..end, &panels, next, sums);
                     at = end;
                 }
             }
@@ -176,7 +175,7 @@ unsafe fn quants<V: Vector, B: BytesDot<V>>(
                 unpack::scales::<V>(dtype, layout, blocks, scales, minima);
             }
             let distance = if fused { AHEAD } else { blocks.len() };
-            let ahead = Ahead { start: blocks.as_ptr().wrapping_add(distance), bytes: blocks.len() };
+            let ahead = Ahead { start: blocks.as_ptr().wrapping_add(distance), bytes: blocks.len(), soon: fused };
             let mut w = Bytes { dtype, quants: blocks.as_ptr(), layout: *layout, scales, minima, ahead };
             if !fused && layout.bits != 8 {
                 unpack::quants::<V>(layout, blocks, tile);
@@ -299,8 +298,9 @@ unsafe fn widened<V: Vector, D: WordsDot<V>>(
         unsafe {
             let w = w.add(start * STRIP * D::BYTES);
             let bytes = (end - start) * STRIP * D::BYTES;
-            let distance = if chunk == units.len() { AHEAD } else { bytes };
-            float_tiles::<V, D>(job, rows, start..end, w, Ahead { start: w.wrapping_add(distance), bytes }, sums);
+            let soon = chunk == units.len();
+            let ahead = Ahead { start: w.wrapping_add(if soon { AHEAD } else { bytes }), bytes, soon };
+            float_tiles::<V, D>(job, rows, start..end, &Columns::of_strip(w, D::BYTES), ahead, sums);
         }
     }
 }
@@ -311,6 +311,9 @@ unsafe fn widened<V: Vector, D: WordsDot<V>>(
 struct Ahead {
     start: *const u8,
     bytes: usize,
+    /// Whether they are soon to be multiplied, once each: then the first-level cache asks. What many rows pass over has that
+    /// cache to itself, and more weights wait in the second level.
+    soon: bool,
 }
 
 impl Ahead {
@@ -319,7 +322,7 @@ impl Ahead {
     fn part(&self, index: usize, calls: usize, steps: usize) -> Part {
         let per_call = self.bytes.div_ceil(calls);
         let next = self.start.wrapping_add(index * per_call);
-        Part { next, due: next, per_step: per_call.div_ceil(steps.max(1)) }
+        Part { next, due: next, per_step: per_call.div_ceil(steps.max(1)), soon: self.soon }
     }
 }
 
@@ -330,15 +333,28 @@ struct Part {
     /// Up to where lines have been due.
     due: *const u8,
     per_step: usize,
+    soon: bool,
 }
 
 impl Part {
+    /// Asks for `N` lines at every step, as many as a tile of `N` registers reads: some of them once more, but without a branch,
+    /// for which a loop over more registers than there are would have to be cut.
+    #[inline(always)]
+    fn lines<V: Vector, const N: usize>(&mut self) {
+        for line in 0..N {
+            V::prefetch_far(self.next.wrapping_add(64 * line));
+        }
+        self.next = self.next.wrapping_add(self.per_step);
+    }
+
     #[inline(always)]
     fn step<V: Vector>(&mut self) {
         self.due = self.due.wrapping_add(self.per_step);
         while self.next < self.due {
-            V::prefetch_far(self.next);
-            V::prefetch(self.next.wrapping_sub(AHEAD - NEAR));
+            match self.soon {
+                true => V::prefetch(self.next),
+                false => V::prefetch_far(self.next),
+            }
             self.next = self.next.wrapping_add(64);
         }
     }
@@ -376,22 +392,48 @@ const fn fits<V: Vector>(rows: usize, m: usize, r: usize) -> bool {
     if r == 4 { V::FOUR && m <= rows / 2 } else { m <= rows }
 }
 
-/// All tiles of rows against `units` units of k, whose weights `[units][64]` start at `w`.
+/// Where the weights of some columns lie, unit by unit of k.
+struct Columns {
+    start: *const u8,
+    /// Bytes from one unit to the next.
+    unit: usize,
+    /// Bytes from one column to the next, for the columns that tiles begin with.
+    column: usize,
+    /// Whether tiles may have four registers of columns, or two at most.
+    four: bool,
+}
+
+impl Columns {
+    /// As they are packed: `[units][64]` weights of so many bytes.
+    #[inline(always)]
+    fn of_strip(start: *const u8, bytes: usize) -> Columns {
+        Columns { start, unit: STRIP * bytes, column: bytes, four: true }
+    }
+
+    /// As floats are unpacked for many rows: `[64 / c][units][c]`, where `c` columns are two registers. What a tile passes over
+    /// again and again then is contiguous: every other pair of lines of a larger block would meet in half of a cache's sets.
+    #[inline(always)]
+    fn of_panels<V: Vector>(start: *const u8, units: usize) -> Columns {
+        Columns { start, unit: 2 * V::LANES * 4, column: units * 4, four: false }
+    }
+}
+
+/// All tiles of rows against `units` units of k, whose weights are `w`.
 ///
 /// # Safety
-/// The CPU has `V`'s and `D`'s features; `w` leads to the units, `sums` to `rows` by 64 floats; x has the units.
+/// The CPU has `V`'s and `D`'s features; `w` has the units, `sums` leads to `rows` by 64 floats; x has the units.
 #[inline(always)]
 unsafe fn float_tiles<V: Vector, D: WordsDot<V>>(
     job: &Job<'_>,
     rows: &Range<usize>,
     units: Range<usize>,
-    w: *const u8,
+    w: &Columns,
     ahead: Ahead,
     sums: *mut f32,
 ) {
     let fresh = units.start == 0;
     let mut call = 0;
-    let four = V::FOUR && rows.len() <= V::FLOAT_ROWS / 2;
+    let four = V::FOUR && w.four && rows.len() <= V::FLOAT_ROWS / 2;
     let columns = if four { 4 * V::LANES } else { 2 * V::LANES };
     let calls = STRIP / columns * job.tiles.len();
     for column in (0..STRIP).step_by(columns) {
@@ -402,9 +444,9 @@ unsafe fn float_tiles<V: Vector, D: WordsDot<V>>(
             // SAFETY: the tile's words of x start at its first row times the words of a row; everything else is as by contract.
             unsafe {
                 let x = job.x.words(span.start).add(units.start * D::STEPS * span.len());
-                let w = w.add(column * D::BYTES);
+                let start = w.start.add(column * w.column);
                 let sums = sums.add((span.start - rows.start) * STRIP + column);
-                by_rows!(span.len(), float_tile, [V, D], four, (x, w, units.len(), ahead, sums, fresh));
+                by_rows!(span.len(), float_tile, [V, D], four, (x, start, w.unit, units.len(), ahead, sums, fresh));
             }
         }
     }
@@ -413,12 +455,13 @@ unsafe fn float_tiles<V: Vector, D: WordsDot<V>>(
 /// `M` rows by `R` registers of columns.
 ///
 /// # Safety
-/// The CPU has the features; `x` leads to `[units][steps][M]` words, `w` to `units` rows of 64 weights, `sums` to `M` rows of 64
-/// floats, of which the first `R` registers are used.
+/// The CPU has the features; `x` leads to `[units][steps][M]` words, `w` to `units` times `R` registers of weights, `unit` bytes
+/// apart, `sums` to `M` rows of 64 floats, of which the first `R` registers are used.
 #[inline(always)]
 unsafe fn float_tile<V: Vector, D: WordsDot<V>, const M: usize, const R: usize>(
     x: *const u32,
     w: *const u8,
+    unit: usize,
     units: usize,
     mut ahead: Part,
     sums: *mut f32,
@@ -453,7 +496,7 @@ unsafe fn float_tile<V: Vector, D: WordsDot<V>, const M: usize, const R: usize>(
                 }
                 x = x.add(M);
             }
-            w = w.add(STRIP * D::BYTES);
+            w = w.add(unit);
         }
         for i in 0..M {
             for r in 0..R {
@@ -615,7 +658,10 @@ unsafe fn byte_tile<
                     }
                 }
                 for u in half * G / 4..(half + 1) * G / 4 {
-                    ahead.step::<V>();
+                    match fused {
+                        true => ahead.step::<V>(),
+                        false => ahead.lines::<V, R>(),
+                    }
                     let mut b = [unpack_word::<V, B, BITS>(w, u); R];
                     for r in 1..R {
                         b[r] = unpack_word::<V, B, BITS>(w.add(r * V::LANES * 4), u);

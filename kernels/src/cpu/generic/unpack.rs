@@ -5,38 +5,42 @@ use crate::cpu::vector::Vector;
 use crate::packed::{QUANT_BLOCK, Quants, STRIP};
 use crate::quant::e8m0_half;
 
-/// Pairs of bf16 `[pairs][64][2]` to the bits of f32 `[2 pairs][64]`.
+/// Pairs of bf16 `[pairs][64][2]` to f32 `[64 / c][2 pairs][c]`, where `c` columns are two registers.
 ///
 /// # Safety
-/// `src` leads to `pairs * 64` words, `tile` to twice as many writable ones, elsewhere.
+/// The CPU has `V`'s features; `src` leads to `pairs * 64` words, `tile` to twice as many writable floats, elsewhere.
 #[inline(always)]
-pub(crate) unsafe fn bf16(src: *const u32, pairs: usize, tile: *mut u32) {
+pub(crate) unsafe fn bf16<V: Vector>(src: *const u32, pairs: usize, tile: *mut f32) {
+    let columns = 2 * V::LANES;
     for pair in 0..pairs {
-        // SAFETY: by contract.
-        let (src, even, odd) = unsafe {
-            let even = tile.add(2 * pair * STRIP);
-            (
-                src.add(pair * STRIP).cast::<[u32; STRIP]>().read_unaligned(),
-                &mut *even.cast::<[u32; STRIP]>(),
-                &mut *even.add(STRIP).cast::<[u32; STRIP]>(),
-            )
-        };
-        for i in 0..STRIP {
-            even[i] = src[i] << 16;
-            odd[i] = src[i] & 0xffff_0000;
+        for lane in (0..STRIP).step_by(V::LANES) {
+            // SAFETY: by contract; 64 is a multiple of two registers.
+            unsafe {
+                let src = src.add(pair * STRIP + lane);
+                let row = lane / columns * 2 * pairs + 2 * pair;
+                let to = tile.add(row * columns + lane % columns);
+                V::load_half_of_pairs(src, 0).store(to);
+                V::load_half_of_pairs(src, 1).store(to.add(columns));
+            }
         }
     }
 }
 
-/// f16 `[steps][64]` to f32.
+/// f16 `[steps][64]` to f32 `[64 / c][s][c]`, where `c` columns are two registers and `s` is `steps`, made even.
 ///
 /// # Safety
-/// The CPU has `V`'s features; `src` leads to `steps * 64` halves, `tile` to as many writable floats.
+/// The CPU has `V`'s features; `src` leads to `steps * 64` halves, `tile` to `s * 64` writable floats.
 #[inline(always)]
 pub(crate) unsafe fn f16<V: Vector>(src: *const u16, steps: usize, tile: *mut f32) {
-    for i in (0..steps * STRIP).step_by(V::LANES) {
-        // SAFETY: by contract; 64 is a multiple of the lanes.
-        unsafe { V::load_f16(src.add(i).cast()).store(tile.add(i)) }
+    let (columns, rows) = (2 * V::LANES, steps.next_multiple_of(2));
+    for step in 0..steps {
+        for lane in (0..STRIP).step_by(V::LANES) {
+            // SAFETY: by contract; 64 is a multiple of two registers.
+            unsafe {
+                let to = tile.add((lane / columns * rows + step) * columns + lane % columns);
+                V::load_f16(src.add(step * STRIP + lane).cast()).store(to);
+            }
+        }
     }
 }
 
