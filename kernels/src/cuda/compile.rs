@@ -52,7 +52,7 @@ pub fn cubin(source: &'static str, sm: u32, cache: Option<&Path>) -> Result<Vec<
 }
 
 /// Writes a file that is either there in full or not at all.
-fn keep(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+pub(super) fn keep(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     std::fs::create_dir_all(path.parent().expect("a file in a folder"))?;
     let partial = path.with_extension(format!("{}", std::process::id()));
     std::fs::write(&partial, bytes)?;

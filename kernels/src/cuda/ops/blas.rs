@@ -1,9 +1,10 @@
 //! cuBLASLt as an implementation of [`Gemm`]: plain 16-bit weights, without bias or gate. No device has run this.
 //!
-//! It chooses among its kernels by the number of rows too, and some of them split k: results are not batch-invariant. So it
-//! is used only where it was asked for; see [`super::matmul::Products::measure`].
+//! Left to itself it chooses among its kernels by the number of rows too, and they sum in different orders. Here a matrix gets one
+//! kernel, chosen at [`REFERENCE_ROWS`] rows and kept for every other number. NVIDIA does not promise that one kernel gives a
+//! row the same bits in any company; so it is used only where [`super::matmul::Products::measure`] has seen that it does.
 
-use super::gemm::{ADD_F32, Gemm, Plain, STORE_NARROW};
+use super::gemm::{ADD_F32, Gemm, Plain, STORE_NARROW, Variant};
 use crate::DType;
 use crate::cuda::device::{Buffer, CudaError, Device};
 use crate::cuda::lock;
@@ -16,7 +17,11 @@ use std::panic::catch_unwind;
 use std::sync::{Arc, Mutex};
 
 /// What NVIDIA recommends on Hopper; older devices need less.
-const WORKSPACE_BYTES: usize = 32 << 20;
+pub const WORKSPACE_BYTES: usize = 32 << 20;
+/// Rows for which a kernel is asked for: a usual chunk of prompts.
+const REFERENCE_ROWS: usize = 2048;
+/// Kernels that the library is asked to suggest.
+const SUGGESTIONS: usize = 8;
 
 /// The library on one device.
 #[derive(Debug)]
@@ -24,12 +29,12 @@ pub struct Blas {
     device: Arc<dyn Device>,
     handle: sys::cublasLtHandle_t,
     workspace: Buffer,
-    /// Asking for a kernel takes longer than many products.
-    kernels: Mutex<HashMap<Key, sys::cublasLtMatmulAlgo_t>>,
+    /// The kernel of each matrix.
+    kernels: Mutex<HashMap<Key, Variant>>,
 }
 
-/// Type, m, n, k and finish.
-type Key = (DType, usize, usize, usize, u32);
+/// Types of the operands and of the result, n and k: not the rows.
+type Key = (DType, DType, usize, usize);
 
 // SAFETY: cublasLt handles may be used from any thread, also at once ("Thread safety" in its documentation).
 unsafe impl Send for Blas {}
@@ -62,6 +67,131 @@ impl Blas {
         let handle = call("cublasLtCreate", handle)?;
         Ok(Self { device: device.clone(), handle, workspace, kernels: Mutex::default() })
     }
+
+    /// The library's version, such as 120605.
+    pub fn version(&self) -> usize {
+        // SAFETY: takes nothing and returns a number.
+        unsafe { sys::cublasLtGetVersion() }
+    }
+
+    /// # Safety
+    ///
+    /// As [`Gemm::multiply`].
+    unsafe fn multiply_by(&self, p: &Plain, kernel: Variant) -> Result<(), CudaError> {
+        let problem = Problem::new(p.dtype, result_type(p), p.shape)?;
+        let beta = if p.finish == ADD_F32 { 1.0 } else { 0.0 };
+        // SAFETY: passed on.
+        unsafe { self.compute(&problem, (p.x, p.w, p.y), beta, kernel) }
+    }
+
+    /// The kernel that the library thinks best for an fp8 product of this shape; see [`Blas::multiply_fp8`].
+    ///
+    /// # Errors
+    ///
+    /// If the device or the library has no fp8.
+    pub fn fp8_variant(&self, shape: Shape) -> Result<Variant, CudaError> {
+        let problem = Problem::fp8(shape)?;
+        let preference = Preference::new()?;
+        // SAFETY: all descriptors are alive.
+        let found = unsafe {
+            let Problem { a, b, d, operation } = &problem;
+            result::get_matmul_algo_heuristic(self.handle, operation.0, a.0, b.0, d.0, d.0, preference.0)
+        };
+        Ok(Variant(call("cublasLtMatmulAlgoGetHeuristic", found)?.algo.data))
+    }
+
+    /// `y = x · wᵀ` of e4m3 operands in bf16, without the factors of their rows: what our own fp8 products are timed against.
+    ///
+    /// # Safety
+    ///
+    /// x `[m, k]`, w `[n, k]` and y `[m, n]` are on the device, and y overlaps neither.
+    pub unsafe fn multiply_fp8(
+        &self,
+        shape: Shape,
+        operands: (u64, u64, u64),
+        variant: Variant,
+    ) -> Result<(), CudaError> {
+        // SAFETY: passed on.
+        unsafe { self.compute(&Problem::fp8(shape)?, operands, 0.0, variant) }
+    }
+
+    /// # Safety
+    ///
+    /// x, w and y are on the device and as large as the problem says; y overlaps neither.
+    unsafe fn compute(
+        &self,
+        problem: &Problem,
+        (x, w, y): (u64, u64, u64),
+        beta: f32,
+        kernel: Variant,
+    ) -> Result<(), CudaError> {
+        let stream = self.device.raw_stream().ok_or_else(|| CudaError::Unavailable("no CUDA stream".into()))?;
+        let Problem { a, b, d, operation } = problem;
+        let (alpha, kernel) = (1.0f32, sys::cublasLtMatmulAlgo_t { data: kernel.0 });
+        // SAFETY: the operands are the caller's promise and the layouts are of their shapes; the workspace belongs to this value
+        // and the stream's order keeps products that use it apart. The library checks the kernel.
+        let done = unsafe {
+            result::matmul(
+                self.handle,
+                operation.0,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                w as *const c_void,
+                a.0,
+                x as *const c_void,
+                b.0,
+                y as *const c_void,
+                d.0,
+                y as *mut c_void,
+                d.0,
+                &raw const kernel,
+                self.workspace.address() as *mut c_void,
+                WORKSPACE_BYTES,
+                stream as sys::cudaStream_t,
+            )
+        };
+        call("cublasLtMatmul", done)
+    }
+}
+
+/// What a product's matrix is to the library.
+fn key(p: &Plain) -> Key {
+    (p.dtype, result_type(p), p.shape.n, p.shape.k)
+}
+
+fn result_type(p: &Plain) -> DType {
+    if p.finish == STORE_NARROW { p.dtype } else { DType::F32 }
+}
+
+/// A product as the library is told of it. Row-major y[m, n] is column-major y[n, m]: yᵀ = w · xᵀ, where w[n, k] is the transpose of
+/// a column-major [k, n].
+struct Problem {
+    a: Layout,
+    b: Layout,
+    d: Layout,
+    operation: Operation,
+}
+
+impl Problem {
+    fn new(dtype: DType, to: DType, Shape { m, n, k }: Shape) -> Result<Self, CudaError> {
+        Ok(Self {
+            a: Layout::new(data_type(dtype), k, n)?,
+            b: Layout::new(data_type(dtype), k, m)?,
+            d: Layout::new(data_type(to), n, m)?,
+            operation: Operation::new()?,
+        })
+    }
+
+    /// Of e4m3 operands, with a result in bf16.
+    fn fp8(Shape { m, n, k }: Shape) -> Result<Self, CudaError> {
+        let (e4m3, bf16) = (sys::cudaDataType_t::CUDA_R_8F_E4M3, sys::cudaDataType_t::CUDA_R_16BF);
+        Ok(Self {
+            a: Layout::new(e4m3, k, n)?,
+            b: Layout::new(e4m3, k, m)?,
+            d: Layout::new(bf16, n, m)?,
+            operation: Operation::new()?,
+        })
+    }
 }
 
 impl Drop for Blas {
@@ -77,8 +207,8 @@ impl Drop for Blas {
 struct Layout(sys::cublasLtMatrixLayout_t);
 
 impl Layout {
-    fn new(dtype: DType, rows: usize, cols: usize) -> Result<Self, CudaError> {
-        let layout = result::create_matrix_layout(data_type(dtype), rows as u64, cols as u64, rows as i64);
+    fn new(element: sys::cudaDataType_t, rows: usize, cols: usize) -> Result<Self, CudaError> {
+        let layout = result::create_matrix_layout(element, rows as u64, cols as u64, rows as i64);
         Ok(Self(call("cublasLtMatrixLayoutCreate", layout)?))
     }
 }
@@ -154,52 +284,51 @@ impl Gemm for Blas {
         takes(p)
     }
 
-    unsafe fn multiply(&self, p: &Plain) -> Result<(), CudaError> {
-        let Shape { m, n, k } = p.shape;
-        let stream = self.device.raw_stream().ok_or_else(|| CudaError::Unavailable("no CUDA stream".into()))?;
-        // Row-major y[m, n] is column-major y[n, m]: yᵀ = w · xᵀ, where w[n, k] is the transpose of a column-major [k, n].
-        let to = if p.finish == STORE_NARROW { p.dtype } else { DType::F32 };
-        let (a, b, d) = (Layout::new(p.dtype, k, n)?, Layout::new(p.dtype, k, m)?, Layout::new(to, n, m)?);
-        let operation = Operation::new()?;
-        let key = (p.dtype, m, n, k, p.finish);
-        let known = lock(&self.kernels).get(&key).copied();
-        let kernel = match known {
-            Some(kernel) => kernel,
-            None => {
-                let preference = Preference::new()?;
-                // SAFETY: all descriptors are alive.
-                let found = unsafe {
-                    result::get_matmul_algo_heuristic(self.handle, operation.0, a.0, b.0, d.0, d.0, preference.0)
-                };
-                let found = call("cublasLtMatmulAlgoGetHeuristic", found)?.algo;
-                lock(&self.kernels).insert(key, found);
-                found
-            }
-        };
-        let (alpha, beta) = (1.0f32, if p.finish == ADD_F32 { 1.0f32 } else { 0.0 });
-        // SAFETY: the operands are as large as the shape says (the caller's promise) and the layouts are of that shape; the
-        // workspace belongs to this value and the stream's order keeps products that use it apart.
-        let done = unsafe {
-            result::matmul(
+    fn variants(&self, p: &Plain) -> Result<Vec<Variant>, CudaError> {
+        let problem = Problem::new(p.dtype, result_type(p), p.shape)?;
+        let preference = Preference::new()?;
+        // SAFETY: the library fills the first `found` of them, and zeros are values of this structure of numbers.
+        let mut results: [sys::cublasLtMatmulHeuristicResult_t; SUGGESTIONS] = unsafe { std::mem::zeroed() };
+        let mut found = 0;
+        // SAFETY: all descriptors are alive, and there is room for as many as are asked for.
+        let asked = unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
                 self.handle,
-                operation.0,
-                (&raw const alpha).cast(),
-                (&raw const beta).cast(),
-                p.w as *const c_void,
-                a.0,
-                p.x as *const c_void,
-                b.0,
-                p.y as *const c_void,
-                d.0,
-                p.y as *mut c_void,
-                d.0,
-                &raw const kernel,
-                self.workspace.address() as *mut c_void,
-                WORKSPACE_BYTES,
-                stream as sys::cudaStream_t,
+                problem.operation.0,
+                problem.a.0,
+                problem.b.0,
+                problem.d.0,
+                problem.d.0,
+                preference.0,
+                SUGGESTIONS as i32,
+                results.as_mut_ptr(),
+                &raw mut found,
             )
         };
-        call("cublasLtMatmul", done)
+        call("cublasLtMatmulAlgoGetHeuristic", asked.result())?;
+        let found = usize::try_from(found).unwrap_or(0).min(SUGGESTIONS);
+        let usable = results[..found].iter().filter(|result| result.state.result().is_ok());
+        Ok(usable.map(|result| Variant(result.algo.data)).collect())
+    }
+
+    fn settle(&self, p: &Plain, variant: Variant) {
+        lock(&self.kernels).insert(key(p), variant);
+    }
+
+    unsafe fn multiply(&self, p: &Plain) -> Result<(), CudaError> {
+        let settled = lock(&self.kernels).get(&key(p)).copied();
+        let kernel = match settled {
+            Some(kernel) => kernel,
+            None => {
+                let reference = Plain { shape: Shape { m: REFERENCE_ROWS, ..p.shape }, ..*p };
+                let first = self.variants(&reference)?.first().copied();
+                let kernel = first.ok_or_else(|| CudaError::Unavailable(format!("no kernel for {:?}", p.shape)))?;
+                self.settle(p, kernel);
+                kernel
+            }
+        };
+        // SAFETY: passed on.
+        unsafe { self.multiply_by(p, kernel) }
     }
 }
 

@@ -39,13 +39,28 @@ pub const STORE_NARROW: u32 = 1;
 /// Added to f32.
 pub const ADD_F32: u32 = 2;
 
+/// One of an implementation's kernels with its settings, as the implementation writes it down.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Variant(pub [u64; 8]);
+
 /// One implementation.
 pub trait Gemm: Send + Sync + fmt::Debug {
-    /// For logs.
+    /// For logs, without spaces.
     fn name(&self) -> &'static str;
 
     /// Whether it can.
     fn takes(&self, product: &Plain) -> bool;
+
+    /// Ways in which it could multiply by a product's matrix, likeliest first. Most have one.
+    fn variants(&self, product: &Plain) -> Result<Vec<Variant>, CudaError> {
+        let _ = product;
+        Ok(vec![Variant::default()])
+    }
+
+    /// Settles which of them multiplies by matrices like this product's from now on, whatever the rows.
+    fn settle(&self, product: &Plain, variant: Variant) {
+        let _ = (product, variant);
+    }
 
     /// Computes it, in the order of the device's stream.
     ///

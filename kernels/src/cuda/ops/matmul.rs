@@ -4,18 +4,19 @@
 //! is first decoded to bf16; and [`Path::Skinny`] for few (one per sequence), on which each weight is read once.
 //! **Batch invariance.** On each path an output is summed over k in an order that depends on (n, k, dtype) alone: not on
 //! the number of rows, the row's place, or the other rows. So a caller that takes the path by what a row *is* (prompt or
-//! decode), never by how many there are, gets the same bits in any batch.
+//! decode), never by how many there are, gets the same bits in any batch. [`Products::measure`] may give a matrix another
+//! implementation; it keeps to this: one for each matrix, whatever the rows.
 
-use super::blas::Blas;
 use super::dequantize::dequantize;
 use super::gemm::{ADD_F32, Gemm, Own, Plain, STORE_F32, STORE_NARROW, Wgmma};
+use super::measure::{Key, Way};
+use super::rows;
 use crate::cuda::device::{Arg, Buffer, CudaError, Device};
 use crate::cuda::plan::gemm::Shape;
 use crate::cuda::plan::gemv;
 use crate::{DType, Gate};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 /// A weight `[n, k]` on the device, row-major, its bytes as stored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -81,29 +82,23 @@ pub const fn supports(weights: DType, x: DType) -> bool {
     compute_type(weights) as u8 == x as u8
 }
 
+/// Rows of a gated product whose two halves are computed apart that go through at a time: so few in tests that there are several parts.
+pub(super) const HALVES_ROWS: usize = if cfg!(test) { 32 } else { 1024 };
+
 /// Products on one device, with the memory they need beside their operands.
 #[derive(Debug)]
 pub struct Products {
-    device: Arc<dyn Device>,
+    pub(super) device: Arc<dyn Device>,
     /// bf16 copies of quantised weights, made anew for each product.
     scratch: Buffer,
     /// For many rows, our own first.
-    implementations: Vec<Box<dyn Gemm>>,
+    pub(super) implementations: Vec<Box<dyn Gemm>>,
     /// Which of them, unless measurement says otherwise.
     preferred: usize,
-    /// Which of them is fastest at type, n, k and a power of two of rows.
-    fastest: HashMap<(DType, usize, usize, usize), usize>,
-}
-
-/// What an implementation took for a product of many rows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Measured {
-    /// Whose time this is.
-    pub name: &'static str,
-    /// The product.
-    pub shape: Shape,
-    /// The shortest of a few runs.
-    pub time: Duration,
+    /// How to multiply by matrices that were measured.
+    pub(super) fastest: HashMap<Key, Way>,
+    /// Where the two halves of a gated product lie, if they are computed apart.
+    pub(super) halves: Option<Buffer>,
 }
 
 impl Products {
@@ -121,6 +116,7 @@ impl Products {
             implementations: vec![Box::new(Own(device.clone()))],
             preferred: 0,
             fastest: HashMap::new(),
+            halves: None,
         })
     }
 
@@ -130,51 +126,6 @@ impl Products {
         self.implementations.push(Box::new(Wgmma(self.device.clone())));
         self.preferred = self.implementations.len() - 1;
         self
-    }
-
-    /// Times every implementation, NVIDIA's library included where it is, on [`Path::Gemm`] at these numbers of rows, and takes
-    /// the fastest for each shape from now on. Sums may then differ with the number of rows: **not batch-invariant**.
-    ///
-    /// # Safety
-    ///
-    /// The weights lie on this device.
-    pub unsafe fn measure(&mut self, weights: &[Weight], rows: &[usize]) -> Result<Vec<Measured>, CudaError> {
-        match Blas::open(&self.device) {
-            Ok(blas) => self.implementations.push(Box::new(blas)),
-            Err(error) => tracing::info!("products are not measured against cuBLASLt: {error}"),
-        }
-        let mut times = Vec::new();
-        for w in weights {
-            let dtype = compute_type(w.dtype);
-            for m in rows.iter().map(|rows| rows.next_power_of_two()) {
-                let key = (dtype, w.n, w.k, m);
-                if self.fastest.contains_key(&key) {
-                    continue;
-                }
-                // What the numbers are does not matter, but denormal or NaN ones might take another time: zeros.
-                let x = Buffer::new(&self.device, m * w.k * dtype.block_bytes())?;
-                let y = Buffer::new(&self.device, m * w.n * 4)?;
-                x.fill(0)?;
-                let x = X { address: x.at(0, x.bytes()), dtype, rows: m };
-                let call = Call { x, w, up: None, code: STORE_F32, bias: 0, activation: 0, y: y.address() };
-                // SAFETY: x and y were allocated for the shape, and the weight is the caller's promise.
-                let plain = unsafe { self.plain(&call)? };
-                let mut best = None;
-                for (i, implementation) in self.implementations.iter().enumerate() {
-                    if !implementation.takes(&plain) {
-                        continue;
-                    }
-                    // SAFETY: as above, and it takes the product.
-                    let time = unsafe { time(&*self.device, &**implementation, &plain)? };
-                    times.push(Measured { name: implementation.name(), shape: plain.shape, time });
-                    if best.is_none_or(|(least, _)| time < least) {
-                        best = Some((time, i));
-                    }
-                }
-                self.fastest.extend(best.map(|(_, i)| (key, i)));
-            }
-        }
-        Ok(times)
     }
 
     /// `y = finish(x · wᵀ)`, `[rows, n]`.
@@ -245,12 +196,75 @@ impl Products {
     unsafe fn gemm(&self, call: &Call<'_>) -> Result<(), CudaError> {
         // SAFETY: passed on.
         let plain = unsafe { self.plain(call)? };
-        let Shape { m, n, k } = plain.shape;
-        let measured = self.fastest.get(&(plain.dtype, n, k, m.next_power_of_two()));
-        let wanted = &self.implementations[*measured.unwrap_or(&self.preferred)];
-        let implementation = if wanted.takes(&plain) { wanted } else { &self.implementations[0] };
-        // SAFETY: the implementation takes the product; the operands are the caller's promise, or were just decoded.
-        unsafe { implementation.multiply(&plain) }
+        let settled = self.fastest.get(&Key::of(&plain)).copied();
+        let way = settled.unwrap_or(Way::Whole(self.preferred));
+        // SAFETY: the operands are the caller's promise, or were just decoded.
+        let done = unsafe { self.multiply(way, &plain) };
+        match done {
+            // A library that refuses a number of rows has computed nothing yet.
+            Err(error) if settled.is_some() && way != Way::Whole(0) => {
+                tracing::warn!(%error, shape = ?plain.shape, "a measured product was refused: our own kernel computes it");
+                // SAFETY: as above.
+                unsafe { self.implementations[0].multiply(&plain) }
+            }
+            done => done,
+        }
+    }
+
+    /// Multiplies in one way; by our own kernel if that does not take the product.
+    ///
+    /// # Safety
+    ///
+    /// The operands are on the device and as large as the shape says; y overlaps none.
+    pub(super) unsafe fn multiply(&self, way: Way, plain: &Plain) -> Result<(), CudaError> {
+        match way {
+            Way::Whole(index) => {
+                let wanted = &self.implementations[index];
+                let implementation = if wanted.takes(plain) { wanted } else { &self.implementations[0] };
+                // SAFETY: the implementation takes the product; the rest is passed on.
+                unsafe { implementation.multiply(plain) }
+            }
+            // SAFETY: passed on.
+            Way::Halves(index) => unsafe { self.multiply_halves(&*self.implementations[index], plain) },
+        }
+    }
+
+    /// A gated product as two plain ones in f32 and their combination, some rows at a time.
+    ///
+    /// # Safety
+    ///
+    /// As [`Products::multiply`].
+    unsafe fn multiply_halves(&self, implementation: &dyn Gemm, p: &Plain) -> Result<(), CudaError> {
+        let (Some(up), Some(halves)) = (p.up, &self.halves) else {
+            return Err(CudaError::Unavailable("no room for a gated product in two halves".into()));
+        };
+        let Shape { m, n, k } = p.shape;
+        let to = if p.finish == STORE_NARROW { p.dtype } else { DType::F32 };
+        for first in (0..m).step_by(HALVES_ROWS) {
+            let rows = (m - first).min(HALVES_ROWS);
+            let bytes = 4 * rows * n;
+            let (gate_y, up_y) = (halves.at(0, bytes), halves.at(bytes, bytes));
+            let half = Plain {
+                shape: Shape { m: rows, n, k },
+                x: p.x + (first * k * p.dtype.block_bytes()) as u64,
+                up: None,
+                y: gate_y,
+                finish: STORE_F32,
+                ..*p
+            };
+            if !implementation.takes(&half) {
+                return Err(CudaError::Unavailable(format!("{} takes no {:?}", implementation.name(), half.shape)));
+            }
+            let y = p.y + (first * n * to.block_bytes()) as u64;
+            let combine = if p.activation == 0 { rows::silu_mul } else { rows::gelu_tanh_mul };
+            // SAFETY: these rows of x and y are the caller's, and `halves` has room for two results of them.
+            unsafe {
+                implementation.multiply(&half)?;
+                implementation.multiply(&Plain { w: up, y: up_y, ..half })?;
+                combine(&*self.device, rows * n, gate_y, up_y, to, y)?;
+            }
+        }
+        Ok(())
     }
 
     /// The product with plain weights that a call comes down to; quantised ones are decoded.
@@ -258,7 +272,7 @@ impl Products {
     /// # Safety
     ///
     /// As [`Products::matmul`].
-    unsafe fn plain(&self, call: &Call<'_>) -> Result<Plain, CudaError> {
+    pub(super) unsafe fn plain(&self, call: &Call<'_>) -> Result<Plain, CudaError> {
         let Weight { dtype, n, k, address } = *call.w;
         let mut weights = [address, call.up.map_or(address, |up| up.address)];
         if dtype.block_len() > 1 {
@@ -316,28 +330,6 @@ impl Products {
     }
 }
 
-/// The shortest of three runs, after one that compiles and warms.
-///
-/// # Safety
-///
-/// As [`Gemm::multiply`].
-unsafe fn time(device: &dyn Device, implementation: &dyn Gemm, plain: &Plain) -> Result<Duration, CudaError> {
-    const REPEAT: u32 = 4;
-    let mut least = Duration::MAX;
-    for run in 0..4 {
-        let started = Instant::now();
-        for _ in 0..REPEAT {
-            // SAFETY: passed on.
-            unsafe { implementation.multiply(plain)? };
-        }
-        device.synchronize()?;
-        if run > 0 {
-            least = least.min(started.elapsed() / REPEAT);
-        }
-    }
-    Ok(least)
-}
-
 pub(super) fn code(weights: DType, finish: Finish) -> (u32, u64) {
     match finish {
         Finish::Store { bias, to: DType::F32 } => (STORE_F32, bias),
@@ -355,14 +347,14 @@ pub(super) fn activation_code(activation: Gate) -> u32 {
 }
 
 /// A product as the kernels take it.
-struct Call<'a> {
-    x: X,
-    w: &'a Weight,
-    up: Option<&'a Weight>,
-    code: u32,
-    bias: u64,
-    activation: u32,
-    y: u64,
+pub(super) struct Call<'a> {
+    pub(super) x: X,
+    pub(super) w: &'a Weight,
+    pub(super) up: Option<&'a Weight>,
+    pub(super) code: u32,
+    pub(super) bias: u64,
+    pub(super) activation: u32,
+    pub(super) y: u64,
 }
 
 impl Call<'_> {

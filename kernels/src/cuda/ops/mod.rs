@@ -5,6 +5,7 @@ pub mod blas;
 pub mod dequantize;
 pub mod gemm;
 pub mod matmul;
+pub mod measure;
 pub mod pages;
 pub mod rows;
 pub mod sampling;
