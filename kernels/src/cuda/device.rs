@@ -3,9 +3,11 @@
 //! [`Device`] has two implementations, the CUDA driver and the emulator. Its calls are unsafe because addresses are
 //! numbers; [`Buffer`] owns one allocation and makes copies to and from it safe. Read [`Device`] and [`Buffer`] first.
 
+use super::lock;
 use crate::DType;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread::ThreadId;
 
 /// Why something on a device went wrong.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -239,6 +241,27 @@ pub trait Device: Send + Sync + fmt::Debug {
         None
     }
 
+    /// From now on writes down the calling thread's launches and makes none of them. Other threads go on as usual; this one may ask
+    /// for nothing else that has a place in the stream. See [`Graph`].
+    fn begin_recording(&self) -> Result<(), CudaError>;
+
+    /// Makes a graph of what was written down since [`Device::begin_recording`], if it `keep`s it. Returns its number.
+    fn end_recording(&self, keep: bool) -> Result<Option<u64>, CudaError>;
+
+    /// Asks for all launches of a graph, with the arguments that they had, one after the other.
+    ///
+    /// # Safety
+    ///
+    /// See the trait, for each of the launches; and the graph has not been freed.
+    unsafe fn replay(&self, graph: u64) -> Result<(), CudaError>;
+
+    /// Frees a graph, after everything that was asked for before.
+    ///
+    /// # Safety
+    ///
+    /// The number came from [`Device::end_recording`] and is not used again.
+    unsafe fn free_graph(&self, graph: u64);
+
     /// Allocates host memory that the device copies to without a detour. See [`Pinned`].
     fn alloc_pinned(&self, bytes: usize) -> Result<*mut u8, CudaError>;
 
@@ -260,6 +283,113 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// Whether the copies of a fetch are done, waiting for them if asked to. After `true` the number means nothing any more.
     fn fetched(&self, fetch: u64, wait: bool) -> Result<bool, CudaError>;
+}
+
+/// A launch that was written down.
+#[derive(Clone, PartialEq, Debug)]
+pub(super) struct Recorded {
+    pub kernel: Kernel,
+    pub launch: Launch,
+    pub args: Vec<Arg>,
+}
+
+/// Which thread's launches a device writes down, and those it has.
+#[derive(Debug, Default)]
+pub(super) struct Recorder(Mutex<Option<(ThreadId, Vec<Recorded>)>>);
+
+impl Recorder {
+    pub fn begin(&self) -> Result<(), CudaError> {
+        let mut state = lock(&self.0);
+        if state.is_some() {
+            return Err(CudaError::Unavailable("launches are being recorded already".into()));
+        }
+        *state = Some((std::thread::current().id(), Vec::new()));
+        Ok(())
+    }
+
+    /// Whether the launch was written down, so that it must not be made.
+    pub fn takes(&self, kernel: Kernel, launch: &Launch, args: &[Arg]) -> bool {
+        match &mut *lock(&self.0) {
+            Some((thread, launches)) if *thread == std::thread::current().id() => {
+                launches.push(Recorded { kernel, launch: *launch, args: args.to_vec() });
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Refuses what is no launch to the thread that records.
+    pub fn refuse(&self, what: &'static str) -> Result<(), CudaError> {
+        match &*lock(&self.0) {
+            Some((thread, _)) if *thread == std::thread::current().id() => Err(CudaError::Call {
+                call: what,
+                reason: "launches are being recorded, and nothing else can be".into(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    pub fn end(&self) -> Result<Vec<Recorded>, CudaError> {
+        let mut state = lock(&self.0);
+        match state.take() {
+            Some((thread, launches)) if thread == std::thread::current().id() => Ok(launches),
+            other => {
+                *state = other;
+                Err(CudaError::Unavailable("this thread records no launches".into()))
+            }
+        }
+    }
+}
+
+/// Launches that were recorded once and are made again with one call: a device starts them one behind the other without the host.
+/// Their arguments, addresses above all, stay what they were; what changes from time to time lies in the memory they point to.
+#[derive(Debug)]
+pub struct Graph {
+    device: Arc<dyn Device>,
+    number: u64,
+}
+
+impl Graph {
+    /// Records the launches that `run` asks of the device on this thread. They are not made.
+    ///
+    /// # Errors
+    ///
+    /// Those of `run`, and what the device refuses: copies while recording, or graphs altogether.
+    pub fn record(device: &Arc<dyn Device>, run: impl FnOnce() -> Result<(), CudaError>) -> Result<Self, CudaError> {
+        /// Ends the recording if `run` fails or panics.
+        struct Recording<'a>(&'a dyn Device);
+        impl Drop for Recording<'_> {
+            fn drop(&mut self) {
+                if let Err(error) = self.0.end_recording(false) {
+                    tracing::error!("a recording does not end: {error}");
+                }
+            }
+        }
+        device.begin_recording()?;
+        let recording = Recording(&**device);
+        run()?;
+        std::mem::forget(recording);
+        let number = device.end_recording(true)?.expect("a recording that is kept has a number");
+        Ok(Self { device: device.clone(), number })
+    }
+
+    /// Asks for the launches again.
+    ///
+    /// # Safety
+    ///
+    /// What was promised of each launch when it was recorded holds again: its addresses are of memory that is still allocated, and
+    /// what lies there is what the kernels expect.
+    pub unsafe fn replay(&self) -> Result<(), CudaError> {
+        // SAFETY: passed on; the graph lives as long as `self`.
+        unsafe { self.device.replay(self.number) }
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: recorded by `record`, and nobody can ask for it any more.
+        unsafe { self.device.free_graph(self.number) }
+    }
 }
 
 mod sealed {

@@ -8,7 +8,7 @@
 //! without a driver gets an error.
 
 use super::compile;
-use super::device::{Arg, ArgValue, CudaError, Device, Kernel, Launch, Properties, TensorMap};
+use super::device::{Arg, ArgValue, CudaError, Device, Kernel, Launch, Properties, Recorded, Recorder, TensorMap};
 use super::lock;
 use crate::DType;
 use cudarc::driver::{DriverError, result, sys};
@@ -40,6 +40,15 @@ pub struct Driver {
     modules: Mutex<HashMap<&'static str, sys::CUmodule>>,
     staging: Mutex<Option<Staging>>,
     fetches: Mutex<Fetches>,
+    recorder: Recorder,
+    graphs: Mutex<Graphs>,
+}
+
+/// Graphs that were made, by number.
+#[derive(Debug, Default)]
+struct Graphs {
+    made: u64,
+    kept: HashMap<u64, sys::CUgraphExec>,
 }
 
 /// A kernel that has been loaded, and the dynamic shared memory that it was allowed.
@@ -151,6 +160,8 @@ impl Driver {
             modules: Mutex::default(),
             staging: Mutex::default(),
             fetches: Mutex::default(),
+            recorder: Recorder::default(),
+            graphs: Mutex::default(),
         };
         driver.rehearse()?;
         Ok(driver)
@@ -263,6 +274,59 @@ impl Driver {
     }
 }
 
+impl Driver {
+    /// A graph of launches one behind the other. It is put together by hand and not captured from the stream, so that what other
+    /// threads ask of the stream meanwhile has nothing to do with it.
+    fn instantiate(&self, launches: &[Recorded]) -> Result<sys::CUgraphExec, CudaError> {
+        /// Destroyed in any case: what runs is made of it.
+        struct Draft(sys::CUgraph);
+        impl Drop for Draft {
+            fn drop(&mut self) {
+                // SAFETY: made below, and nobody else has it.
+                let _ = unsafe { sys::cuGraphDestroy(self.0) };
+            }
+        }
+        let mut draft = std::ptr::null_mut();
+        // SAFETY: a place for the handle.
+        call("cuGraphCreate", unsafe { sys::cuGraphCreate(&raw mut draft, 0) }.result())?;
+        let draft = Draft(draft);
+        let mut last: Option<sys::CUgraphNode> = None;
+        for Recorded { kernel, launch, args } in launches {
+            let mut values: Vec<ArgValue> = args.iter().map(ArgValue::of).collect();
+            let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|value| (&raw mut *value).cast()).collect();
+            let node = sys::CUDA_KERNEL_NODE_PARAMS {
+                func: self.function(*kernel, launch.shared_bytes)?,
+                gridDimX: launch.grid[0],
+                gridDimY: launch.grid[1],
+                gridDimZ: launch.grid[2],
+                blockDimX: launch.block[0],
+                blockDimY: launch.block[1],
+                blockDimZ: launch.block[2],
+                sharedMemBytes: launch.shared_bytes,
+                kernelParams: pointers.as_mut_ptr(),
+                extra: std::ptr::null_mut(),
+                kern: std::ptr::null_mut(),
+                ctx: std::ptr::null_mut(),
+            };
+            let mut at = std::ptr::null_mut();
+            let before = last.as_ref().map_or(std::ptr::null(), |node| &raw const *node);
+            // SAFETY: the draft lives, `before` is one of its nodes or none, and the driver copies the parameters and what they
+            // point to before it returns.
+            let added = unsafe {
+                let count = usize::from(last.is_some());
+                sys::cuGraphAddKernelNode_v2(&raw mut at, draft.0, before, count, &raw const node)
+            };
+            call("cuGraphAddKernelNode", added.result())?;
+            last = Some(at);
+        }
+        let mut graph = std::ptr::null_mut();
+        // SAFETY: the draft lives; a place for the handle.
+        let made = unsafe { sys::cuGraphInstantiateWithFlags(&raw mut graph, draft.0, 0) };
+        call("cuGraphInstantiate", made.result())?;
+        Ok(graph)
+    }
+}
+
 /// Copies with several threads.
 fn fill_in_parallel(to: &mut [u8], from: &[u8]) {
     let part = from.len().div_ceil(STAGING_THREADS).max(1 << 20);
@@ -304,6 +368,7 @@ impl Device for Driver {
     }
 
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), CudaError> {
+        self.recorder.refuse("upload")?;
         self.enter()?;
         if from.len() >= STAGING_BYTES {
             // SAFETY: the caller's promise.
@@ -314,6 +379,7 @@ impl Device for Driver {
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), CudaError> {
+        self.recorder.refuse("download")?;
         self.enter()?;
         // SAFETY: the caller's promise; `to` is borrowed until the copy is done, because this waits for it.
         unsafe {
@@ -323,18 +389,23 @@ impl Device for Driver {
     }
 
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
+        self.recorder.refuse("copy")?;
         self.enter()?;
         // SAFETY: the caller's promise.
         call("cuMemcpyDtoDAsync", unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) })
     }
 
     unsafe fn fill(&self, at: u64, byte: u8, bytes: usize) -> Result<(), CudaError> {
+        self.recorder.refuse("fill")?;
         self.enter()?;
         // SAFETY: the caller's promise.
         call("cuMemsetD8Async", unsafe { result::memset_d8_async(at, byte, bytes, self.stream) })
     }
 
     unsafe fn launch(&self, kernel: Kernel, launch: &Launch, args: &[Arg]) -> Result<(), CudaError> {
+        if self.recorder.takes(kernel, launch, args) {
+            return Ok(());
+        }
         self.enter()?;
         let failed = |reason| CudaError::Launch { kernel: kernel.name, file: kernel.source, reason };
         let function = self.function(kernel, launch.shared_bytes)?;
@@ -350,11 +421,49 @@ impl Device for Driver {
     }
 
     fn synchronize(&self) -> Result<(), CudaError> {
+        self.recorder.refuse("synchronize")?;
         self.enter()?;
         // SAFETY: both streams live as long as `self`.
         unsafe {
             call("cuStreamSynchronize", result::stream::synchronize(self.stream))?;
             call("cuStreamSynchronize", result::stream::synchronize(self.side))
+        }
+    }
+
+    fn begin_recording(&self) -> Result<(), CudaError> {
+        self.recorder.begin()
+    }
+
+    fn end_recording(&self, keep: bool) -> Result<Option<u64>, CudaError> {
+        let launches = self.recorder.end()?;
+        if !keep {
+            return Ok(None);
+        }
+        self.enter()?;
+        let graph = guarded(|| self.instantiate(&launches))?;
+        let mut graphs = lock(&self.graphs);
+        graphs.made += 1;
+        let number = graphs.made;
+        graphs.kept.insert(number, graph);
+        Ok(Some(number))
+    }
+
+    unsafe fn replay(&self, graph: u64) -> Result<(), CudaError> {
+        self.recorder.refuse("replay")?;
+        self.enter()?;
+        let graph = *lock(&self.graphs).kept.get(&graph).expect("a graph that was recorded");
+        // SAFETY: the graph and the stream exist; what its launches read and write is the caller's promise.
+        call("cuGraphLaunch", unsafe { sys::cuGraphLaunch(graph, self.stream) }.result())
+    }
+
+    unsafe fn free_graph(&self, graph: u64) {
+        let Some(graph) = lock(&self.graphs).kept.remove(&graph) else { return };
+        let freed = self.enter().and_then(|()| self.synchronize()).and_then(|()| {
+            // SAFETY: nobody else has it, and it is not running any more.
+            call("cuGraphExecDestroy", unsafe { sys::cuGraphExecDestroy(graph) }.result())
+        });
+        if let Err(error) = freed {
+            tracing::error!("a graph was not freed: {error}");
         }
     }
 
@@ -428,6 +537,7 @@ impl Device for Driver {
     }
 
     unsafe fn begin_fetch(&self, pieces: &[(u64, usize)], to: *mut u8) -> Result<u64, CudaError> {
+        self.recorder.refuse("begin_fetch")?;
         self.enter()?;
         let mut fetches = lock(&self.fetches);
         let event = match fetches.spare.pop() {
@@ -479,6 +589,7 @@ impl Drop for Driver {
         }
         let staging = lock(&self.staging).take();
         let (fetches, modules) = (std::mem::take(&mut *lock(&self.fetches)), std::mem::take(&mut *lock(&self.modules)));
+        let graphs = std::mem::take(&mut *lock(&self.graphs));
         // SAFETY: everything asked for is done, and these handles are used by nobody else.
         unsafe {
             for (buffer, event) in staging.into_iter().flat_map(|s| s.buffers.into_iter().zip(s.read)) {
@@ -487,6 +598,9 @@ impl Drop for Driver {
             }
             for event in fetches.spare.into_iter().chain(fetches.pending.into_values()) {
                 let _ = result::event::destroy(event);
+            }
+            for graph in graphs.kept.into_values() {
+                let _ = sys::cuGraphExecDestroy(graph);
             }
             for module in modules.into_values() {
                 let _ = result::module::unload(module);

@@ -6,7 +6,7 @@
 //! every float type) and lies between guard zones that are looked at when the device is synchronised and when memory is
 //! freed. What it cannot show: the time that anything takes, and races between blocks.
 
-use super::device::{Arg, ArgValue, CudaError, Device, Kernel, Launch, Properties, TensorMap};
+use super::device::{Arg, ArgValue, CudaError, Device, Kernel, Launch, Properties, Recorded, Recorder, TensorMap};
 use super::lock;
 use super::source::{EMULATOR, HEADERS, Source};
 use std::collections::{BTreeMap, HashMap};
@@ -44,6 +44,15 @@ pub struct Emulated {
     order: Mutex<Order>,
     memory: Mutex<BTreeMap<u64, Allocation>>,
     fetches: Mutex<Fetches>,
+    recorder: Recorder,
+    graphs: Mutex<Graphs>,
+}
+
+/// Recorded launches by number.
+#[derive(Debug, Default)]
+struct Graphs {
+    made: u64,
+    kept: HashMap<u64, Arc<Vec<Recorded>>>,
 }
 
 /// Copies to the host that nobody has asked after yet: they are done when somebody does, as late as a device could.
@@ -95,6 +104,8 @@ impl Emulated {
             order: Mutex::new(Order::Forward),
             memory: Mutex::default(),
             fetches: Mutex::default(),
+            recorder: Recorder::default(),
+            graphs: Mutex::default(),
         })
     }
 
@@ -218,6 +229,7 @@ impl Device for Emulated {
     }
 
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), CudaError> {
+        self.recorder.refuse("upload")?;
         let to = self.bounds(to, from.len())?;
         // SAFETY: the range lies within an allocation, whose memory no reference in Rust points to.
         unsafe { to.copy_from_nonoverlapping(from.as_ptr(), from.len()) };
@@ -225,6 +237,7 @@ impl Device for Emulated {
     }
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<(), CudaError> {
+        self.recorder.refuse("download")?;
         let from = self.bounds(from, to.len())?;
         // SAFETY: as in `upload`, and every byte was initialised when it was allocated.
         unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from, to.len()) };
@@ -232,6 +245,7 @@ impl Device for Emulated {
     }
 
     unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
+        self.recorder.refuse("copy")?;
         let (from, to) = (self.bounds(from, bytes)?, self.bounds(to, bytes)?);
         // SAFETY: both ranges lie within allocations; `copy` allows overlap, although the caller promised none.
         unsafe { to.copy_from(from, bytes) };
@@ -239,6 +253,7 @@ impl Device for Emulated {
     }
 
     unsafe fn fill(&self, at: u64, byte: u8, bytes: usize) -> Result<(), CudaError> {
+        self.recorder.refuse("fill")?;
         let at = self.bounds(at, bytes)?;
         // SAFETY: the range lies within an allocation.
         unsafe { at.write_bytes(byte, bytes) };
@@ -246,6 +261,9 @@ impl Device for Emulated {
     }
 
     unsafe fn launch(&self, kernel: Kernel, launch: &Launch, args: &[Arg]) -> Result<(), CudaError> {
+        if self.recorder.takes(kernel, launch, args) {
+            return Ok(());
+        }
         let failed = |reason: String| CudaError::Launch { kernel: kernel.name, file: kernel.source, reason };
         if launch.shared_bytes > self.properties.shared_per_block {
             let limit = self.properties.shared_per_block;
@@ -290,6 +308,7 @@ impl Device for Emulated {
     }
 
     fn synchronize(&self) -> Result<(), CudaError> {
+        self.recorder.refuse("synchronize")?;
         Self::check_guards(&lock(&self.memory))
     }
 
@@ -307,6 +326,35 @@ impl Device for Emulated {
         Ok(bytes)
     }
 
+    fn begin_recording(&self) -> Result<(), CudaError> {
+        self.recorder.begin()
+    }
+
+    fn end_recording(&self, keep: bool) -> Result<Option<u64>, CudaError> {
+        let launches = self.recorder.end()?;
+        if !keep {
+            return Ok(None);
+        }
+        let mut graphs = lock(&self.graphs);
+        graphs.made += 1;
+        let number = graphs.made;
+        graphs.kept.insert(number, Arc::new(launches));
+        Ok(Some(number))
+    }
+
+    unsafe fn replay(&self, graph: u64) -> Result<(), CudaError> {
+        self.recorder.refuse("replay")?;
+        let launches = lock(&self.graphs).kept.get(&graph).cloned().expect("a graph that was recorded");
+        launches.iter().try_for_each(|Recorded { kernel, launch, args }| {
+            // SAFETY: the caller's promise is that of each launch.
+            unsafe { self.launch(*kernel, launch, args) }
+        })
+    }
+
+    unsafe fn free_graph(&self, graph: u64) {
+        lock(&self.graphs).kept.remove(&graph);
+    }
+
     fn alloc_pinned(&self, bytes: usize) -> Result<*mut u8, CudaError> {
         let layout = pinned_layout(bytes).ok_or(CudaError::OutOfMemory { wanted: bytes, free: 0 })?;
         // SAFETY: `pinned_layout` has no size of 0.
@@ -321,6 +369,7 @@ impl Device for Emulated {
     }
 
     unsafe fn begin_fetch(&self, pieces: &[(u64, usize)], to: *mut u8) -> Result<u64, CudaError> {
+        self.recorder.refuse("begin_fetch")?;
         for (from, bytes) in pieces {
             self.bounds(*from, *bytes)?;
         }

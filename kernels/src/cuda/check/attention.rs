@@ -4,31 +4,57 @@ use super::{Checks, Draw, error, poisoned, precision, read, rounded};
 use crate::cuda::device::{Buffer, CudaError, Device};
 use crate::cuda::ops::attention::{self, Layer, Lists, query_dtype};
 use crate::cuda::ops::pages::Pages;
-use crate::cuda::plan::attention::{Decode, ITEM_WORDS, Prefill, Span, prefill_kernel};
+use crate::cuda::plan::attention::{
+    Decode, ITEM_WORDS, Prefill, Span, WGMMA_HEADS, experimental_prefill_kernel, prefill_kernel,
+};
 use crate::{AttentionItem, DType, KvDtype, KvFormat, reference};
 use std::sync::Arc;
 
 pub(super) fn run(checks: &mut Checks<'_>) {
     let longest = checks.size(70, 3000);
     for dtype in KvDtype::ALL {
-        for (what, single) in [("decode", true), ("prefill", false)] {
+        for (what, kernels) in [("decode", Kernels::Single), ("prefill", Kernels::Chunks)] {
             let cases = checks.size(2, 6);
             checks.check(format!("attention {what} {}", dtype.name()), cases, |device, draw| {
-                attend(device, draw, dtype, single, longest)
+                attend(device, draw, dtype, kernels, longest)
             });
         }
     }
+}
+
+/// Hopper's kernel, where it is.
+pub(super) fn run_experimental(checks: &mut Checks<'_>) {
+    if checks.device.properties().sm != 90 {
+        return;
+    }
+    let (longest, cases) = (checks.size(70, 3000), checks.size(2, 8));
+    for dtype in [KvDtype::BF16, KvDtype::F16] {
+        checks.check(format!("wgmma attention {}", dtype.name()), cases, |device, draw| {
+            attend(device, draw, dtype, Kernels::Experimental, longest)
+        });
+    }
+}
+
+/// What is checked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kernels {
+    Single,
+    Chunks,
+    /// Chunks, by the kernel that is off by default.
+    Experimental,
 }
 
 fn attend(
     device: &Arc<dyn Device>,
     draw: &mut Draw,
     dtype: KvDtype,
-    single: bool,
+    kernels: Kernels,
     longest: usize,
 ) -> Result<f64, CudaError> {
+    let (single, experimental) = (kernels == Kernels::Single, kernels == Kernels::Experimental);
     let kv_heads = draw.within(1, 2);
-    let (heads, head_dim) = (kv_heads * draw.within(1, 4), [16, 64, 80, 128][draw.within(0, 3)]);
+    let dims: &[usize] = if experimental { &WGMMA_HEADS } else { &[16, 64, 80, 128] };
+    let (heads, head_dim) = (kv_heads * draw.within(1, 4), dims[draw.within(0, dims.len() - 1)]);
     let format = KvFormat { dtype, kv_heads, head_dim, block_size: [4, 16, 32][draw.within(0, 2)] };
     let window = [None, Some(draw.within(1, longest))][draw.within(0, 1)];
     let stride = format.page_bytes().next_multiple_of(64);
@@ -70,7 +96,11 @@ fn attend(
     let to = if query == DType::F32 { DType::F32 } else { query };
     let out = poisoned(device, to, want.len())?;
     let target = (to, out.address());
-    let kernel = prefill_kernel(&format, device.properties().shared_per_block as usize).chosen;
+    let (shared, sm) = (device.properties().shared_per_block as usize, device.properties().sm);
+    let kernel = match experimental {
+        true => experimental_prefill_kernel(&format, shared, sm).chosen,
+        false => prefill_kernel(&format, shared).chosen,
+    };
     let decode = single.then(|| Decode::new(&spans, window));
     let (list, work) = match &decode {
         Some(plan) => (plan.items.clone(), plan.work.clone()),

@@ -1,10 +1,10 @@
 //! Checks of products with weights of every type, in the kernels for many rows and in those for few.
 
-use super::{Checks, Draw, error, poisoned, precision, read, rounded};
+use super::{Checks, Draw, error, poisoned, precision, product_of, read, rounded};
+use crate::DType;
 use crate::cuda::device::{Buffer, CudaError, Device};
 use crate::cuda::ops::matmul::{Finish, Path, Products, Weight, X, compute_type};
 use crate::quant::quantize_row;
-use crate::{DType, Matrix, reference};
 use std::sync::Arc;
 
 pub(super) fn run(checks: &mut Checks<'_>) {
@@ -17,17 +17,30 @@ pub(super) fn run(checks: &mut Checks<'_>) {
         for (path, what) in [(Path::Gemm, "gemm"), (Path::Skinny, "skinny")] {
             let cases = checks.size(2, 5);
             checks.check(format!("matmul {} {what}", dtype.name()), cases, |device, draw| {
-                product(device, draw, dtype, path, rows_max, size_max)
+                product(device, draw, (dtype, path, false), rows_max, size_max)
             });
         }
+    }
+}
+
+/// Hopper's kernels, where they are.
+pub(super) fn run_experimental(checks: &mut Checks<'_>) {
+    if checks.device.properties().sm != 90 {
+        return;
+    }
+    let (rows_max, size_max) = (checks.size(20, 700), checks.size(2, 12));
+    let cases = checks.size(2, 8);
+    for dtype in [DType::BF16, DType::F16] {
+        checks.check(format!("wgmma matmul {}", dtype.name()), cases, |device, draw| {
+            product(device, draw, (dtype, Path::Gemm, true), rows_max, size_max)
+        });
     }
 }
 
 fn product(
     device: &Arc<dyn Device>,
     draw: &mut Draw,
-    dtype: DType,
-    path: Path,
+    (dtype, path, experimental): (DType, Path, bool),
     rows_max: usize,
     size_max: usize,
 ) -> Result<f64, CudaError> {
@@ -41,13 +54,12 @@ fn product(
     }
     let (x_bytes, x) = rounded(compute, &draw.vector(m * k));
     let (bias, before) = (draw.vector(n), draw.vector(m * n));
-    let matrix = Matrix::new(dtype, n, k, &weights).expect("a matrix");
-    let mut want = vec![0.0; m * n];
-    reference::matmul(&x, &matrix, Some(&bias), &mut want);
+    let want = product_of(&x, (dtype, n, k), &weights, Some(&bias));
 
     let (dx, dw) = (Buffer::of(device, &x_bytes)?, Buffer::of(device, &weights)?);
     let bias = Buffer::of(device, &bias)?;
     let products = Products::new(device, Products::scratch_bytes([(dtype, n, k)]))?;
+    let products = if experimental { products.experimental() } else { products };
     let weight = Weight { dtype, n, k, address: dw.address() };
     let operand = X { address: dx.address(), dtype: compute, rows: m };
     // A quantised weight is rounded to bf16 for the tensor cores.

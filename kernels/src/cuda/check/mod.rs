@@ -1,17 +1,19 @@
 //! Checks of every operation on a device: random shapes and values, outputs poisoned, results held against the f64 references or,
 //! where bits are promised, against the CPU's bits. For `cluster gpu-check`, on a real device or the emulated one.
 //!
-//! Read [`all`] and [`Check`].
+//! Read [`run`], [`Group`] and [`Check`]; [`timing`] says how fast a device is.
 
 mod attention;
 mod matmul;
 mod rows;
+mod scaled;
 pub mod timing;
 
 use super::device::{Buffer, CudaError, Device};
-use crate::DType;
 use crate::quant::{dequantize_row, quantize_row};
+use crate::{DType, Matrix, reference};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// How large shapes are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -20,6 +22,27 @@ pub enum Effort {
     Small,
     /// For a device.
     Full,
+}
+
+/// Operations that are checked together. A kernel that goes wrong may take the device's context with it, so each group had better
+/// have a process of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Group {
+    /// Norms, rotations, gates, embeddings, keys and values into pages.
+    Rows,
+    /// Attention of single queries and of chunks.
+    Attention,
+    /// Products with weights of every type.
+    Products,
+    /// Products with fp8 and fp4 weights.
+    Scaled,
+    /// The kernels that are off by default because no device has run them, where the device has the instructions.
+    Experimental,
+}
+
+impl Group {
+    /// Every group, simple ones first.
+    pub const ALL: [Group; 5] = [Self::Rows, Self::Attention, Self::Products, Self::Scaled, Self::Experimental];
 }
 
 /// What came of one operation in one type.
@@ -70,26 +93,38 @@ struct Checks<'a> {
     device: &'a Arc<dyn Device>,
     draw: Draw,
     effort: Effort,
+    /// After this, an operation gets one case.
+    deadline: Option<Instant>,
     report: &'a mut dyn FnMut(&Check),
     done: Vec<Check>,
 }
 
-/// Checks every operation; `report` hears of each as it is done.
+/// Checks every operation of a group; `report` hears of each as it is done. When the deadline has passed, those that are left get one
+/// case each.
 ///
 /// # Errors
 ///
 /// Only what makes going on pointless. A kernel that fails is a [`Check::failure`].
-pub fn all(
+pub fn run(
     device: &Arc<dyn Device>,
+    group: Group,
     seed: u64,
     effort: Effort,
+    deadline: Option<Instant>,
     report: &mut dyn FnMut(&Check),
 ) -> Result<Vec<Check>, CudaError> {
     super::selftest::run(device)?;
-    let mut checks = Checks { device, draw: Draw::new(seed), effort, report, done: Vec::new() };
-    rows::run(&mut checks);
-    attention::run(&mut checks);
-    matmul::run(&mut checks);
+    let mut checks = Checks { device, draw: Draw::new(seed), effort, deadline, report, done: Vec::new() };
+    match group {
+        Group::Rows => rows::run(&mut checks),
+        Group::Attention => attention::run(&mut checks),
+        Group::Products => matmul::run(&mut checks),
+        Group::Scaled => scaled::run(&mut checks),
+        Group::Experimental => {
+            matmul::run_experimental(&mut checks);
+            attention::run_experimental(&mut checks);
+        }
+    }
     device.synchronize()?;
     Ok(checks.done)
 }
@@ -103,7 +138,10 @@ impl Checks<'_> {
         mut case: impl FnMut(&Arc<dyn Device>, &mut Draw) -> Result<f64, CudaError>,
     ) {
         let mut check = Check { name, cases: 0, worst: 0.0, failure: None };
-        for _ in 0..cases {
+        while check.cases < cases {
+            if check.cases > 0 && self.deadline.is_some_and(|deadline| Instant::now() > deadline) {
+                break;
+            }
             match case(self.device, &mut self.draw) {
                 Ok(error) => {
                     check.cases += 1;
@@ -138,6 +176,22 @@ fn rounded(dtype: DType, values: &[f32]) -> (Vec<u8>, Vec<f32>) {
     let mut back = vec![0.0; values.len()];
     dequantize_row(dtype, &bytes, &mut back);
     (bytes, back)
+}
+
+/// The reference's product of rows with a stored matrix (type, n, k), the rows shared among this machine's cores: in f64 it takes
+/// longer than anything on a device.
+fn product_of(x: &[f32], (dtype, n, k): (DType, usize, usize), weights: &[u8], bias: Option<&[f32]>) -> Vec<f32> {
+    let matrix = Matrix::new(dtype, n, k, weights).expect("a matrix");
+    let rows = x.len() / k;
+    let mut y = vec![0.0; rows * n];
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let each = rows.div_ceil(cores).max(1);
+    std::thread::scope(|scope| {
+        for (x, y) in x.chunks(each * k).zip(y.chunks_mut(each * n)) {
+            scope.spawn(|| reference::matmul(x, &matrix, bias, y));
+        }
+    });
+    y
 }
 
 /// A poisoned output.
@@ -184,12 +238,37 @@ mod tests {
     fn the_emulated_device_passes_and_a_damaged_result_does_not() {
         let Some(emulated) = Emulated::for_tests() else { return };
         let device: Arc<dyn Device> = emulated;
-        let checks = all(&device, 11, Effort::Small, &mut |_| {}).expect("the device works");
-        for check in &checks {
-            assert!(check.failure.is_none() && check.cases > 0, "{check:?}");
+        let mut count = 0;
+        for group in Group::ALL {
+            let checks = run(&device, group, 11, Effort::Small, None, &mut |_| {}).expect("the device works");
+            for check in &checks {
+                assert!(check.failure.is_none() && check.cases > 0, "{check:?}");
+            }
+            count += checks.len();
         }
-        assert!(checks.len() >= 20, "{} checks", checks.len());
+        assert!(count >= 22, "{count} checks");
         assert!(error(&[1.0, f32::NAN], &[1.0, 2.0], 1.0, 1.0).is_infinite());
         assert!(error(&[1.1], &[1.0], 0.01, 0.0) > 1.0 && error(&[1.1], &[1.0], 0.2, 0.0) < 1.0);
+    }
+
+    /// What no device may run by default is checked as well, on a device that has its instructions; late checks get one case.
+    #[test]
+    fn kernels_of_one_architecture_are_checked_there() {
+        let Ok(emulated) = Emulated::beside_the_program() else { return println!("skipped: no C++ compiler") };
+        let hopper = |p: &mut crate::cuda::Properties| (p.sm, p.shared_per_block) = (90, 227 << 10);
+        let device: Arc<dyn Device> = Arc::new(emulated.with_properties(hopper));
+        for (group, wanted) in [
+            (Group::Scaled, &["matmul fp8 skinny", "matmul nvfp4 skinny", "matmul fp8 gemm"][..]),
+            (
+                Group::Experimental,
+                &["wgmma matmul BF16", "wgmma matmul F16", "wgmma attention bf16", "wgmma attention f16"],
+            ),
+        ] {
+            let checks = run(&device, group, 3, Effort::Small, Some(Instant::now()), &mut |_| {}).expect("it works");
+            assert_eq!(checks.iter().map(|check| check.name.as_str()).collect::<Vec<_>>(), wanted);
+            for check in checks {
+                assert!(check.failure.is_none() && check.cases == 1, "{check:?}");
+            }
+        }
     }
 }

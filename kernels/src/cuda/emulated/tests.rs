@@ -1,7 +1,7 @@
 //! The emulator runs kernels, and says what is wrong with those that are wrong.
 
 use super::*;
-use crate::cuda::device::Buffer;
+use crate::cuda::device::{Buffer, Graph};
 use crate::testing::Random;
 
 fn kernel(name: &'static str) -> Kernel {
@@ -231,4 +231,37 @@ fn conversions_are_those_of_the_pages() {
             }
         }
     }
+}
+
+/// A graph makes its launches when it is replayed, with what its memory holds then; recording makes none, and takes no copies.
+#[test]
+fn launches_are_recorded_and_replayed() {
+    let Some((_, device)) = device() else { return };
+    let (dx, dy) = (Buffer::of(&device, &[1f32; 8]).unwrap(), Buffer::of(&device, &[0f32; 8]).unwrap());
+    let args = [Arg::U32(8), Arg::F32(2.0), Arg::Ptr(dx.address()), Arg::Ptr(dy.address())];
+    let twice = || {
+        launch(&device, "selftest_axpy", line(1, 32, 0), &args)?;
+        launch(&device, "selftest_axpy", line(1, 32, 0), &args)
+    };
+    let graph = Graph::record(&device, twice).unwrap();
+    assert_eq!(dy.to_vec::<f32>(8).unwrap(), [0.0; 8]);
+    // SAFETY: both buffers are alive.
+    unsafe { graph.replay().unwrap() };
+    assert_eq!(dy.to_vec::<f32>(8).unwrap(), [4.0; 8]);
+    dx.upload(0, &[10f32; 8]).unwrap();
+    // SAFETY: as above.
+    unsafe { graph.replay().unwrap() };
+    assert_eq!(dy.to_vec::<f32>(8).unwrap(), [44.0; 8]);
+
+    let error = Graph::record(&device, || dx.upload(0, &[0f32; 8])).unwrap_err();
+    assert!(error.to_string().contains("launches are being recorded"), "{error}");
+    // Another thread's copies and launches are its own affair.
+    let other = Graph::record(&device, || {
+        std::thread::scope(|scope| scope.spawn(|| dx.upload(0, &[1f32; 8])).join().expect("no panic"))?;
+        twice()
+    });
+    // SAFETY: as above.
+    unsafe { other.unwrap().replay().unwrap() };
+    assert_eq!(dy.to_vec::<f32>(8).unwrap(), [48.0; 8]);
+    device.synchronize().unwrap();
 }

@@ -1,0 +1,108 @@
+//! Checks of products with fp8 and fp4 weights that have a factor per row.
+
+use super::{Checks, Draw, error, poisoned, precision, product_of, read, rounded};
+use crate::DType;
+use crate::cuda::device::{Buffer, CudaError, Device};
+use crate::cuda::ops::matmul::{Finish, X};
+use crate::cuda::ops::scaled::{Fp8Rows, ScaledFinish, ScaledType, ScaledWeight, gemm, quantize_rows, skinny};
+use crate::kv::{e4m3_to_f32, f32_to_e4m3};
+use std::sync::Arc;
+
+/// The magnitudes of fp4 (e2m1).
+const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+
+pub(super) fn run(checks: &mut Checks<'_>) {
+    let (rows_max, size_max) = (checks.size(20, 700), checks.size(2, 40));
+    let cases = checks.size(2, 5);
+    for (dtype, name) in [(ScaledType::E4M3, "fp8"), (ScaledType::NvFp4, "nvfp4")] {
+        checks.check(format!("matmul {name} skinny"), cases, |device, draw| few(device, draw, dtype, size_max));
+    }
+    if checks.device.properties().sm >= 89 {
+        checks.check("matmul fp8 gemm".into(), cases, |device, draw| many(device, draw, rows_max, size_max));
+    }
+}
+
+/// A random weight `[n, k]`: its bytes, its values without the factors, and the factors.
+fn weight(draw: &mut Draw, dtype: ScaledType, n: usize, k: usize) -> (Vec<u8>, Vec<f32>, Vec<f32>) {
+    let mut fp8 = |count: usize| -> Vec<u8> { draw.vector(count).into_iter().map(f32_to_e4m3).collect() };
+    let (mut bytes, mut values) = (Vec::new(), Vec::new());
+    match dtype {
+        ScaledType::E4M3 => {
+            bytes = fp8(n * k);
+            values.extend(bytes.iter().map(|code| e4m3_to_f32(*code)));
+        }
+        ScaledType::NvFp4 => {
+            for _ in 0..n * k / 64 {
+                let (scales, pairs) = (fp8(4), fp8(32));
+                for e in 0..64 {
+                    let code = pairs[e / 2] >> (4 * (e % 2)) & 15;
+                    let magnitude = E2M1[usize::from(code & 7)];
+                    let value = if code & 8 == 0 { magnitude } else { -magnitude };
+                    values.push(value * e4m3_to_f32(scales[e / 16]));
+                }
+                bytes.extend(scales.into_iter().chain(pairs));
+            }
+        }
+    }
+    let factors = draw.vector(n).into_iter().map(|v| v.abs() / 50.0).collect();
+    (bytes, values, factors)
+}
+
+/// `x · wᵀ` with each row of w multiplied by its factor.
+fn reference(x: &[f32], (values, factors): (&[f32], &[f32]), k: usize) -> Vec<f32> {
+    let scaled = values.chunks(k).zip(factors).flat_map(|(row, factor)| row.iter().map(move |v| v * factor));
+    let bytes: Vec<u8> = scaled.flat_map(f32::to_le_bytes).collect();
+    product_of(x, (DType::F32, factors.len(), k), &bytes, None)
+}
+
+fn few(device: &Arc<dyn Device>, draw: &mut Draw, dtype: ScaledType, size_max: usize) -> Result<f64, CudaError> {
+    let k = dtype.unit() * draw.within(1, size_max * 64 / dtype.unit());
+    let (m, n) = (draw.within(1, 64), draw.within(1, 100 * size_max));
+    let (x_bytes, x) = rounded(DType::BF16, &draw.vector(m * k));
+    let (bytes, values, factors) = weight(draw, dtype, n, k);
+    let want = reference(&x, (&values, &factors), k);
+    let (x_on, w_on, factors_on) =
+        (Buffer::of(device, &x_bytes)?, Buffer::of(device, &bytes)?, Buffer::of(device, &factors)?);
+    let y = poisoned(device, DType::F32, m * n)?;
+    let operand = X { address: x_on.address(), dtype: DType::BF16, rows: m };
+    let w = ScaledWeight { dtype, n, k, address: w_on.address(), scales: factors_on.address() };
+    let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
+    // SAFETY: every operand has the size that its shape says.
+    unsafe { skinny(&**device, operand, &w, finish, y.address())? };
+    let loss = 1e-5 * (k as f64).sqrt();
+    Ok(error(&read(&y, DType::F32)?, &want, precision(DType::F32), loss))
+}
+
+fn many(device: &Arc<dyn Device>, draw: &mut Draw, rows_max: usize, size_max: usize) -> Result<f64, CudaError> {
+    let k = 16 * draw.within(1, size_max * 4);
+    let (m, n) = (draw.within(1, rows_max), draw.within(1, 100 * size_max));
+    let (x_bytes, x) = rounded(DType::BF16, &draw.vector(m * k));
+    let (bytes, values, factors) = weight(draw, ScaledType::E4M3, n, k);
+    let (x_on, w_on, factors_on) =
+        (Buffer::of(device, &x_bytes)?, Buffer::of(device, &bytes)?, Buffer::of(device, &factors)?);
+    let (codes, scales) = (Buffer::new(device, m * k)?, poisoned(device, DType::F32, m)?);
+    codes.fill(0xff)?;
+    let to = Fp8Rows { address: codes.address(), scales: scales.address(), rows: m };
+    let y = poisoned(device, DType::F32, m * n)?;
+    let w = ScaledWeight { dtype: ScaledType::E4M3, n, k, address: w_on.address(), scales: factors_on.address() };
+    let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
+    // SAFETY: every operand has the size that its shape says.
+    unsafe {
+        let rows = X { address: x_on.address(), dtype: DType::BF16, rows: m };
+        quantize_rows(&**device, rows, k, &to)?;
+        gemm(&**device, &to, &w, finish, y.address())?;
+    }
+    // Rounding is judged by itself, and the product by what was rounded.
+    let (codes, scales) = (codes.to_vec::<u8>(m * k)?, scales.to_vec::<f32>(m)?);
+    let seen: Vec<f32> = codes.iter().enumerate().map(|(i, code)| e4m3_to_f32(*code) * scales[i / k]).collect();
+    let want = reference(&seen, (&values, &factors), k);
+    // Half a step of three bits of mantissa; what is tiny beside its row's largest is a multiple of 2^-9 of the scale.
+    let steps = x.iter().zip(&seen).enumerate().map(|(i, (x, seen))| {
+        let allowed = f64::from(x.abs()) / 16.0 * 1.001 + f64::from(scales[i / k]) * 2f64.powi(-10);
+        let part = f64::from((x - seen).abs()) / allowed.max(1e-30);
+        if part.is_nan() { f64::INFINITY } else { part }
+    });
+    let rounding = steps.fold(0.0, f64::max);
+    let loss = 1e-4 * (k as f64).sqrt();
+    Ok(rounding.max(error(&read(&y, DType::F32)?, &want, precision(DType::F32), loss)))
+}
