@@ -35,6 +35,27 @@ pub struct ProtocolErrors {
     pub page: u64,
 }
 
+/// The state of the device that a node computes on, as its driver says it. What it does not say is `None`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct DeviceStats {
+    /// Power that the board draws, in milliwatts.
+    pub power_mw: Option<u32>,
+    /// Part of the last moments in which a kernel ran, in percent.
+    pub busy_percent: Option<u32>,
+    /// Part of them in which memory was read or written, in percent.
+    pub memory_busy_percent: Option<u32>,
+    /// Memory taken, by all processes, in bytes.
+    pub memory_used_bytes: Option<u64>,
+    /// Memory that there is, in bytes.
+    pub memory_total_bytes: Option<u64>,
+    /// Clock of the multiprocessors, in MHz.
+    pub clock_mhz: Option<u32>,
+    /// Clock of the memory, in MHz.
+    pub memory_clock_mhz: Option<u32>,
+    /// Temperature of the chip, in degrees Celsius.
+    pub temperature_c: Option<u32>,
+}
+
 /// A node's counters since it started, and its gauges now.
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 pub struct NodeStats {
@@ -84,6 +105,8 @@ pub struct NodeStats {
     pub pace: Pace,
     /// Recordings of this process (`--record`) that were given up.
     pub recordings_stopped: u32,
+    /// Its device, if it computes on one whose driver says how it is.
+    pub device: Option<DeviceStats>,
 }
 
 /// What a prefill node knows of the network towards a decode node.

@@ -10,6 +10,7 @@ use ridge_kvtransfer::shell::{
 };
 use ridge_kvtransfer::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput, Sender, SenderConfig, SenderInput};
 use ridge_model::checkpoint::LoadProgress;
+use ridge_model::cuda::monitor::Monitor;
 use ridge_model::kv::KvMemory;
 use ridge_model::memory::PassLimits;
 use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
@@ -132,6 +133,7 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
         server,
         client,
         kv: loaded.kv,
+        monitor: loaded.monitor,
         endpoint: endpoint.clone(),
         router: None,
         drained: false,
@@ -208,6 +210,8 @@ struct Shell {
     server: KvServer,
     client: KvClient,
     kv: Arc<KvMemory>,
+    /// Watches the device.
+    monitor: Option<Monitor>,
     endpoint: Endpoint,
     router: Option<ControlHandle<NodeToRouter>>,
     drained: bool,
@@ -274,6 +278,7 @@ impl Shell {
                     NodeToRouter::Stats(stats) => {
                         (self.receiver.stats() + self.sender.stats()).report(stats);
                         stats.protocol_errors = self.endpoint.protocol_errors();
+                        stats.device = self.monitor.as_ref().map(Monitor::latest);
                         let stopped = [
                             self.machine.recordings_stopped(),
                             self.receiver.recordings_stopped(),

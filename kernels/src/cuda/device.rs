@@ -177,6 +177,11 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// What is known of it.
     fn properties(&self) -> &Properties;
 
+    /// Its PCI address, by which NVML knows it; `None` if it has none.
+    fn pci_bus_id(&self) -> Option<String> {
+        None
+    }
+
     /// Bytes that are free now.
     fn free_bytes(&self) -> Result<u64, CudaError>;
 

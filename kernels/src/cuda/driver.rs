@@ -13,7 +13,7 @@ use super::lock;
 use crate::DType;
 use cudarc::driver::{DriverError, result, sys};
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::{CString, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -340,6 +340,14 @@ fn fill_in_parallel(to: &mut [u8], from: &[u8]) {
 impl Device for Driver {
     fn properties(&self) -> &Properties {
         &self.properties
+    }
+
+    fn pci_bus_id(&self) -> Option<String> {
+        let mut text = [0 as c_char; 32];
+        // SAFETY: a device of the driver, and room for as many bytes as it is told; it writes a text that ends with a NUL.
+        let asked = unsafe { sys::cuDeviceGetPCIBusId(text.as_mut_ptr(), text.len() as i32, self.device) };
+        let bytes: Vec<u8> = text.iter().map(|c| *c as u8).take_while(|byte| *byte != 0).collect();
+        asked.result().is_ok().then(|| String::from_utf8_lossy(&bytes).into_owned())
     }
 
     fn free_bytes(&self) -> Result<u64, CudaError> {

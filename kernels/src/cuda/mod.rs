@@ -17,6 +17,7 @@ pub mod compile;
 pub mod device;
 pub mod driver;
 pub mod emulated;
+pub mod nvml;
 pub mod ops;
 pub mod plan;
 pub mod reference;

@@ -12,6 +12,7 @@ use ridge_kvtransfer::shell::{
 };
 use ridge_kvtransfer::{Sender, SenderConfig, SenderInput};
 use ridge_model::checkpoint::LoadProgress;
+use ridge_model::cuda::monitor::Monitor;
 use ridge_model::kv::KvMemory;
 use ridge_model::memory::PassLimits;
 use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
@@ -126,6 +127,7 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
         worker,
         client,
         kv: loaded.kv,
+        monitor: loaded.monitor,
         endpoint: endpoint.clone(),
         router: None,
         drained: false,
@@ -193,6 +195,8 @@ struct Shell {
     worker: Worker,
     client: KvClient,
     kv: Arc<KvMemory>,
+    /// Watches the device.
+    monitor: Option<Monitor>,
     endpoint: Endpoint,
     router: Option<ControlHandle<NodeToRouter>>,
     drained: bool,
@@ -233,6 +237,7 @@ impl Shell {
                     NodeToRouter::Stats(stats) => {
                         self.sender.stats().report(stats);
                         stats.protocol_errors = self.endpoint.protocol_errors();
+                        stats.device = self.monitor.as_ref().map(Monitor::latest);
                         let stopped = [self.machine.recordings_stopped(), self.sender.recordings_stopped()];
                         stats.recordings_stopped = stopped.iter().sum();
                         let links: Vec<LinkStats> = self.client.links().iter().map(Link::stats).collect();

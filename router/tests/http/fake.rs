@@ -1,6 +1,6 @@
 //! A byte-level model, a scripted cluster, and a server between them.
 
-use ridge_protocol::stats::{BlockCounts, LinkStats, NodeStats, ProtocolErrors};
+use ridge_protocol::stats::{BlockCounts, DeviceStats, LinkStats, NodeStats, ProtocolErrors};
 use ridge_protocol::transfer::TransferTimes;
 use ridge_protocol::wire::{FinishReason, NodeHello, Receipt};
 use ridge_protocol::{
@@ -331,6 +331,13 @@ fn cluster() -> ClusterView {
             transfer_bytes: 77,
             busy_us: 1_500_000,
             protocol_errors: ProtocolErrors { page: 2, ..ProtocolErrors::default() },
+            // Prompts are computed on a device, whose driver does not say how warm it is.
+            device: (role == Role::Prefill).then_some(DeviceStats {
+                power_mw: Some(321_500),
+                busy_percent: Some(97),
+                clock_mhz: Some(1980),
+                ..DeviceStats::default()
+            }),
             ..NodeStats::default()
         },
         links: if role == Role::Prefill { vec![link.clone()] } else { Vec::new() },

@@ -10,7 +10,7 @@ use axum::http::header;
 use axum::response::IntoResponse;
 use dashmap::DashMap;
 use ridge_protocol::Role;
-use ridge_protocol::stats::{LinkStats, ProtocolErrors};
+use ridge_protocol::stats::{DeviceStats, LinkStats, ProtocolErrors};
 use std::collections::BTreeMap;
 use std::fmt::{Display, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -95,6 +95,7 @@ fn render(view: &ClusterView, metrics: &Metrics, resumable: StreamCounts, versio
     page.family("ridge_build_info", "gauge", "Always 1; the label is the version.");
     page.sample("ridge_build_info", &[("version", version)], 1);
     nodes(&mut page, &view.nodes);
+    devices(&mut page, &view.nodes);
     links(&mut page, &view.nodes);
     health(&mut page, &view.health);
     router(&mut page, view);
@@ -174,6 +175,41 @@ fn nodes(page: &mut Page, nodes: &[NodeView]) {
             let direction = if node.hello.role == Role::Prefill { "out" } else { "in" };
             let [name_label, role] = labels(node);
             page.sample(name, &[name_label, role, ("direction", direction)], read(node));
+        }
+    }
+}
+
+/// Devices of nodes that compute on one. A family that nobody has anything to say to is left out.
+fn devices(page: &mut Page, nodes: &[NodeView]) {
+    type Read = fn(&DeviceStats) -> Option<f64>;
+    let families: [(&str, &str, Read); 8] = [
+        ("ridge_device_power_watts", "Power that the node's device draws.", |d| d.power_mw.map(|n| f64::from(n) / 1e3)),
+        ("ridge_device_busy_ratio", "Part of the last moments in which the device ran a kernel.", |d| {
+            d.busy_percent.map(|n| f64::from(n) / 100.0)
+        }),
+        ("ridge_device_memory_busy_ratio", "Part of the last moments in which the device's memory was in use.", |d| {
+            d.memory_busy_percent.map(|n| f64::from(n) / 100.0)
+        }),
+        ("ridge_device_memory_used_bytes", "Memory of the device that is taken, by all processes.", |d| {
+            d.memory_used_bytes.map(|n| n as f64)
+        }),
+        ("ridge_device_memory_total_bytes", "Memory of the device.", |d| d.memory_total_bytes.map(|n| n as f64)),
+        ("ridge_device_clock_hertz", "Clock of the device's multiprocessors.", |d| {
+            d.clock_mhz.map(|n| f64::from(n) * 1e6)
+        }),
+        ("ridge_device_memory_clock_hertz", "Clock of the device's memory.", |d| {
+            d.memory_clock_mhz.map(|n| f64::from(n) * 1e6)
+        }),
+        ("ridge_device_temperature_celsius", "Temperature of the device.", |d| d.temperature_c.map(f64::from)),
+    ];
+    for (name, help, read) in families {
+        let of = |node: &NodeView| node.stats.device.as_ref().and_then(read);
+        if nodes.iter().all(|node| of(node).is_none()) {
+            continue;
+        }
+        page.family(name, "gauge", help);
+        for (node, value) in nodes.iter().filter_map(|node| Some((node, of(node)?))) {
+            page.sample(name, &labels(node), value);
         }
     }
 }
