@@ -15,11 +15,15 @@ until the two likeliest tokens of every step are at least MIN_GAP apart: then eq
 tokenizer.json is shared by all of them: a checkpoint cannot be loaded without one, and no golden uses it.
 
 The dynamic-NTK model is fed one token at a time. model/src/rope.rs says why.
+
+Models with a quantization_config are written with fp8 codes and their factors; what is computed is the model whose matrices are
+codes times factors, rounded to bfloat16, as transformers dequantises them.
 """
 
 import json
 import pathlib
 import sys
+import tempfile
 
 import torch
 import transformers
@@ -114,12 +118,60 @@ MODELS = {
         rms_norm_eps=1e-6,
     ),
     "llama-bf16": dict(LLAMA, tie_word_embeddings=False, dtype="bfloat16"),
+    # A factor for each row, as llm-compressor writes it.
+    "llama-fp8-channel": dict(
+        LLAMA,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        quantization_config=dict(
+            quant_method="compressed-tensors",
+            format="float-quantized",
+            ignore=["lm_head"],
+            config_groups=dict(
+                group_0=dict(
+                    targets=["Linear"],
+                    weights=dict(num_bits=8, type="float", strategy="channel", symmetric=True, dynamic=False),
+                    input_activations=dict(num_bits=8, type="float", strategy="token", symmetric=True, dynamic=True),
+                )
+            ),
+        ),
+    ),
+    # A factor for each block, as DeepSeek's models have it.
+    "llama-fp8-block": dict(
+        LLAMA,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        quantization_config=dict(
+            quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[16, 16]
+        ),
+    ),
 }
+
+
+def quantized(config, weights):
+    """The weights with fp8 codes and factors for the linear layers, and what those stand for."""
+    stored, meant = {}, {}
+    rows, cols = config["quantization_config"].get("weight_block_size", (1, None))
+    for name, tensor in weights.items():
+        stored[name] = meant[name] = tensor
+        if "proj" not in name:
+            continue
+        tall, wide = rows, cols or tensor.shape[1]
+        blocks = [[part.float().abs().max() / 448 for part in strip.split(wide, 1)] for strip in tensor.split(tall)]
+        factors = torch.tensor(blocks, dtype=torch.float32 if cols else torch.bfloat16)
+        spread = factors.float().repeat_interleave(tall, 0)[: tensor.shape[0]]
+        spread = spread.repeat_interleave(wide, 1)[:, : tensor.shape[1]]
+        codes = (tensor.float() / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+        stored[name] = codes
+        stored[name + ("_scale_inv" if cols else "_scale")] = factors
+        meant[name] = (codes.float() * spread).to(torch.bfloat16)
+    return stored, meant
 
 
 def random_weights(config, generator):
     """Weights wide enough for the logits to have an opinion."""
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**plain))
     dtype = torch.bfloat16 if config.get("dtype") == "bfloat16" else torch.float32
     # Gain and spread also amplify rounding errors, which bfloat16 has enough of.
     gain, spread = (1.0, 0.3) if dtype == torch.bfloat16 else (1.5, 0.5)
@@ -163,6 +215,15 @@ def load(folder):
     return model.eval()
 
 
+def load_plain(config, weights):
+    """A model of these weights, whatever its files hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = {key: value for key, value in config.items() if key != "quantization_config"}
+        (pathlib.Path(folder) / "config.json").write_text(json.dumps(plain))
+        save_file(weights, pathlib.Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        return load(folder)
+
+
 def write_golden(path, cases):
     head = dict(made_with=f"transformers {transformers.__version__}, torch {torch.__version__}, float32, eager")
     lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in cases)
@@ -174,9 +235,11 @@ def make(name, config, seed):
     folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(random_weights(config, generator), folder / "model.safetensors", metadata={"format": "pt"})
+    weights = random_weights(config, generator)
+    stored, meant = quantized(config, weights) if "quantization_config" in config else (weights, None)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
-    model = load(folder)
+    model = load(folder) if meant is None else load_plain(config, meant)
     cases = []
     for length in LENGTHS:
         for attempt in range(200):

@@ -82,11 +82,7 @@ fn refuse_what_would_be_ignored(config: &Value) -> Result<(), LoadError> {
     if config["mlp_bias"] == true {
         return refuse("mlp_bias: true".into());
     }
-    if let Some(method) = config["quantization_config"]["quant_method"].as_str() {
-        return refuse(format!(
-            "quantization '{method}' of safetensors (use a bf16, f16 or f32 checkpoint, or GGUF for quantised weights)"
-        ));
-    }
+    crate::checkpoint::fp8::check(config)?;
     Ok(())
 }
 

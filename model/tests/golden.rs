@@ -6,7 +6,7 @@ use ridge_kernels::cuda::emulated::Emulated;
 use ridge_kernels::{Cpu, Isa, KvDtype, KvFormat};
 use ridge_model::checkpoint::{Checkpoint, LoadOptions, ModelSource, load};
 use ridge_model::cuda::CudaEngine;
-use ridge_model::device::KernelSet;
+use ridge_model::device::DeviceOptions;
 use ridge_model::engine::{CpuEngine, Engine};
 use ridge_model::generate::generate;
 use ridge_model::kv::KvMemory;
@@ -67,7 +67,10 @@ fn engine(checkpoint: &Checkpoint, kv: KvDtype, isa: Isa, positions: usize) -> C
 fn emulated(checkpoint: &Checkpoint, kv: KvDtype, positions: usize) -> Option<CudaEngine> {
     let device: Arc<dyn Device> = Emulated::for_tests()?;
     let (kv, limits) = (memory(checkpoint, kv, positions), PassLimits { tokens: 16, sequences: 1 });
-    Some(CudaEngine::new(checkpoint, kv, Cpu::new(1, None), device, limits, KernelSet::Stable).expect("an engine"))
+    Some(
+        CudaEngine::new(checkpoint, kv, Cpu::new(1, None), device, limits, &DeviceOptions::default())
+            .expect("an engine"),
+    )
 }
 
 fn greedy(steps: usize) -> SamplingParams {
@@ -237,6 +240,18 @@ fn bf16_weights_in_a_float32_cache() {
 #[test]
 fn bf16_weights_in_float32_arithmetic() {
     check_random("llama-bf16", WIDENED);
+}
+
+#[test]
+fn fp8_weights_with_a_factor_per_row() {
+    check_random("llama-fp8-channel", WIDENED);
+    check_random("llama-fp8-channel", BF16);
+}
+
+#[test]
+fn fp8_weights_with_a_factor_per_block() {
+    check_random("llama-fp8-block", WIDENED);
+    check_random("llama-fp8-block", BF16);
 }
 
 #[test]

@@ -124,7 +124,7 @@ impl Code<1> for Int8 {
 
 /// f32 to OCP E4M3, to nearest even: 4 bits of exponent with bias 7, no infinity, magnitudes above 448 become 448.
 #[inline(always)]
-pub(crate) fn f32_to_e4m3(v: f32) -> u8 {
+pub fn f32_to_e4m3(v: f32) -> u8 {
     let sign = (v.to_bits() >> 24) as u8 & 0x80;
     let magnitude = v.to_bits() & 0x7fff_ffff;
     let rounded = magnitude.wrapping_add(0x7_ffff + ((magnitude >> 20) & 1)) >> 20;
@@ -138,7 +138,7 @@ pub(crate) fn f32_to_e4m3(v: f32) -> u8 {
 
 /// E4M3 to f32, exact; the codes 0x7f and 0xff are NaN.
 #[inline(always)]
-pub(crate) fn e4m3_to_f32(code: u8) -> f32 {
+pub fn e4m3_to_f32(code: u8) -> f32 {
     let (exponent, mantissa) = (code >> 3 & 15, f32::from(code & 7));
     let magnitude = match (exponent, code & 0x7f) {
         (_, 0x7f) => f32::NAN,

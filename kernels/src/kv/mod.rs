@@ -18,7 +18,7 @@ mod convert;
 
 use codec::{Bf16, Code, F16, F32, Fp8, Int8};
 
-pub(crate) use codec::{e4m3_to_f32, f32_to_e4m3};
+pub use codec::{e4m3_to_f32, f32_to_e4m3};
 pub use convert::KvMove;
 
 /// Element type of cached keys and values. All round to nearest even.

@@ -5,6 +5,7 @@
 //! Read [`Checkpoint`] and [`load`] first.
 
 mod error;
+pub mod fp8;
 pub mod gguf;
 pub mod gguf_model;
 pub mod gguf_tokenizer;

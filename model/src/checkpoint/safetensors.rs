@@ -1,6 +1,7 @@
 //! A Hugging Face folder: `config.json`, safetensors in one file or in shards, `tokenizer.json` and friends.
 
-use super::tensors::{as_matrix, wanted};
+use super::fp8;
+use super::tensors::{Storage, as_matrix, wanted};
 use super::{Checkpoint, FileMap, LoadError, LoadOptions, LoadProgress, Parts, Tensor, TensorMap};
 use crate::config::{generation_from_config, spec_from_config};
 use crate::spec::ModelSpec;
@@ -29,7 +30,7 @@ pub fn load_folder(
         hint: "it is not a model in Hugging Face layout".into(),
     })?;
     let mut spec = spec_from_config(&config)?;
-    let tensors = read_tensors(folder, &mut spec, progress)?;
+    let tensors = read_tensors(folder, &config, &mut spec, progress)?;
     progress(LoadProgress::Checked { tensors: tensors.len() });
     let generation = read_json(&folder.join("generation_config.json"))?.unwrap_or(Value::Null);
     let parts = Parts {
@@ -75,6 +76,7 @@ fn source_name(canonical: &str) -> String {
 
 fn read_tensors(
     folder: &Path,
+    config: &Value,
     spec: &mut ModelSpec,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<TensorMap, LoadError> {
@@ -101,11 +103,15 @@ fn read_tensors(
             Dtype::F32 => DType::F32,
             Dtype::F16 => DType::F16,
             Dtype::BF16 => DType::BF16,
+            Dtype::F8_E4M3 => {
+                tensors.insert(name, fp8::read(config, &source, located, shape, &found)?);
+                continue;
+            }
             other => {
                 return Err(LoadError::TensorType {
                     name: source,
                     dtype: format!("{other:?}"),
-                    supported: "F32, F16, BF16".into(),
+                    supported: "F32, F16, BF16, F8_E4M3".into(),
                 });
             }
         };
@@ -118,11 +124,20 @@ fn read_tensors(
 }
 
 /// Where a stored tensor lies.
-struct Located {
-    dtype: Dtype,
-    dims: Vec<usize>,
+pub(super) struct Located {
+    pub(super) dtype: Dtype,
+    pub(super) dims: Vec<usize>,
     map: FileMap,
     range: std::ops::Range<usize>,
+}
+
+impl Located {
+    /// Its bytes; none if they are not in the file.
+    pub(super) fn storage(&self) -> Storage {
+        let len = self.map.bytes().len();
+        let inside = self.range.start <= self.range.end && self.range.end <= len;
+        Storage::Mapped { file: self.map.clone(), range: if inside { self.range.clone() } else { 0..0 } }
+    }
 }
 
 fn locate(file: &str, map: &FileMap, found: &mut BTreeMap<String, Located>) -> Result<(), LoadError> {

@@ -3,6 +3,7 @@
 //! Whatever the format, the forward pass asks for `embed`, `norm`, `head` and
 //! `layers.{i}.{attn_norm,ffn_norm,wq,wk,wv,wo,q_bias,k_bias,v_bias,o_bias,q_norm,k_norm,w_gate,w_up,w_down}`.
 
+use super::fp8::Fp8;
 use super::{FileMap, LoadError};
 use crate::spec::ModelSpec;
 use ridge_kernels::{DType, Matrix};
@@ -21,12 +22,38 @@ pub struct Tensor {
     /// Input features.
     pub cols: usize,
     data: Storage,
+    /// What it was made of, if it was fp8 with a factor for each row.
+    fp8: Option<Arc<Fp8>>,
 }
 
+/// Bytes of a mapped file, or in memory.
 #[derive(Clone)]
-enum Storage {
-    Mapped { file: FileMap, range: Range<usize> },
+pub enum Storage {
+    /// A part of a file, which lies within it.
+    Mapped {
+        /// The file.
+        file: FileMap,
+        /// Where.
+        range: Range<usize>,
+    },
+    /// Bytes of their own.
     Owned(Arc<Vec<u8>>),
+}
+
+impl Storage {
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Storage::Mapped { file, range } => &file.bytes()[range.clone()],
+            Storage::Owned(bytes) => bytes,
+        }
+    }
+}
+
+impl fmt::Debug for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.bytes().len())
+    }
 }
 
 impl Tensor {
@@ -34,21 +61,28 @@ impl Tensor {
     pub fn mapped(dtype: DType, rows: usize, cols: usize, file: &FileMap, range: Range<usize>) -> Option<Self> {
         let bytes = file.bytes().get(range.clone())?;
         Matrix::new(dtype, rows, cols, bytes).ok()?;
-        Some(Self { dtype, rows, cols, data: Storage::Mapped { file: file.clone(), range } })
+        Some(Self { dtype, rows, cols, data: Storage::Mapped { file: file.clone(), range }, fp8: None })
     }
 
     /// A tensor with bytes of its own; `None` unless they are exactly the matrix.
     pub fn owned(dtype: DType, rows: usize, cols: usize, bytes: Vec<u8>) -> Option<Self> {
         Matrix::new(dtype, rows, cols, &bytes).ok()?;
-        Some(Self { dtype, rows, cols, data: Storage::Owned(Arc::new(bytes)) })
+        Some(Self { dtype, rows, cols, data: Storage::Owned(Arc::new(bytes)), fp8: None })
     }
 
     /// The stored bytes.
     pub fn bytes(&self) -> &[u8] {
-        match &self.data {
-            Storage::Mapped { file, range } => &file.bytes()[range.clone()],
-            Storage::Owned(bytes) => bytes,
-        }
+        self.data.bytes()
+    }
+
+    /// Notes what the tensor was made of.
+    pub(super) fn with_fp8(self, fp8: Fp8) -> Self {
+        Self { fp8: Some(Arc::new(fp8)), ..self }
+    }
+
+    /// The codes and factors that it was made of, if it was fp8 with a factor for each row.
+    pub fn fp8(&self) -> Option<&Fp8> {
+        self.fp8.as_deref()
     }
 
     /// Copies the stored bytes of a row, leaving the rest of a mapped file where it is.

@@ -1,8 +1,8 @@
 //! Products with fp8 and fp4 weights that have an f32 factor per row: read as they are for few rows, by bf16 rows of x; and for
 //! many rows fp8 by fp8 on tensor cores (compute capability 8.9 and later), with rows of x rounded to fp8 first.
 //!
-//! No file format that Ridge reads has such weights yet, so no engine calls this. Batch invariance is that of
-//! [`super::matmul`]; a row's fp8 scale comes from that row alone.
+//! fp8 weights are Hugging Face's (`compressed-tensors`, `fp8`) with a factor per row; no format that Ridge reads has such fp4 weights
+//! yet. Batch invariance is that of [`super::matmul`]; a row's fp8 scale comes from that row alone.
 //!
 //! fp4 weights (`NVFP4`'s values) lie in blocks of 64 elements: four e4m3 scales, then 32 bytes of two elements each, the first
 //! in the low half. A tensor-wide factor goes into the factors of the rows.
