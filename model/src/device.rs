@@ -4,9 +4,9 @@
 
 use ridge_kernels::cuda::driver::{self, Driver};
 use ridge_kernels::cuda::emulated::Emulated;
-use ridge_kernels::cuda::{CudaError, Device, selftest};
+use ridge_kernels::cuda::{CudaError, Device, Properties, selftest};
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -66,6 +66,38 @@ pub enum KernelSet {
     Experimental,
 }
 
+/// Whose kernels multiply many rows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum ProductSet {
+    /// Ridge's own.
+    #[default]
+    Own,
+    /// For each matrix the fastest of Ridge's own and NVIDIA's library (cuBLASLt, where it is), measured when the model is loaded.
+    Measured,
+}
+
+/// How an engine uses its device.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DeviceOptions {
+    /// Which CUDA kernels may be used.
+    pub kernels: KernelSet,
+    /// Whose products.
+    pub products: ProductSet,
+    /// Whether decode steps are recorded as graphs of launches.
+    pub graphs: bool,
+    /// Whether pages of prompts go to the host's memory as they are computed. If not, they are fetched when somebody reads them, and a
+    /// prefill node's hand-off waits for that; for measuring what shipping costs.
+    pub ship: bool,
+    /// Folder for compiled kernels and measured products; `None` makes them at every start.
+    pub cache: Option<PathBuf>,
+}
+
+impl Default for DeviceOptions {
+    fn default() -> Self {
+        Self { kernels: KernelSet::Stable, products: ProductSet::Own, graphs: true, ship: true, cache: None }
+    }
+}
+
 /// Opens a CUDA device; `None` is the CPU. Compiled kernels are kept in the folder `cache`, if there is one.
 ///
 /// # Errors
@@ -90,6 +122,27 @@ pub fn open(choice: DeviceChoice, cache: Option<&Path>) -> Result<Option<Arc<dyn
             tracing::warn!("computing on the CPU: {error}");
             None
         })),
+    }
+}
+
+/// What is known of a device, without computing on it; `None` is the CPU. For `auto`, of the first CUDA device if there is one.
+///
+/// # Errors
+///
+/// What is missing.
+pub fn properties(choice: DeviceChoice, cache: Option<&Path>) -> Result<Option<Properties>, CudaError> {
+    match choice {
+        DeviceChoice::Cpu => Ok(None),
+        DeviceChoice::Auto if !driver::is_present() => Ok(None),
+        DeviceChoice::Auto => Ok(Some(Driver::open(0, None)?.properties().clone())),
+        DeviceChoice::Cuda(number) => Ok(Some(Driver::open(number, None)?.properties().clone())),
+        DeviceChoice::Emulated => {
+            let device = match cache {
+                Some(cache) => Emulated::new(&cache.join("emulated")),
+                None => Emulated::beside_the_program(),
+            };
+            Ok(Some(device?.properties().clone()))
+        }
     }
 }
 

@@ -4,8 +4,9 @@
 //! a callback; [`load_engine`] turns [`EngineOptions`] into weights, KV memory and an engine, or says why not.
 
 use crate::checkpoint::{Checkpoint, LoadError, LoadOptions, LoadProgress, ModelSource, TensorMap, load};
+use crate::cuda::monitor::Monitor;
 use crate::cuda::{CudaEngine, Footprint};
-use crate::device::{self, DeviceChoice, KernelSet};
+use crate::device::{self, DeviceChoice, DeviceOptions};
 use crate::engine::{CpuEngine, Engine, EngineError, identity};
 use crate::kv::{KvError, KvMemory};
 use crate::mapping::HugePages;
@@ -48,10 +49,8 @@ pub struct EngineOptions {
     pub device: DeviceChoice,
     /// The part of a CUDA device's memory that this node may use, from 0 to 1.
     pub gpu_memory_utilization: f64,
-    /// Which CUDA kernels may be used.
-    pub kernels: KernelSet,
-    /// Folder for compiled CUDA kernels; `None` compiles them at every start.
-    pub kernel_cache: Option<PathBuf>,
+    /// How to use a CUDA device.
+    pub on_device: DeviceOptions,
 }
 
 /// Why a node's engine could not be set up.
@@ -97,6 +96,8 @@ pub struct LoadedEngine {
     pub identity: ModelIdentity,
     /// Longest prompt plus answer, in tokens.
     pub max_model_len: usize,
+    /// What watches its device, if there is one that says how it is.
+    pub monitor: Option<Monitor>,
 }
 
 /// Loads a model and lays out its KV memory, for passes up to `pass`.
@@ -129,12 +130,12 @@ pub fn load_engine(
         return Err(SetupError::Option(text));
     }
     let refused = |error| SetupError::Device { choice: options.device, error };
-    let device = device::open(options.device, options.kernel_cache.as_deref()).map_err(refused)?;
+    let device = device::open(options.device, options.on_device.cache.as_deref()).map_err(refused)?;
     let planned = match &device {
         None => plan_memory(options, pass, &checkpoint, format, None)?,
         Some(device) => {
             let demand = DeviceDemand {
-                engine: Footprint::of(&checkpoint, &format, pass)?,
+                engine: Footprint::of(&checkpoint, &format, pass, &options.on_device, device.properties().sm)?,
                 block_bytes: KvMemory::block_bytes(&format, spec.layers) as u64,
                 name: &device.properties().name,
                 total: device.properties().memory_bytes,
@@ -147,9 +148,10 @@ pub fn load_engine(
     let MemoryPlan { blocks, max_model_len, .. } = planned;
     let kv = Arc::new(KvMemory::with_huge_pages(format, spec.layers, blocks, options.huge_pages)?);
     let cpu = Cpu::placed(&options.placement);
+    let monitor = device.as_deref().and_then(Monitor::start);
     let engine: Box<dyn Engine> = match device {
         None => Box::new(CpuEngine::new(&checkpoint, kv.clone(), cpu, options.weights_cache.as_deref())?),
-        Some(device) => Box::new(CudaEngine::new(&checkpoint, kv.clone(), cpu, device, pass, options.kernels)?),
+        Some(device) => Box::new(CudaEngine::new(&checkpoint, kv.clone(), cpu, device, pass, &options.on_device)?),
     };
     let identity = identity(&checkpoint, &format);
     tracing::info!(
@@ -163,7 +165,7 @@ pub fn load_engine(
     );
     // The engine has what it needs of them.
     checkpoint.tensors = TensorMap::default();
-    Ok(LoadedEngine { checkpoint: Arc::new(checkpoint), kv, engine, identity, max_model_len })
+    Ok(LoadedEngine { checkpoint: Arc::new(checkpoint), kv, engine, identity, max_model_len, monitor })
 }
 
 /// KV follows the weights: 16 bits for what is stored in 16 bits or fewer.

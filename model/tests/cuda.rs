@@ -6,23 +6,27 @@ use common::tiny::{Random, checkpoint, item, memory, prompts, spec};
 use ridge_kernels::cuda::emulated::{Emulated, Order};
 use ridge_kernels::cuda::{CudaError, Device};
 use ridge_kernels::{Cpu, DType, KvDtype, KvFormat};
-use ridge_model::checkpoint::Checkpoint;
-use ridge_model::cuda::CudaEngine;
-use ridge_model::device::KernelSet;
+use ridge_model::checkpoint::{Checkpoint, LoadOptions, ModelSource, load};
+use ridge_model::cuda::{CudaEngine, Footprint};
+use ridge_model::device::{DeviceOptions, ProductSet};
 use ridge_model::engine::{CpuEngine, Engine, EngineError};
 use ridge_model::forward::{Forward, Weights};
 use ridge_model::kv::KvMemory;
 use ridge_model::memory::PassLimits;
 use ridge_protocol::{BatchPlan, BlockId, TokenId};
+use std::path::Path;
 use std::sync::Arc;
 
 const VOCAB: usize = 96;
+/// What rounding rows of prompts to fp8 may cost in logits of a spread of about two.
+const FP8_LOGITS: f32 = 1.0;
 
 fn engine(device: &Arc<Emulated>, checkpoint: &Checkpoint, kv: KvMemory) -> CudaEngine {
     // Small on purpose: buffers must grow.
     let limits = PassLimits { tokens: 4, sequences: 1 };
     let device: Arc<dyn Device> = device.clone();
-    CudaEngine::new(checkpoint, Arc::new(kv), Cpu::new(1, None), device, limits, KernelSet::Stable).expect("an engine")
+    CudaEngine::new(checkpoint, Arc::new(kv), Cpu::new(1, None), device, limits, &DeviceOptions::default())
+        .expect("an engine")
 }
 
 fn table(blocks: usize) -> Vec<BlockId> {
@@ -181,6 +185,167 @@ fn logits_do_not_depend_on_the_company() {
     }
 }
 
+/// Steps that are replayed as graphs compute the bits of steps that are launched: while sequences come and go, grow beyond a split of
+/// attention, and make buffers grow; pages too.
+#[test]
+fn graphs_compute_what_launches_do() {
+    let Some(device) = Emulated::for_tests() else { return };
+    for (dtype, kv_dtype) in [(DType::F32, KvDtype::F32), (DType::Q8_0, KvDtype::BF16)] {
+        let mut checkpoint = Arc::into_inner(checkpoint(dtype)).expect("nobody else has it");
+        checkpoint.spec.context = 1024;
+        let run = |graphs: bool| {
+            let options = DeviceOptions { graphs, ..DeviceOptions::default() };
+            let limits = PassLimits { tokens: 4, sequences: 1 };
+            let kv = Arc::new(memory(kv_dtype, 16, 120));
+            let on: Arc<dyn Device> = device.clone();
+            let cpu = Cpu::new(1, None);
+            let mut engine = CudaEngine::new(&checkpoint, kv, cpu, on, limits, &options).expect("an engine");
+            let tables: Vec<Vec<BlockId>> = (0..3).map(|i| (40 * i..40 * (i + 1)).map(BlockId).collect()).collect();
+            let (mut lengths, mut all) = ([505, 30, 3], Vec::new());
+            let mut random = Random::new(5);
+            let mut token = || random.range(0, VOCAB) as TokenId;
+            for (i, length) in lengths.iter().enumerate() {
+                let tokens: Vec<TokenId> = (0..*length).map(|_| token()).collect();
+                let items = vec![item(i as u64, &tokens, 0, &tables[i])];
+                all.push(engine.logits(&BatchPlan { step: 0, items }, &mut |_| {}).expect("logits"));
+            }
+            // One leaves, comes back, and sometimes does not sample.
+            for step in 0..16u64 {
+                let mut items = Vec::new();
+                for i in (0..3).filter(|i| *i != 1 || !(4..8).contains(&step)) {
+                    let mut one = item(i as u64, &[token()], lengths[i], &tables[i]);
+                    if i == 2 && step % 5 == 4 {
+                        one.sample = None;
+                    }
+                    items.push(one);
+                    lengths[i] += 1;
+                }
+                let mut layers = Vec::new();
+                let logits = engine.logits(&BatchPlan { step, items }, &mut |layer| layers.push(layer));
+                assert_eq!(layers, [0, 1]);
+                all.push(logits.expect("logits"));
+            }
+            let kv = engine.kv();
+            let pages = (0..2).flat_map(|layer| (0..120).map(move |block| (layer, BlockId(block))));
+            let pages: Vec<Vec<u8>> = pages.map(|(layer, block)| kv.read(layer, block).to_vec()).collect();
+            device.synchronize().expect("no kernel wrote where it should not");
+            (all, pages, engine.graph_replays())
+        };
+        let (launched, launched_pages, none) = run(false);
+        let (replayed, replayed_pages, replays) = run(true);
+        assert!(none == 0 && replays >= 8, "{none} and {replays} replays");
+        for (step, (a, b)) in launched.iter().zip(&replayed).enumerate() {
+            assert!(a == b && a.iter().all(|logit| logit.is_finite()), "{dtype:?}: logits of pass {step}");
+        }
+        assert!(launched_pages == replayed_pages, "{dtype:?}: pages");
+    }
+}
+
+/// Pages of prompts that are not shipped are fetched when they are read, and are the same.
+#[test]
+fn pages_that_are_not_shipped_are_fetched() {
+    let Some(device) = Emulated::for_tests() else { return };
+    let checkpoint = checkpoint(DType::F32);
+    let run = |ship: bool| {
+        let options = DeviceOptions { ship, ..DeviceOptions::default() };
+        let (limits, on): (_, Arc<dyn Device>) = (PassLimits { tokens: 24, sequences: 1 }, device.clone());
+        let kv = Arc::new(memory(KvDtype::BF16, 8, 3));
+        let mut engine = CudaEngine::new(&checkpoint, kv, Cpu::new(1, None), on, limits, &options).expect("an engine");
+        let plan = BatchPlan { step: 0, items: vec![item(0, &prompts()[3][..24], 0, &table(3))] };
+        let mut layers = Vec::new();
+        engine.run(&plan, &mut |layer| layers.push(layer));
+        assert_eq!(layers, [0, 1]);
+        let kv = engine.kv();
+        (0..2).flat_map(|layer| table(3).into_iter().map(move |b| kv.read(layer, b).to_vec())).collect::<Vec<_>>()
+    };
+    assert!(run(true) == run(false));
+}
+
+/// Measured products compute what our own do; on the emulated device there are no others.
+#[test]
+fn measured_products_are_taken() {
+    let Some(device) = Emulated::for_tests() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = |products: ProductSet| {
+        let options = DeviceOptions { products, cache: Some(folder.path().into()), ..DeviceOptions::default() };
+        let (limits, on): (_, Arc<dyn Device>) = (PassLimits { tokens: 24, sequences: 1 }, device.clone());
+        let kv = Arc::new(memory(KvDtype::BF16, 8, 3));
+        let cpu = Cpu::new(1, None);
+        let mut engine = CudaEngine::new(&checkpoint(DType::BF16), kv, cpu, on, limits, &options).expect("an engine");
+        let plan = BatchPlan { step: 0, items: vec![item(0, &prompts()[3][..24], 0, &table(3))] };
+        engine.logits(&plan, &mut |_| {}).expect("logits")
+    };
+    assert!(run(ProductSet::Own) == run(ProductSet::Measured));
+    let kept: Vec<_> = std::fs::read_dir(folder.path()).expect("a folder").flatten().collect();
+    assert!(kept.iter().any(|file| file.file_name().to_string_lossy().starts_with("products-sm_80-")), "{kept:?}");
+}
+
+/// An fp8 checkpoint on a device that multiplies fp8: the matrices take half the memory of bf16, logits are the CPU's but for what
+/// rounding a prompt's rows to fp8 costs, a sequence's bits do not depend on its company, and graphs change nothing.
+#[test]
+fn fp8_weights_are_multiplied_as_they_are() {
+    let Ok(emulated) = Emulated::beside_the_program() else { return println!("skipped: no C++ compiler") };
+    let device = Arc::new(emulated.with_properties(|properties| properties.sm = 89));
+    let goldens = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/goldens"));
+    let options = LoadOptions { tokenizer: Some(goldens.join("tokenizer.json")), chat_template: None, download: false };
+    let source = ModelSource::Folder(goldens.join("llama-fp8-channel"));
+    let checkpoint = load(&source, &options, &mut |_| {}).expect("a golden");
+    let spec = &checkpoint.spec;
+    let format = KvFormat { dtype: KvDtype::BF16, kv_heads: spec.kv_heads, head_dim: spec.head_dim, block_size: 16 };
+    let pass = PassLimits { tokens: 4, sequences: 1 };
+    let weights = |sm| Footprint::of(&checkpoint, &format, pass, &DeviceOptions::default(), sm).expect("sizes").weights;
+    assert!(weights(89) < weights(80), "{} and {} bytes", weights(89), weights(80));
+
+    let pages = || Arc::new(KvMemory::new(format, spec.layers, 12).expect("pages"));
+    let on_device = |graphs| {
+        let options = DeviceOptions { graphs, ..DeviceOptions::default() };
+        let on: Arc<dyn Device> = device.clone();
+        CudaEngine::new(&checkpoint, pages(), Cpu::new(1, None), on, pass, &options).expect("an engine")
+    };
+    let prompts: [Vec<TokenId>; 2] = [(0..37).map(|i| i * 11 % 160).collect(), (0..70).map(|i| i * 7 % 160).collect()];
+    let tables: [Vec<BlockId>; 2] = [(0..6).map(BlockId).collect(), (6..12).map(BlockId).collect()];
+    // A chunk, then single tokens: of the sequences `which`, together.
+    let run = |engine: &mut CudaEngine, which: &[usize]| {
+        let mut all = vec![Vec::new(); 2];
+        for step in 0..6 {
+            let items = which.iter().map(|i| {
+                let chunk = prompts[*i].len() - 5;
+                let range = if step == 0 { 0..chunk } else { chunk + step - 1..chunk + step };
+                item(*i as u64, &prompts[*i][range.clone()], range.start, &tables[*i])
+            });
+            let plan = BatchPlan { step: step as u64, items: items.collect() };
+            let logits = engine.logits(&plan, &mut |_| {}).expect("logits");
+            for (i, logits) in which.iter().zip(logits.chunks_exact(spec.vocab)) {
+                all[*i].push(logits.to_vec());
+            }
+        }
+        device.synchronize().expect("no kernel wrote where it should not");
+        all
+    };
+    let (together, launched) = (run(&mut on_device(true), &[0, 1]), run(&mut on_device(false), &[0, 1]));
+    assert!(together == launched, "graphs");
+    let weights = Weights::new(&checkpoint, &Cpu::new(1, None), None).expect("every tensor");
+    let mut worst = 0f32;
+    for i in 0..2 {
+        let alone = run(&mut on_device(true), &[i]);
+        assert!(alone[i] == together[i], "sequence {i} alone");
+        let (kv, mut forward) = (pages(), Forward::default());
+        for position in 0..prompts[i].len() {
+            let items = vec![item(0, &prompts[i][position..=position], position, &tables[i])];
+            let plan = BatchPlan { step: 0, items };
+            let expected = forward.run(&weights, &kv, &Cpu::new(1, None), &plan, &mut |_| {}).to_vec();
+            let step = (position + 6).checked_sub(prompts[i].len());
+            for (got, want) in step.into_iter().flat_map(|step| together[i][step].iter().zip(&expected)) {
+                worst = worst.max((got - want).abs());
+            }
+        }
+    }
+    println!("fp8: logits within {worst:.3} of the CPU's");
+    assert!(worst < FP8_LOGITS, "{worst}");
+    // It did compute in fp8: nothing else is so far off.
+    assert!(worst > 0.01, "{worst}");
+}
+
 /// Pages that one engine wrote are read by the other, in both directions, and the tail of the last one is zero.
 #[test]
 fn pages_pass_between_cpu_and_device() {
@@ -250,7 +415,8 @@ fn what_does_not_fit_is_refused() {
     let new = |kv: KvMemory, device: &Arc<dyn Device>| {
         let limits = PassLimits { tokens: 4, sequences: 1 };
         let cpu = Cpu::new(1, None);
-        CudaEngine::new(&checkpoint(DType::F32), Arc::new(kv), cpu, device.clone(), limits, KernelSet::Stable).err()
+        CudaEngine::new(&checkpoint(DType::F32), Arc::new(kv), cpu, device.clone(), limits, &DeviceOptions::default())
+            .err()
     };
     let format = KvFormat { dtype: KvDtype::F32, kv_heads: 3, head_dim: 16, block_size: 16 };
     let other = KvMemory::new(format, 2, 1).expect("a small mapping");

@@ -6,7 +6,7 @@ use super::scratch::Numbers;
 use crate::spec::ModelSpec;
 use ridge_kernels::DType;
 use ridge_kernels::cuda::ops::attention::{self, Layer, Lists};
-use ridge_kernels::cuda::plan::attention::{Decode, ITEM_WORDS, Prefill, PrefillKernel, Span};
+use ridge_kernels::cuda::plan::attention::{Decode, ITEM_WORDS, NOTHING, Prefill, PrefillKernel, Span};
 use ridge_kernels::cuda::{CudaError, Device};
 
 /// The lists of one pass.
@@ -25,7 +25,8 @@ struct Window {
 }
 
 impl Attending {
-    /// Lists for single queries and for chunks, added to the pass's numbers.
+    /// Lists for single queries and for chunks, added to the pass's numbers. The work of single queries is filled up with nothing to a
+    /// power of two, so that a graph of it serves many steps.
     pub fn new(
         spec: &ModelSpec,
         kernel: PrefillKernel,
@@ -38,7 +39,12 @@ impl Attending {
             if windows.iter().any(|known| known.window == window) {
                 continue;
             }
-            let decode = Decode::new(steps, window);
+            let mut decode = Decode::new(steps, window);
+            let entries = decode.work.len() / NOTHING.len();
+            if entries > 0 {
+                let padding = entries.next_power_of_two() - entries;
+                decode.work.extend(std::iter::repeat_n(NOTHING, padding).flatten());
+            }
             let prefill = Prefill::new(chunks, window, kernel.tile());
             let mut lists = |items: &[u32], work: &[u32]| Lists {
                 items: numbers.push(items),
@@ -60,6 +66,11 @@ impl Attending {
     /// Bytes of partial results that any layer needs.
     pub fn workspace_bytes(&self) -> usize {
         self.windows.iter().map(|window| window.workspace_bytes).max().unwrap_or(0)
+    }
+
+    /// What its launches for single queries depend on: for each window the entries of work, and whether there is something to combine.
+    pub fn shape(&self) -> impl Iterator<Item = (usize, bool)> {
+        self.windows.iter().map(|window| (window.decode.work_count, !window.is_direct))
     }
 
     /// Attends from `q` to `out`, in the compute type.

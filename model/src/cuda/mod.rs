@@ -7,6 +7,8 @@
 
 mod attending;
 mod batch;
+mod graphs;
+pub mod monitor;
 mod pages;
 mod pass;
 pub mod sampler;
@@ -18,7 +20,7 @@ pub use weights::WeightsError;
 pub(crate) use pages::staging_bytes;
 
 use crate::checkpoint::{Checkpoint, LoadError};
-use crate::device::KernelSet;
+use crate::device::{DeviceOptions, KernelSet, ProductSet};
 use crate::engine::{Engine, EngineError, Output, check_layout};
 use crate::forward::check;
 use crate::kv::KvMemory;
@@ -26,6 +28,7 @@ use crate::memory::PassLimits;
 use crate::spec::ModelSpec;
 use pages::DevicePages;
 use pass::Pass;
+use ridge_kernels::cuda::ops::matmul::Products;
 use ridge_kernels::cuda::ops::sampling::{self, Sampler};
 use ridge_kernels::cuda::{CudaError, Device};
 use ridge_kernels::{Cpu, KvFormat};
@@ -39,6 +42,9 @@ use weights::DeviceWeights;
 /// Uploads report their progress in the log when they take longer than this, and about as often.
 const PROGRESS_EVERY: std::time::Duration = std::time::Duration::from_secs(2);
 
+/// Most rows of the products that are measured: times of more are those of several times as many tiles.
+const MEASURED_ROWS_MAX: usize = 2048;
+
 /// Bytes that an engine takes on its device besides its KV pool, worked out from the checkpoint's headers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Footprint {
@@ -51,20 +57,31 @@ pub struct Footprint {
 }
 
 impl Footprint {
-    /// For passes up to `pass` with such a cache.
-    pub fn of(checkpoint: &Checkpoint, format: &KvFormat, pass: PassLimits) -> Result<Self, LoadError> {
+    /// For passes up to `pass` with such a cache, on a device of compute capability `sm / 10`.
+    pub fn of(
+        checkpoint: &Checkpoint,
+        format: &KvFormat,
+        pass: PassLimits,
+        options: &DeviceOptions,
+        sm: u32,
+    ) -> Result<Self, LoadError> {
         let stored =
             |layer: usize, name: &str| checkpoint.tensors.get(&format!("layers.{layer}.{name}")).map(|t| t.dtype);
         let mut apart = false;
         for layer in 0..checkpoint.spec.layers {
             apart |= stored(layer, "w_gate")? != stored(layer, "w_up")?;
         }
-        let types = Types { compute: weights::compute_type(checkpoint)?, kv: format.dtype, apart };
+        let fp8 = weights::has_fp8(checkpoint, sm)?;
+        let types = Types { compute: weights::compute_type(checkpoint)?, kv: format.dtype, apart, fp8 };
         let sampling = sampling::scratch_bytes(pass.sequences, checkpoint.spec.vocab, true) as u64;
+        let measured = match options.products {
+            ProductSet::Own => 0,
+            ProductSet::Measured => Products::measured_bytes(checkpoint.spec.ffn) as u64,
+        };
         let staging = pages::staging_bytes(format, KvMemory::page_stride_of(format), pass);
         Ok(Self {
-            weights: weights::device_bytes(checkpoint)?,
-            products: weights::product_bytes(checkpoint)?,
+            weights: weights::device_bytes(checkpoint, sm)?,
+            products: weights::product_bytes(checkpoint, sm)? + measured,
             activations: scratch::scratch_bytes(&checkpoint.spec, types, pass) + staging + sampling,
         })
     }
@@ -91,20 +108,27 @@ impl CudaEngine {
         cpu: Cpu,
         device: Arc<dyn Device>,
         limits: PassLimits,
-        kernels: KernelSet,
+        options: &DeviceOptions,
     ) -> Result<Self, EngineError> {
         check_layout(&checkpoint.spec, &kv)?;
         check_heads(&checkpoint.spec)?;
-        if kernels == KernelSet::Experimental {
+        if options.kernels == KernelSet::Experimental {
             tracing::warn!(
                 "--kernels experimental: kernels that no device has checked yet are used where there are any"
             );
         }
         let weights = upload(&device, checkpoint)?;
+        // Before the pages, because measuring takes memory for a while.
+        let products = products(&device, &weights, limits, options)?;
         let pages = DevicePages::new(&device, kv)?;
-        let pass = Pass::new(&device, &weights, pages.format(), limits, kernels)?;
+        let pass = Pass::new(&device, &weights, products, pages.format(), limits, options)?;
         let sampler = Sampler::new(&device, checkpoint.spec.vocab)?;
         Ok(Self { weights, pages, pass, sampler, cpu })
+    }
+
+    /// How many decode steps were replayed as graphs.
+    pub fn graph_replays(&self) -> u64 {
+        self.pass.graph_replays()
     }
 
     /// Logits of the items that sample, `[items, vocab]` in their order; otherwise as [`Engine::run`].
@@ -135,6 +159,29 @@ impl CudaEngine {
         let tokens = sample_rows(&mut self.sampler, self.pass.logits(), self.weights.spec.vocab, &specs)?;
         Ok(wanted.iter().zip(tokens).map(|((request, _), token)| Output { request: *request, token }).collect())
     }
+}
+
+/// What multiplies, settled for this device.
+fn products(
+    device: &Arc<dyn Device>,
+    weights: &DeviceWeights,
+    limits: PassLimits,
+    options: &DeviceOptions,
+) -> Result<Products, CudaError> {
+    let products = Products::new(device, weights::scratch_of(weights))?;
+    let mut products = match options.kernels {
+        KernelSet::Stable => products,
+        KernelSet::Experimental => products.experimental(),
+    };
+    if options.products == ProductSet::Measured {
+        let started = Instant::now();
+        let rows = limits.tokens.clamp(1, MEASURED_ROWS_MAX);
+        // SAFETY: these are the weights on the device.
+        #[allow(unsafe_code, reason = "the device's memory is addressed by numbers")]
+        let measured = unsafe { products.measure(&weights::measurable(weights), rows, options.cache.as_deref())? };
+        tracing::info!(ways = measured.len(), ms = started.elapsed().as_millis() as u64, "products are measured");
+    }
+    Ok(products)
 }
 
 /// The kernels are made for the sizes of heads that models have.
@@ -169,7 +216,7 @@ fn upload(device: &Arc<dyn Device>, checkpoint: &Checkpoint) -> Result<DeviceWei
         WeightsError::Checkpoint(error) => EngineError::Checkpoint(error),
         WeightsError::Device(error) => EngineError::Device(error),
     })?;
-    let bytes = weights::device_bytes(checkpoint)?;
+    let bytes = weights::device_bytes(checkpoint, device.properties().sm)?;
     let seconds = started.elapsed().as_secs_f64();
     tracing::info!(
         mib = bytes >> 20,

@@ -4,23 +4,27 @@
 //! rows and for many; an output's bits depend on which of the two computed it, and on nothing else of the batch. Behind the
 //! last layer's keys and values, where only sampled rows go on, all rows are steps.
 //!
-//! Everything is asked for in order on one stream. The host waits for the device only where pages land.
+//! Everything is asked for in order on one stream. The host waits for the device only where pages land. A pass of decode steps alone is
+//! one sequence of launches, which [`super::graphs`] may record.
 
 #![allow(unsafe_code, reason = "the device's memory is addressed by numbers")]
 
 use super::attending::Attending;
 use super::batch::Batch;
+use super::graphs::{Graphs, Shape};
 use super::pages::DevicePages;
 use super::scratch::{Numbers, Scratch, Types, bytes_of};
-use super::weights::{DeviceWeights, Embed, Layer, Projection, scratch_of};
-use crate::device::KernelSet;
+use super::weights::{DeviceWeights, Embed, Layer, Linear, Projection};
+use crate::device::{DeviceOptions, KernelSet};
 use crate::memory::PassLimits;
 use crate::spec::{Activation, ModelSpec};
 use ridge_kernels::cuda::ops::attention;
-use ridge_kernels::cuda::ops::matmul::{Finish, Path, Products, Weight, X};
+use ridge_kernels::cuda::ops::matmul::{Finish, Path, Products, X};
 use ridge_kernels::cuda::ops::pages::{KeyTurn, Pages, Write, write_kv};
 use ridge_kernels::cuda::ops::rows::{self, Heads};
+use ridge_kernels::cuda::ops::scaled::{self, Fp8Rows, ScaledFinish, ScaledWeight};
 use ridge_kernels::cuda::plan::attention::{PrefillKernel, experimental_prefill_kernel, prefill_kernel};
+use ridge_kernels::cuda::plan::gemv::ROWS_MAX;
 use ridge_kernels::cuda::{Buffer, CudaError, Device};
 use ridge_kernels::{Cpu, DType, Gate, KvFormat};
 use ridge_protocol::BatchPlan;
@@ -33,6 +37,9 @@ pub struct Pass {
     products: Products,
     /// Attention of chunks.
     prefill: PrefillKernel,
+    graphs: Graphs,
+    /// Whether pages of prompts go to the host as they are computed.
+    ship: bool,
 }
 
 /// What every step of a pass is told.
@@ -82,28 +89,41 @@ impl Pass {
     pub fn new(
         device: &Arc<dyn Device>,
         weights: &DeviceWeights,
+        products: Products,
         format: &KvFormat,
         limits: PassLimits,
-        kernels: KernelSet,
+        options: &DeviceOptions,
     ) -> Result<Self, CudaError> {
-        let apart = weights.layers.iter().any(|layer| layer.gate.dtype != layer.up.dtype);
-        let types = Types { compute: weights.compute, kv: format.dtype, apart };
+        let apart = weights.layers.iter().any(|layer| !layer.gate.is_like(&layer.up));
+        let linears = |layer: &Layer| {
+            let heads = [&layer.query, &layer.key, &layer.value, &layer.out].map(|projection| projection.weight);
+            heads.into_iter().chain([layer.gate, layer.up, layer.down]).any(|linear| matches!(linear, Linear::Fp8(_)))
+        };
+        let fp8 = weights.layers.iter().any(linears);
+        let types = Types { compute: weights.compute, kv: format.dtype, apart, fp8 };
         let mut scratch = Scratch::new(device, &weights.spec, types)?;
         scratch.fit(limits)?;
         let (shared, sm) = (device.properties().shared_per_block as usize, device.properties().sm);
-        let prefill = match kernels {
+        let prefill = match options.kernels {
             KernelSet::Stable => prefill_kernel(format, shared),
             KernelSet::Experimental => experimental_prefill_kernel(format, shared, sm),
         };
         for (kernel, reason) in prefill.rejected {
             tracing::debug!("attention of prompts does not take {kernel:?}: {reason}");
         }
-        let products = Products::new(device, scratch_of(weights))?;
-        let products = match kernels {
-            KernelSet::Stable => products,
-            KernelSet::Experimental => products.experimental(),
-        };
-        Ok(Self { device: device.clone(), scratch, products, prefill: prefill.chosen })
+        Ok(Self {
+            device: device.clone(),
+            scratch,
+            products,
+            prefill: prefill.chosen,
+            graphs: Graphs::new(options.graphs),
+            ship: options.ship,
+        })
+    }
+
+    /// How many passes were replayed as graphs.
+    pub fn graph_replays(&self) -> u64 {
+        self.graphs.replays()
     }
 
     /// The logits of the last pass, `[items that sampled, vocab]` in the order of the items.
@@ -129,14 +149,16 @@ impl Pass {
         let writes = batch.writes(format.block_size);
         let mut numbers = Numbers::default();
         let shipped: Vec<u32> = batch.written_by_chunks.iter().map(|block| block.0).collect();
-        let lists = [&batch.tokens, &batch.sampled_rows, &batch.tables, &Write::words(&writes), &shipped];
+        let lists = [&batch.tokens, &batch.sampled_rows, &Write::words(&writes), &shipped];
         let at = lists.map(|list| numbers.push(list));
         let (spec, prefill) = (&weights.spec, self.prefill);
         let whole = Attending::new(spec, prefill, &batch.steps, &batch.chunks, &mut numbers);
         let narrow = Attending::new(spec, prefill, &batch.sampled, &[], &mut numbers);
+        // Last, because their length is what changes as sequences grow: the other lists of steps stay where they are.
+        let tables = numbers.push(&batch.tables);
         self.scratch.fit_parts(whole.workspace_bytes().max(narrow.workspace_bytes()))?;
         let base = self.scratch.upload(&numbers)?;
-        let [tokens, sampled_rows, tables, writes_at, shipped] = at.map(|at| base + at);
+        let [tokens, sampled_rows, writes_at, shipped] = at.map(|at| base + at);
 
         let step = Step {
             device: &*self.device,
@@ -145,35 +167,60 @@ impl Pass {
             products: &self.products,
             query: attention::query_dtype(format.dtype),
             numbers: base,
-            tables,
+            tables: base + tables,
         };
-        step.embed(cpu, &batch, tokens)?;
         let chunks = batch.chunks.iter().map(|run| run.rows).sum();
-        let mut now = step.whole(Rows { steps: batch.steps.len(), chunks });
-        let (mut attending, mut landed) = (&whole, |layer: usize| on_layer(layer as u32));
-        let last = weights.layers.len() - 1;
-        for (index, layer) in weights.layers.iter().enumerate() {
-            let pages_of = pages.of_layer(index);
-            step.fill_cache(layer, &now, &pages_of, (writes_at, writes.len()), index != last)?;
-            pages.keep(index, &batch.written_by_steps);
-            pages.ship(index, (&batch.written_by_chunks, shipped), &mut landed)?;
-            if index == last {
-                if batch.sampled.is_empty() {
-                    pages.land_all(&mut landed)?;
-                    return Ok(0);
-                }
-                // Nothing reads the last layer's output except the sampled rows.
-                now = step.narrow(&now, sampled_rows, batch.sampled.len())?;
-                attending = &narrow;
-                step.query(layer, &now)?;
+        let lists = Lists {
+            rows: Rows { steps: batch.steps.len(), chunks },
+            tokens,
+            sampled: (sampled_rows, batch.sampled.len()),
+            writes: (writes_at, writes.len()),
+            whole: &whole,
+            narrow: &narrow,
+            pages: (0..weights.layers.len()).map(|layer| pages.of_layer(layer)).collect(),
+        };
+        step.fill_inputs(cpu, &batch)?;
+        let (mut landed, layers) = (|layer: usize| on_layer(layer as u32), weights.layers.len());
+        if batch.chunks.is_empty() {
+            let shape = Shape {
+                steps: batch.steps.len(),
+                sampled: batch.sampled.len(),
+                attending: whole.shape().chain(narrow.shape()).collect(),
+                generation: self.scratch.generation(),
+            };
+            // SAFETY: the launches of decode steps depend on the shape alone: their rows and lists have its lengths and lie where
+            // those lengths put them, in buffers of its generation. The buffers hold this pass's numbers.
+            unsafe { self.graphs.run(&self.device, shape, || step.run(&lists, &mut |_| Ok(())))? };
+            // Once the device has been asked to write them.
+            for layer in 0..layers {
+                pages.keep(layer, &batch.written_by_steps);
+                pages.ship(layer, (&[], 0), &mut landed)?;
             }
-            step.attend(layer, &now, attending, pages_of)?;
-            step.feed_forward(layer, &now)?;
+        } else {
+            step.run(&lists, &mut |layer| {
+                pages.keep(layer, &batch.written_by_steps);
+                if self.ship {
+                    return pages.ship(layer, (&batch.written_by_chunks, shipped), &mut landed);
+                }
+                pages.keep(layer, &batch.written_by_chunks);
+                landed(layer);
+                Ok(())
+            })?;
         }
-        step.project(&now)?;
         pages.land_all(&mut landed)?;
         Ok(batch.sampled.len())
     }
+}
+
+/// What a pass's launches are told: counts, addresses of its lists, and the pages of every layer.
+struct Lists<'a> {
+    rows: Rows,
+    tokens: u64,
+    sampled: (u64, usize),
+    writes: (u64, usize),
+    whole: &'a Attending,
+    narrow: &'a Attending,
+    pages: Vec<Pages>,
 }
 
 impl Step<'_> {
@@ -186,24 +233,51 @@ impl Step<'_> {
         Activations { rows, x: s.x.address(), h: s.h.address(), cos: s.cos.address(), sin: s.sin.address() }
     }
 
-    /// Fills the residual stream with embeddings, and the cosines and sines of every row's position.
-    fn embed(&self, cpu: &Cpu, batch: &Batch, tokens: u64) -> Result<(), CudaError> {
-        let (rows, hidden, s) = (batch.rows(), self.spec().hidden, self.scratch);
-        match &self.weights.embed {
-            // SAFETY: ids are below the vocabulary (the plan was checked), the table has a row for each, and `x` has room.
-            Embed::Device(dtype, table) => unsafe {
-                rows::embed(self.device, (rows, hidden), tokens, *dtype, *table, s.x.address())?;
-            },
-            Embed::Host(table) => {
-                let read = |row: usize, bytes: &mut [u8]| {
-                    let read = table.read_row(batch.tokens[row] as usize, bytes);
-                    // The weights themselves are mapped, and would end the process just the same.
-                    read.unwrap_or_else(|error| panic!("the embedding of a token cannot be read: {error}"));
-                };
-                let mut x = vec![0.0; rows * hidden];
-                cpu.embed(table.dtype, table.cols, &read, &mut x);
-                s.x.upload(0, &x)?;
+    /// Makes the pass's launches, up to the logits. `written(l)` is called when those that write layer `l`'s pages have been made.
+    fn run(&self, lists: &Lists<'_>, written: &mut dyn FnMut(usize) -> Result<(), CudaError>) -> Result<(), CudaError> {
+        self.embed(lists)?;
+        let (mut now, mut attending) = (self.whole(lists.rows), lists.whole);
+        let last = self.weights.layers.len() - 1;
+        for (index, (layer, pages)) in self.weights.layers.iter().zip(&lists.pages).enumerate() {
+            self.fill_cache(layer, &now, pages, lists.writes, index != last)?;
+            written(index)?;
+            if index == last {
+                let (rows, count) = lists.sampled;
+                if count == 0 {
+                    return Ok(());
+                }
+                // Nothing reads the last layer's output except the sampled rows.
+                now = self.narrow(&now, rows, count)?;
+                attending = lists.narrow;
+                self.query(layer, &now)?;
             }
+            self.attend(layer, &now, attending, *pages)?;
+            self.feed_forward(layer, &now)?;
+        }
+        self.project(&now)
+    }
+
+    /// Fills the residual stream with embeddings from a table on the device.
+    fn embed(&self, lists: &Lists<'_>) -> Result<(), CudaError> {
+        let Embed::Device(dtype, table) = &self.weights.embed else { return Ok(()) };
+        let shape = (lists.rows.all(), self.spec().hidden);
+        // SAFETY: ids are below the vocabulary (the plan was checked), the table has a row for each, and `x` has room.
+        unsafe { rows::embed(self.device, shape, lists.tokens, *dtype, *table, self.scratch.x.address()) }
+    }
+
+    /// Copies to the device what is made on the host: embeddings from a table there, and the cosines and sines of every row's
+    /// position.
+    fn fill_inputs(&self, cpu: &Cpu, batch: &Batch) -> Result<(), CudaError> {
+        let (rows, hidden, s) = (batch.rows(), self.spec().hidden, self.scratch);
+        if let Embed::Host(table) = &self.weights.embed {
+            let read = |row: usize, bytes: &mut [u8]| {
+                let read = table.read_row(batch.tokens[row] as usize, bytes);
+                // The weights themselves are mapped, and would end the process just the same.
+                read.unwrap_or_else(|error| panic!("the embedding of a token cannot be read: {error}"));
+            };
+            let mut x = vec![0.0; rows * hidden];
+            cpu.embed(table.dtype, table.cols, &read, &mut x);
+            s.x.upload(0, &x)?;
         }
         let rope = &self.weights.rope;
         let pairs = rope.pairs();
@@ -280,12 +354,20 @@ impl Step<'_> {
             Activation::Silu => (Gate::Silu, s.gated.address()),
             Activation::GeluTanh => (Gate::GeluTanh, s.gated.address()),
         };
-        if layer.gate.dtype == layer.up.dtype {
+        if layer.gate.is_like(&layer.up) {
             for (path, first, count) in now.rows.parts() {
                 let (x, y) = (self.rows_of(now.h, first, count, spec.hidden), first * spec.ffn * bytes_of(compute));
                 let y = out + y as u64;
-                // SAFETY: `h` and `gated` have a row for each of these rows, as wide as the matrices on either side.
-                unsafe { self.products.gated(path, x, &layer.gate, &layer.up, activation, compute, y)? };
+                match (&layer.gate, &layer.up) {
+                    (Linear::Fp8(gate), Linear::Fp8(up)) => {
+                        self.scaled(path, x, gate, ScaledFinish::Gated { up, activation, to: compute }, y)?;
+                    }
+                    // SAFETY: `h` and `gated` have a row for each of these rows, as wide as the matrices on either side.
+                    (Linear::Plain(gate), Linear::Plain(up)) => unsafe {
+                        self.products.gated(path, x, gate, up, activation, compute, y)?;
+                    },
+                    _ => unreachable!("the two are alike"),
+                }
             }
         } else {
             // Some quantisations store the two in different types.
@@ -339,18 +421,56 @@ impl Step<'_> {
     }
 
     /// `y = y + x·Wᵀ + bias` in f32.
-    fn add(&self, rows: Rows, x: u64, weight: &Weight, bias: u64, y: u64) -> Result<(), CudaError> {
+    fn add(&self, rows: Rows, x: u64, weight: &Linear, bias: u64, y: u64) -> Result<(), CudaError> {
         self.product(rows, x, weight, Finish::Add { bias }, y)
     }
 
-    fn product(&self, rows: Rows, x: u64, weight: &Weight, finish: Finish, y: u64) -> Result<(), CudaError> {
+    fn product(&self, rows: Rows, x: u64, weight: &Linear, finish: Finish, y: u64) -> Result<(), CudaError> {
         for (path, first, count) in rows.parts() {
-            let x = self.rows_of(x, first, count, weight.k);
-            let y = y + (first * weight.n * size_of::<f32>()) as u64;
-            // SAFETY: the callers' buffers have a row for each of `rows`, as wide as the matrix on either side.
-            unsafe { self.products.matmul(path, x, weight, finish, y)? };
+            let x = self.rows_of(x, first, count, weight.k());
+            let y = y + (first * weight.n() * size_of::<f32>()) as u64;
+            match weight {
+                // SAFETY: the callers' buffers have a row for each of `rows`, as wide as the matrix on either side.
+                Linear::Plain(weight) => unsafe { self.products.matmul(path, x, weight, finish, y)? },
+                Linear::Fp8(weight) => self.scaled(path, x, weight, ScaledFinish::Plain(finish), y)?,
+            }
         }
         Ok(())
+    }
+
+    /// A product with an fp8 matrix: few rows as they are, many rounded to fp8 first.
+    fn scaled(
+        &self,
+        path: Path,
+        x: X,
+        weight: &ScaledWeight,
+        finish: ScaledFinish<'_>,
+        y: u64,
+    ) -> Result<(), CudaError> {
+        let y_row =
+            weight.n * if matches!(finish, ScaledFinish::Gated { .. }) { bytes_of(self.weights.compute) } else { 4 };
+        let x_row = weight.k * bytes_of(x.dtype);
+        match path {
+            Path::Skinny => {
+                for first in (0..x.rows).step_by(ROWS_MAX) {
+                    let few =
+                        X { address: x.address + (first * x_row) as u64, rows: (x.rows - first).min(ROWS_MAX), ..x };
+                    // SAFETY: as in `product`, for these of the rows.
+                    unsafe { scaled::skinny(self.device, few, weight, finish, y + (first * y_row) as u64)? };
+                }
+                Ok(())
+            }
+            Path::Gemm => {
+                let s = self.scratch;
+                let to = Fp8Rows { address: s.codes.address(), scales: s.code_scales.address(), rows: x.rows };
+                // SAFETY: as in `product`; the codes have room for each of the pass's rows, and the stream's order keeps an earlier
+                // product that reads them apart from this.
+                unsafe {
+                    scaled::quantize_rows(self.device, x, weight.k, &to)?;
+                    scaled::gemm(self.device, &to, weight, finish, y)
+                }
+            }
+        }
     }
 
     /// Some rows of an operand in the compute type, `width` elements each.

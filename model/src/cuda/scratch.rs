@@ -17,6 +17,7 @@ macro_rules! buffers {
             device: Arc<dyn Device>,
             sizes: Sizes,
             limits: PassLimits,
+            generation: u64,
             numbers: Buffer,
             parts: Buffer,
             $($(#[$doc])* pub $name: Buffer,)*
@@ -28,7 +29,10 @@ macro_rules! buffers {
                 let sizes = Sizes::new(spec, types);
                 let limits = PassLimits { tokens: 0, sequences: 0 };
                 let empty = || Buffer::new(device, 0);
-                Ok(Self { device: device.clone(), sizes, limits, numbers: empty()?, parts: empty()?, $($name: empty()?,)* })
+                Ok(Self {
+                    device: device.clone(), sizes, limits, generation: 0, numbers: empty()?, parts: empty()?,
+                    $($name: empty()?,)*
+                })
             }
 
             /// Makes room for a pass. Contents are lost if there was none.
@@ -44,6 +48,7 @@ macro_rules! buffers {
                     let $sizes = &self.sizes;
                     let bytes = limits.$rows * ($width);
                     if bytes > self.$name.bytes() {
+                        self.generation += 1;
                         // The old one goes first: there may not be room for both.
                         self.$name = Buffer::new(&self.device, 0)?;
                         self.$name = Buffer::new(&self.device, bytes)?;
@@ -74,6 +79,8 @@ pub struct Types {
     pub kv: KvDtype,
     /// Whether some layer's gate and up are stored in different types.
     pub apart: bool,
+    /// Whether some matrix is fp8.
+    pub fp8: bool,
 }
 
 /// Widths of rows.
@@ -84,6 +91,8 @@ struct Sizes {
     ffn: usize,
     /// `ffn` if some layer's gate and up are of different types, else 0.
     apart: usize,
+    /// The widest row that an fp8 matrix is multiplied by, if there is one, else 0.
+    fp8: usize,
     pairs: usize,
     vocab: usize,
     /// Bytes of an element of the compute type, and of a query's.
@@ -99,6 +108,7 @@ impl Sizes {
             kv: spec.kv_width(),
             ffn: spec.ffn,
             apart: if types.apart { spec.ffn } else { 0 },
+            fp8: if types.fp8 { spec.hidden.max(spec.q_width()).max(spec.ffn) } else { 0 },
             pairs: spec.rope.rotary_dim / 2,
             vocab: spec.vocab,
             compute: bytes_of(types.compute),
@@ -128,6 +138,10 @@ buffers! {
     up: tokens * |s| s.apart * 4;
     /// `[rows, ffn]` in the compute type.
     gated: tokens * |s| s.ffn * s.compute;
+    /// `[rows, inputs]` e4m3: rows of an operand, rounded for a product with an fp8 matrix.
+    codes: tokens * |s| s.fp8;
+    /// `[rows]` f32: what each of them is multiplied by.
+    code_scales: tokens * |s| if s.fp8 > 0 { 4 } else { 0 };
     /// `[rows, pairs]` f32.
     cos: tokens * |s| s.pairs * 4;
     /// `[rows, pairs]` f32.
@@ -149,6 +163,7 @@ impl Scratch {
     pub fn upload(&mut self, numbers: &Numbers) -> Result<u64, CudaError> {
         let bytes = size_of_val(&*numbers.words);
         if bytes > self.numbers.bytes() {
+            self.generation += 1;
             self.numbers = Buffer::new(&self.device, bytes.next_power_of_two())?;
         }
         self.numbers.upload(0, &numbers.words)?;
@@ -160,10 +175,16 @@ impl Scratch {
     /// Makes room for attention's partial results.
     pub fn fit_parts(&mut self, bytes: usize) -> Result<(), CudaError> {
         if bytes > self.parts.bytes() {
+            self.generation += 1;
             self.parts = Buffer::new(&self.device, 0)?;
             self.parts = Buffer::new(&self.device, bytes.next_power_of_two())?;
         }
         Ok(())
+    }
+
+    /// Counts how often a buffer took another place: as long as it stays, addresses do.
+    pub fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// Where they lie.

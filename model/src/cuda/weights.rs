@@ -1,12 +1,15 @@
 //! The weights on the device: one allocation that every tensor has its place in, filled from the mapped file.
 //!
-//! Matrices lie as stored where the kernels read their type, and in the compute type otherwise; norms and biases are f32.
+//! Matrices lie as stored where the kernels read their type, fp8 with a factor per row on devices that multiply it, and in the compute
+//! type otherwise; norms and biases are f32.
 //! Read [`DeviceWeights`]; [`plan`] says how many bytes it will take, before anything is allocated.
 
 use crate::checkpoint::{Checkpoint, LoadError, Tensor, TensorMap};
 use crate::rope::Rope;
 use crate::spec::ModelSpec;
 use ridge_kernels::cuda::ops::matmul::{self, Products, Weight};
+use ridge_kernels::cuda::ops::measure::Matrix;
+use ridge_kernels::cuda::ops::scaled::{ScaledType, ScaledWeight};
 use ridge_kernels::cuda::{Buffer, CudaError, Device};
 use ridge_kernels::{DType, quantize_row};
 use std::sync::Arc;
@@ -22,7 +25,7 @@ pub struct DeviceWeights {
     pub(super) compute: DType,
     pub(super) embed: Embed,
     pub(super) norm: u64,
-    pub(super) head: Weight,
+    pub(super) head: Linear,
     pub(super) layers: Vec<Layer>,
     /// What all of the addresses above lead into.
     _arena: Buffer,
@@ -45,14 +48,70 @@ pub(super) struct Layer {
     pub(super) key: Projection,
     pub(super) value: Projection,
     pub(super) out: Projection,
-    pub(super) gate: Weight,
-    pub(super) up: Weight,
-    pub(super) down: Weight,
+    pub(super) gate: Linear,
+    pub(super) up: Linear,
+    pub(super) down: Linear,
+}
+
+/// A matrix that rows are multiplied by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Linear {
+    /// As stored, or in the compute type.
+    Plain(Weight),
+    /// fp8 with a factor for each row.
+    Fp8(ScaledWeight),
+}
+
+impl Linear {
+    /// Outputs.
+    pub(super) fn n(&self) -> usize {
+        match self {
+            Self::Plain(weight) => weight.n,
+            Self::Fp8(weight) => weight.n,
+        }
+    }
+
+    /// Inputs.
+    pub(super) fn k(&self) -> usize {
+        match self {
+            Self::Plain(weight) => weight.k,
+            Self::Fp8(weight) => weight.k,
+        }
+    }
+
+    /// Whether two matrices of one shape can be the halves of a gate.
+    pub(super) fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Plain(a), Self::Plain(b)) => a.dtype == b.dtype,
+            (Self::Fp8(_), Self::Fp8(_)) => true,
+            _ => false,
+        }
+    }
+
+    fn plain(&self) -> Option<Weight> {
+        if let Self::Plain(weight) = self { Some(*weight) } else { None }
+    }
+}
+
+/// Whether a device multiplies fp8 by fp8: compute capability 8.9 and later. Others get such weights in bf16.
+pub(super) fn takes_fp8(sm: u32) -> bool {
+    sm >= 89
+}
+
+/// How a tensor lies on the device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Place {
+    /// f32.
+    Vector,
+    /// A matrix of this type.
+    Matrix(DType),
+    /// fp8 codes, and behind them the rows' factors in f32.
+    Fp8,
 }
 
 /// A matrix with what may follow it.
 pub(super) struct Projection {
-    pub(super) weight: Weight,
+    pub(super) weight: Linear,
     pub(super) bias: u64,
     /// Of the norm over each head.
     pub(super) head_norm: u64,
@@ -60,26 +119,44 @@ pub(super) struct Projection {
 
 impl Projection {
     /// A matrix with nothing behind it.
-    pub(super) fn plain(weight: Weight) -> Self {
+    pub(super) fn plain(weight: Linear) -> Self {
         Self { weight, bias: 0, head_norm: 0 }
     }
+}
+
+/// Matrices that prompts are multiplied by and that there is more than one way for.
+pub(super) fn measurable(weights: &DeviceWeights) -> Vec<Matrix> {
+    let of_layer = |layer: &Layer| {
+        let heads = [&layer.query, &layer.key, &layer.value, &layer.out].map(|projection| (projection.weight, None));
+        let gate = match layer.gate.is_like(&layer.up) {
+            true => vec![(layer.gate, Some(layer.up))],
+            false => vec![(layer.gate, None), (layer.up, None)],
+        };
+        heads.into_iter().chain(gate).chain([(layer.down, None)]).collect::<Vec<_>>()
+    };
+    let all = weights.layers.iter().flat_map(of_layer);
+    all.filter_map(|(weight, up)| Some(Matrix { weight: weight.plain()?, up: up.and_then(|up| up.plain()) })).collect()
 }
 
 /// Bytes that products with these weights need beside their operands. The output head only ever meets few rows.
 pub(super) fn scratch_of(weights: &DeviceWeights) -> usize {
     let matrices = |layer: &Layer| {
         let [q, k, v, o] = [&layer.query, &layer.key, &layer.value, &layer.out].map(|projection| projection.weight);
-        [q, k, v, o, layer.gate, layer.up, layer.down].map(|weight| (weight.dtype, weight.n, weight.k))
+        let all = [q, k, v, o, layer.gate, layer.up, layer.down];
+        all.into_iter()
+            .filter_map(|weight| weight.plain())
+            .map(|weight| (weight.dtype, weight.n, weight.k))
+            .collect::<Vec<_>>()
     };
     Products::scratch_bytes(weights.layers.iter().flat_map(matrices))
 }
 
 /// The same, before the weights are on the device.
-pub fn product_bytes(checkpoint: &Checkpoint) -> Result<u64, LoadError> {
+pub fn product_bytes(checkpoint: &Checkpoint, sm: u32) -> Result<u64, LoadError> {
     let tied = checkpoint.spec.tied_head;
     let mut matrices = Vec::new();
-    for (name, dtype) in placements(checkpoint)? {
-        if let (Some(dtype), true) = (dtype, name.starts_with("layers.")) {
+    for (name, place) in placements(checkpoint, sm)? {
+        if let (Place::Matrix(dtype), true) = (place, name.starts_with("layers.")) {
             let tensor = tensor(&checkpoint.tensors, &name, tied)?;
             matrices.push((dtype, tensor.rows, tensor.cols));
         }
@@ -114,26 +191,37 @@ fn table_type(stored: DType) -> bool {
     matches!(stored, DType::F32 | DType::F16 | DType::BF16)
 }
 
-/// The tensors that go to the device, in order, and how: `None` as vectors of f32.
-fn placements(checkpoint: &Checkpoint) -> Result<Vec<(String, Option<DType>)>, LoadError> {
+/// Whether some matrix lies on the device in fp8.
+pub(super) fn has_fp8(checkpoint: &Checkpoint, sm: u32) -> Result<bool, LoadError> {
+    Ok(placements(checkpoint, sm)?.iter().any(|(_, place)| *place == Place::Fp8))
+}
+
+/// The tensors that go to the device, in order, and how.
+fn placements(checkpoint: &Checkpoint, sm: u32) -> Result<Vec<(String, Place)>, LoadError> {
     let compute = compute_type(checkpoint)?;
     let mut out = Vec::new();
     for (name, [rows, _]) in crate::checkpoint::wanted(&checkpoint.spec) {
-        let stored = checkpoint.tensors.get(&name)?.dtype;
+        let source = checkpoint.tensors.get(&name)?;
+        let stored = source.dtype;
+        // Kernels read rows of fp8 in units of 16 bytes.
+        let as_fp8 =
+            takes_fp8(sm) && compute == DType::BF16 && source.fp8().is_some() && source.cols.is_multiple_of(16);
         if rows == 1 {
-            out.push((name, None));
+            out.push((name, Place::Vector));
         } else if name == "embed" {
             // A tied head is a product with the same matrix: if it lies as stored, once is enough.
             if table_type(stored) {
-                out.push((name, Some(stored)));
+                out.push((name, Place::Matrix(stored)));
             }
+        } else if as_fp8 {
+            out.push((name, Place::Fp8));
         } else {
-            out.push((name, Some(device_type(stored, compute))));
+            out.push((name, Place::Matrix(device_type(stored, compute))));
         }
     }
     let embed = checkpoint.tensors.get("embed")?.dtype;
     if checkpoint.spec.tied_head && !(table_type(embed) && device_type(embed, compute) == embed) {
-        out.push(("head".into(), Some(device_type(embed, compute))));
+        out.push(("head".into(), Place::Matrix(device_type(embed, compute))));
     }
     Ok(out)
 }
@@ -143,16 +231,25 @@ fn tensor<'a>(tensors: &'a TensorMap, name: &str, tied: bool) -> Result<&'a Tens
     tensors.get(if name == "head" && tied { "embed" } else { name })
 }
 
-fn placed_bytes(tensor: &Tensor, dtype: Option<DType>) -> usize {
-    let row = dtype.unwrap_or(DType::F32).row_bytes(tensor.cols).expect("plain types have rows of any length");
-    (tensor.rows * row).next_multiple_of(ALIGN)
+fn placed_bytes(tensor: &Tensor, place: Place) -> usize {
+    let of = |dtype: DType| tensor.rows * dtype.row_bytes(tensor.cols).expect("plain types have rows of any length");
+    match place {
+        Place::Vector => of(DType::F32).next_multiple_of(ALIGN),
+        Place::Matrix(dtype) => of(dtype).next_multiple_of(ALIGN),
+        Place::Fp8 => factors_offset(tensor) + (4 * tensor.rows).next_multiple_of(ALIGN),
+    }
+}
+
+/// Where the factors of an fp8 matrix begin behind its codes.
+fn factors_offset(tensor: &Tensor) -> usize {
+    (tensor.rows * tensor.cols).next_multiple_of(ALIGN)
 }
 
 /// Bytes that the weights will take on the device.
-pub fn device_bytes(checkpoint: &Checkpoint) -> Result<u64, LoadError> {
+pub fn device_bytes(checkpoint: &Checkpoint, sm: u32) -> Result<u64, LoadError> {
     let mut bytes = 0;
-    for (name, dtype) in placements(checkpoint)? {
-        bytes += placed_bytes(tensor(&checkpoint.tensors, &name, checkpoint.spec.tied_head)?, dtype) as u64;
+    for (name, place) in placements(checkpoint, sm)? {
+        bytes += placed_bytes(tensor(&checkpoint.tensors, &name, checkpoint.spec.tied_head)?, place) as u64;
     }
     Ok(bytes)
 }
@@ -165,16 +262,17 @@ impl DeviceWeights {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, WeightsError> {
         let spec = checkpoint.spec.clone();
-        let total = device_bytes(checkpoint)?;
+        let sm = device.properties().sm;
+        let total = device_bytes(checkpoint, sm)?;
         let arena = Buffer::new(device, total as usize)?;
         let mut places = std::collections::BTreeMap::new();
         let mut at = 0;
-        for (name, dtype) in placements(checkpoint)? {
+        for (name, place) in placements(checkpoint, sm)? {
             let source = tensor(&checkpoint.tensors, &name, spec.tied_head)?;
-            upload(&arena, at, source, dtype)?;
+            upload(&arena, at, source, place)?;
             let address = arena.at(at, 0);
-            places.insert(name, (dtype, source.rows, source.cols, address));
-            at += placed_bytes(source, dtype);
+            places.insert(name, (place, source.rows, source.cols, address));
+            at += placed_bytes(source, place);
             progress(at as u64, total);
         }
         device.synchronize()?;
@@ -183,8 +281,15 @@ impl DeviceWeights {
         }
         let vector = |name: &str| places.get(name).map_or(0, |(_, _, _, address)| *address);
         let matrix = |name: &str| {
-            let (dtype, n, k, address) = places[name];
-            Weight { dtype: dtype.expect("a matrix has a type"), n, k, address }
+            let (place, n, k, address) = places[name];
+            match place {
+                Place::Vector => unreachable!("{name} is a matrix"),
+                Place::Matrix(dtype) => Linear::Plain(Weight { dtype, n, k, address }),
+                Place::Fp8 => {
+                    let scales = address + (n * k).next_multiple_of(ALIGN) as u64;
+                    Linear::Fp8(ScaledWeight { dtype: ScaledType::E4M3, n, k, address, scales })
+                }
+            }
         };
         let layer = |index: usize| {
             let name = |part: &str| format!("layers.{index}.{part}");
@@ -207,7 +312,7 @@ impl DeviceWeights {
             }
         };
         let embed = match places.get("embed") {
-            Some((Some(dtype), _, _, address)) => Embed::Device(*dtype, *address),
+            Some((Place::Matrix(dtype), _, _, address)) => Embed::Device(*dtype, *address),
             _ => Embed::Host(checkpoint.tensors.get("embed")?.clone()),
         };
         let head = matrix(if places.contains_key("head") { "head" } else { "embed" });
@@ -230,16 +335,21 @@ impl DeviceWeights {
 }
 
 /// Copies a tensor to its place, converted where it has to be.
-fn upload(arena: &Buffer, at: usize, source: &Tensor, dtype: Option<DType>) -> Result<(), CudaError> {
-    match dtype {
-        None => arena.upload(at, &source.to_f32()),
-        Some(dtype) if dtype == source.dtype => arena.upload(at, source.bytes()),
-        Some(dtype) => {
-            let mut bytes = Vec::with_capacity(placed_bytes(source, Some(dtype)));
+fn upload(arena: &Buffer, at: usize, source: &Tensor, place: Place) -> Result<(), CudaError> {
+    match place {
+        Place::Vector => arena.upload(at, &source.to_f32()),
+        Place::Matrix(dtype) if dtype == source.dtype => arena.upload(at, source.bytes()),
+        Place::Matrix(dtype) => {
+            let mut bytes = Vec::with_capacity(placed_bytes(source, place));
             for row in source.to_f32().chunks_exact(source.cols) {
                 quantize_row(dtype, row, &mut bytes).expect("a plain type can be written");
             }
             arena.upload(at, &bytes)
+        }
+        Place::Fp8 => {
+            let fp8 = source.fp8().expect("placed by its codes");
+            arena.upload(at, fp8.codes.bytes())?;
+            arena.upload(at + factors_offset(source), &fp8.factors)
         }
     }
 }
