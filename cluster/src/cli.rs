@@ -228,6 +228,13 @@ pub struct EngineArgs {
     /// CUDA kernels to choose from. `experimental` adds those that no device has checked yet.
     #[arg(long, env = "RIDGE_KERNELS", value_enum, default_value_t)]
     pub kernels: KernelsArg,
+    /// Products of prompts on a CUDA device. `measured` times Ridge's own and NVIDIA's cuBLASLt for every matrix when the model is
+    /// loaded, and takes the faster one; what was found is kept beside the compiled kernels.
+    #[arg(long, env = "RIDGE_PRODUCTS", value_enum, default_value_t)]
+    pub products: ProductsArg,
+    /// Whether a CUDA device's decode steps are recorded as graphs of launches.
+    #[arg(long, env = "RIDGE_CUDA_GRAPHS", value_enum, default_value_t)]
+    pub cuda_graphs: Switch,
 }
 
 impl UpArgs {
@@ -247,6 +254,12 @@ impl UpArgs {
         if self.engine.kernels == KernelsArg::Experimental {
             flags.push("--kernels=experimental".into());
         }
+        if self.engine.products == ProductsArg::Measured {
+            flags.push("--products=measured".into());
+        }
+        if self.engine.cuda_graphs == Switch::Off {
+            flags.push("--cuda-graphs=off".into());
+        }
         flags
     }
 }
@@ -259,6 +272,26 @@ pub enum KernelsArg {
     Stable,
     /// Also those for one architecture that no device has checked yet.
     Experimental,
+}
+
+/// Whose kernels multiply many rows on a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum ProductsArg {
+    /// Ridge's own.
+    #[default]
+    Own,
+    /// For each matrix, the fastest there is.
+    Measured,
+}
+
+/// Something that is on unless it makes trouble.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum Switch {
+    /// As usual.
+    #[default]
+    On,
+    /// Do without.
+    Off,
 }
 
 /// Blocks of prefill nodes that are not as decode nodes': KV is converted on its way.

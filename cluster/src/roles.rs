@@ -3,7 +3,8 @@
 //! The roles themselves live in their crates. Read [`router`], [`prefill`], [`decode`] and [`Shutdown`].
 
 use crate::cli::{
-    EngineArgs, HugePagesArg, KernelsArg, KvCacheDtype, NodeArgs, RouterArgs, SupervisionArgs, WeightsCache,
+    EngineArgs, HugePagesArg, KernelsArg, KvCacheDtype, NodeArgs, ProductsArg, RouterArgs, SupervisionArgs, Switch,
+    WeightsCache,
 };
 use crate::dirs;
 use anyhow::Context;
@@ -12,7 +13,7 @@ use ridge_decode_node::shell::DecodeOptions;
 use ridge_kernels::KvDtype;
 use ridge_kernels::sync::pool::Placement;
 use ridge_kvtransfer::shell::LinkOptions;
-use ridge_model::device::KernelSet;
+use ridge_model::device::{DeviceOptions, KernelSet, ProductSet};
 use ridge_model::mapping::HugePages;
 use ridge_model::memory::KvDemand;
 use ridge_model::worker::EngineOptions;
@@ -167,12 +168,25 @@ pub fn engine(model: String, placement: Placement, args: &EngineArgs) -> EngineO
         weights_cache: weights_cache(&args.weights_cache),
         device: args.device,
         gpu_memory_utilization: args.gpu_memory_utilization,
-        kernels: match args.kernels {
-            KernelsArg::Stable => KernelSet::Stable,
-            KernelsArg::Experimental => KernelSet::Experimental,
+        on_device: DeviceOptions {
+            kernels: match args.kernels {
+                KernelsArg::Stable => KernelSet::Stable,
+                KernelsArg::Experimental => KernelSet::Experimental,
+            },
+            products: match args.products {
+                ProductsArg::Own => ProductSet::Own,
+                ProductsArg::Measured => ProductSet::Measured,
+            },
+            graphs: args.cuda_graphs == Switch::On,
+            ship: true,
+            cache: kernel_cache(),
         },
-        kernel_cache: dirs::cache().ok().map(|cache| cache.join("kernels")),
     }
+}
+
+/// The folder for compiled kernels and measured products.
+pub fn kernel_cache() -> Option<PathBuf> {
+    dirs::cache().ok().map(|cache| cache.join("kernels"))
 }
 
 /// A thread per core.

@@ -7,15 +7,15 @@
 //! at the hand-off between two nodes: [`transfer`].
 
 mod args;
-mod host;
+pub mod host;
 mod interference;
 mod measure;
 mod report;
 mod roofline;
-mod session;
+pub mod session;
 mod transfer;
 
-pub use args::{BenchArgs, BenchCommand, EngineBenchArgs, RooflineArgs};
+pub use args::{BenchArgs, BenchCommand, EngineBenchArgs, RooflineArgs, SetupArgs};
 pub use roofline::run as run_roofline;
 
 use measure::measure;

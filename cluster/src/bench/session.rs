@@ -14,7 +14,7 @@ use ridge_kernels::{Cpu, KvFormat};
 use ridge_model::checkpoint::{Checkpoint, LoadOptions, ModelSource, load};
 use ridge_model::cost::{Cost, CostModel};
 use ridge_model::cuda::CudaEngine;
-use ridge_model::device;
+use ridge_model::device::{self, DeviceOptions};
 use ridge_model::engine::{CpuEngine, Engine};
 use ridge_model::kv::KvMemory;
 use ridge_model::mapping::HugePages;
@@ -143,6 +143,15 @@ impl Session {
     /// Loads the model and sets up an engine with room for the phases, which are made from the longest sequence that the
     /// model (or `--max-model-len`) allows.
     pub fn new(args: &SetupArgs, phases: impl FnOnce(usize) -> Vec<Phase>) -> anyhow::Result<Self> {
+        Self::adjusted(args, phases, |_| {})
+    }
+
+    /// As [`Session::new`], with something else than the flags say about how a device is used.
+    pub fn adjusted(
+        args: &SetupArgs,
+        phases: impl FnOnce(usize) -> Vec<Phase>,
+        adjust: impl FnOnce(&mut DeviceOptions),
+    ) -> anyhow::Result<Self> {
         let path = match &args.model {
             Some(model) => model.clone(),
             None => demo::unpack(&dirs::cache()?)?.display().to_string(),
@@ -178,13 +187,14 @@ impl Session {
         let gauge_bytes = GAUGE_BYTES_MAX.min(usize::try_from(spare / 2).unwrap_or(usize::MAX)) / threads;
         let gauge = Gauge::new(&cpu, gauge_bytes.min(Gauge::BYTES_PER_THREAD));
         let cache = roles::weights_cache(&args.engine.weights_cache);
-        let kernels = roles::engine(path, Placement::threads(threads), &args.engine);
-        let engine: Box<dyn Engine> = match device::open(kernels.device, kernels.kernel_cache.as_deref())? {
+        let mut kernels = roles::engine(path, Placement::threads(threads), &args.engine);
+        adjust(&mut kernels.on_device);
+        let engine: Box<dyn Engine> = match device::open(kernels.device, kernels.on_device.cache.as_deref())? {
             None => Box::new(CpuEngine::new(&checkpoint, kv, Cpu::new(threads, None), cache.as_deref())?),
             Some(device) => {
                 let pass = PassLimits { tokens: args.chunk, sequences: 1 };
                 let cpu = Cpu::new(threads, None);
-                Box::new(CudaEngine::new(&checkpoint, kv, cpu, device, pass, kernels.kernels)?)
+                Box::new(CudaEngine::new(&checkpoint, kv, cpu, device, pass, &kernels.on_device)?)
             }
         };
         let params = Arc::new(SamplingParams::greedy(1));

@@ -1,36 +1,46 @@
-//! `cluster gpu-check`: what a device must show before anybody leans on it.
+//! `cluster gpu-check`: what a device must show before anybody leans on it, and how fast it is, in one command.
 //!
 //! ```text
-//! kernels   every operation on random shapes and fresh values, outputs poisoned, against f64 references or the CPU's bits
-//! timings   copies and products, beside what copying reaches (a real device only)
-//! engine    a model's continuations and log-probabilities beside the CPU's
-//! clusters  up --local with both nodes on the device, and with prompts there and answers on the CPU
+//! this process   divides the time, starts a process per phase, keeps what it says, writes the report     run, process, marks
+//! a phase        checks or times, and says what it finds, a JSON object a line                           child, line
 //! ```
 //!
-//! With `--device emulated` it runs on any machine with a C++ compiler, which is how it is tested. Read [`run`].
+//! A phase that is over its time is ended and what it had said is kept; the next one starts on a fresh context of the device. With
+//! `--device emulated` all of it runs on any machine with a C++ compiler, with small shapes and times that mean nothing, which is how
+//! it is tested. Read [`run`], then [`Phase`] and [`marks`].
 
-use crate::client::Client;
+mod child;
+mod clusters;
+mod engine;
+mod libraries;
+mod line;
+mod marks;
+mod model;
+mod phase;
+mod process;
+mod report;
+mod sampling;
+
 use crate::roles;
-use crate::up::{Embedded, Embedding, MODEL, Model, find_model};
+use crate::synth::Preset;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
-use ridge_kernels::Cpu;
-use ridge_kernels::cuda::check::{self, Check, Effort, timing};
-use ridge_kernels::cuda::{Device, Properties};
-use ridge_kernels::{DType, KvDtype, KvFormat};
-use ridge_model::checkpoint::{Checkpoint, LoadOptions, ModelSource, load};
-use ridge_model::cuda::CudaEngine;
-use ridge_model::detokenize::StreamDecoder;
-use ridge_model::device::{self, DeviceChoice, KernelSet};
-use ridge_model::engine::{CpuEngine, Engine};
-use ridge_model::generate::generate;
-use ridge_model::kv::KvMemory;
-use ridge_model::memory::PassLimits;
-use ridge_model::worker::default_kv_dtype;
-use ridge_protocol::{SamplingParams, TokenOut};
-use serde_json::{Value, json};
-use std::sync::Arc;
+use line::Line;
+pub use phase::Phase;
+use process::Outcome;
+use report::Report;
+use ridge_kernels::cuda::Properties;
+use ridge_model::device::{self, DeviceChoice};
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
+
+/// The PyTorch script, so that it travels with the binary.
+const TORCH_SCRIPT: &str = include_str!("../../../bench/gpu/torch_check.py");
+/// What a phase is told to take of its time: the rest is for ending by itself.
+const OWN_PART: f64 = 0.9;
+/// Less time than this is not worth starting a phase for.
+const WORTHWHILE: Duration = Duration::from_secs(3);
 
 /// Flags of `cluster gpu-check`.
 #[derive(Args, Debug)]
@@ -38,94 +48,111 @@ pub struct GpuCheckArgs {
     /// The device: cuda:N, or emulated.
     #[arg(long, value_name = "DEVICE", default_value = "cuda:0")]
     pub device: DeviceChoice,
-    /// Hugging Face folder, .gguf file or Hugging Face repository id. Without it, the built-in ridge-demo.
+    /// Phases to run, such as products,timings. Default: all.
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "PHASES")]
+    pub only: Vec<Phase>,
+    /// Seconds for all of it. Each phase has its part; what one leaves goes to the next.
+    #[arg(long, value_name = "SECONDS", default_value_t = 520, value_parser = clap::value_parser!(u64).range(5..=86_400))]
+    pub budget_s: u64,
+    /// Model whose answers are compared with the CPU's: folder, .gguf file or repository id. Without it, the built-in ridge-demo.
     #[arg(long)]
     pub model: Option<String>,
+    /// Shape of the synthetic model. Default: llama-3.1-8b; on the emulator, tiny-llama.
+    #[arg(long, value_enum)]
+    pub preset: Option<Preset>,
+    /// Folder for the synthetic model, some 40 GB for llama-3.1-8b with what serving it needs. Default: a temporary one, removed
+    /// at the end.
+    #[arg(long, value_name = "DIR")]
+    pub work_dir: Option<PathBuf>,
+    /// Python that has PyTorch.
+    #[arg(long, value_name = "PROGRAM", default_value = "python3")]
+    pub python: PathBuf,
     /// Key of the random values. Default: another one each time.
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Check kernels and engine only, and start no clusters.
-    #[arg(long)]
-    pub no_clusters: bool,
-    /// Print one JSON object instead of lines.
+    /// Write the report to this file, after each phase.
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Print the report as one JSON object; lines go to stderr then.
     #[arg(long)]
     pub json: bool,
+    /// Run one phase in this process.
+    #[arg(long, hide = true, value_enum)]
+    pub phase: Option<Phase>,
+    /// Run small shapes on a device, too.
+    #[arg(long, hide = true)]
+    pub small: bool,
 }
 
-/// Tokens of a continuation.
-const ANSWER: u32 = 8;
-/// The whole prompt in one pass, as a prefill node runs it.
-const LONG_CHUNK: usize = 1 << 16;
-const START_TIMEOUT: Duration = Duration::from_secs(300);
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
+impl GpuCheckArgs {
+    /// Whether shapes are small and times mean nothing.
+    fn is_small(&self) -> bool {
+        self.small || self.device == DeviceChoice::Emulated
+    }
 
-/// Runs the command; fails if a check does.
+    fn preset(&self) -> Preset {
+        let default = if self.is_small() { Preset::TinyLlama } else { Preset::Llama31_8b };
+        self.preset.unwrap_or(default)
+    }
+}
+
+/// Runs the command; fails if a check does, or if a phase broke. Missed marks and skipped phases are reported and no failure.
 pub fn run(args: &GpuCheckArgs) -> anyhow::Result<()> {
+    if let Some(phase) = args.phase {
+        return child::run(phase, args);
+    }
     let started = Instant::now();
+    let end = started + Duration::from_secs(args.budget_s);
     let seed = args.seed.unwrap_or_else(fresh_seed);
-    let cache = crate::dirs::cache().ok().map(|cache| cache.join("kernels"));
-    let opened = device::open(args.device, cache.as_deref()).with_context(|| format!("--device {}", args.device))?;
-    let Some(device) = opened else { bail!("--device {} is no CUDA device", args.device) };
-    let real = args.device != DeviceChoice::Emulated;
-    let say = |line: String| match args.json {
-        true => eprintln!("{line}"),
-        false => println!("{line}"),
+    let say = |line: &str| if args.json { eprintln!("{line}") } else { println!("{line}") };
+    // Opened once to know what it is, or to say why it cannot be used; and closed again before anybody else opens it.
+    let properties = properties(args)?;
+    say(&describe(&properties));
+    say(&format!("seed {seed}, {} s", args.budget_s));
+    let temporary = match &args.work_dir {
+        Some(_) => None,
+        None => Some(tempfile::tempdir().context("cannot make a temporary folder")?),
     };
-    say(describe(device.properties()));
-    say(format!("seed {seed}"));
-    let effort = if real { Effort::Full } else { Effort::Small };
-    let mut failures: Vec<String> = Vec::new();
-    let checks = check::all(&device, seed, effort, &mut |check| say(line(check)))?;
-    failures.extend(checks.iter().filter_map(|check| Some(format!("{}: {}", check.name, check.failure.as_ref()?))));
+    let work = match (&args.work_dir, &temporary) {
+        (Some(folder), _) => folder.clone(),
+        (None, Some(temporary)) => temporary.path().to_owned(),
+        (None, None) => bail!("no folder to work in"),
+    };
+    std::fs::create_dir_all(&work).with_context(|| format!("cannot make {}", work.display()))?;
+    let libraries = libraries::find(&args.python, &work);
+    let mut phases = if args.only.is_empty() { Phase::ALL.to_vec() } else { args.only.clone() };
+    phases.sort_unstable();
+    phases.dedup();
 
-    let timings = if real { timing::all(&device, seed)? } else { Vec::new() };
-    for timing in &timings {
-        let (tera, giga) = (timing.flops / 1e12, timing.bytes / 1e9);
-        let part = 100.0 * timing.of_copy;
-        say(format!(
-            "{:48} {:10.1} us {tera:8.1} TFLOP/s {giga:8.1} GB/s {part:5.1} %",
-            timing.name, timing.microseconds
-        ));
-    }
-
-    let model = find_model(args.model.as_deref())?;
-    let properties = device.properties().clone();
-    let engine = check_engine(&model, device);
-    let mut report = json!({
-        "device": properties_json(args.device, &properties),
-        "seed": seed,
-        "checks": checks.iter().map(check_json).collect::<Vec<_>>(),
-        "timings": timings.iter().map(timing_json).collect::<Vec<_>>(),
-    });
-    match engine {
-        Ok(found) => {
-            say(format!(
-                "engine: log-probabilities within {:.3} of the CPU's (allowed: {})",
-                found.worst, found.allowed
-            ));
-            if found.worst > found.allowed {
-                failures.push(format!("engine: log-probabilities differ by {:.3}", found.worst));
-            }
-            report["engine"] = json!({"model": model.name, "worst": found.worst, "allowed": found.allowed});
-            if !args.no_clusters {
-                let kinds = [("device", args.device, args.device), ("mixed", args.device, DeviceChoice::Cpu)];
-                for (what, prefill, decode) in kinds {
-                    let failed = check_cluster(&model, prefill, decode, &found).err().map(|error| format!("{error:#}"));
-                    say(format!("cluster, {what}: {}", failed.as_deref().unwrap_or("ok")));
-                    report["clusters"][what] = json!(failed.is_none());
-                    failures.extend(failed.map(|failed| format!("cluster, {what}: {failed}")));
-                }
-            }
+    let mut report = Report::new(args.device, &properties, seed, args.budget_s);
+    for (at, phase) in phases.iter().enumerate() {
+        let begun = Instant::now();
+        let left = end.saturating_duration_since(begun);
+        let part = phase::slice(left, &phases[at..]);
+        say(&format!("--- {} ({:.0} s)", phase.name(), part.as_secs_f64()));
+        let outcome = if part < WORTHWHILE {
+            Outcome::Skipped("the time is used up".into())
+        } else {
+            run_phase(*phase, args, seed, (&work, &libraries), begun + part, &mut |line| {
+                say(&line.to_string());
+                report.lines.push((*phase, line));
+            })
+        };
+        if outcome != Outcome::Done {
+            say(&format!("{}: {outcome}", phase.name()));
         }
-        Err(error) => failures.push(format!("engine: {error:#}")),
+        report.phases.push((*phase, outcome, begun.elapsed()));
+        if let Some(path) = &args.out {
+            report.write(path, started.elapsed())?;
+        }
     }
-    report["seconds"] = json!(started.elapsed().as_secs());
-    report["failures"] = json!(failures);
+    report.table(args.is_small()).iter().for_each(|line| say(line));
     if args.json {
-        println!("{report:#}");
+        println!("{:#}", report.json(started.elapsed()));
     }
-    ensure!(failures.is_empty(), "{} of the checks failed: {}", failures.len(), failures.join("; "));
-    say(format!("all checks passed in {} s", started.elapsed().as_secs()));
+    let failures = report.failures();
+    ensure!(failures.is_empty(), "{} failed: {}", failures.len(), failures.join("; "));
+    say(&format!("no check failed, in {} s", started.elapsed().as_secs()));
     Ok(())
 }
 
@@ -135,108 +162,117 @@ fn fresh_seed() -> u64 {
     since.map_or(1, |since| since.as_nanos() as u64)
 }
 
+fn properties(args: &GpuCheckArgs) -> anyhow::Result<Properties> {
+    // What finds the device needs no compiled kernel, and no library beside the driver.
+    let found = device::properties(args.device, roles::kernel_cache().as_deref());
+    let found = found.with_context(|| format!("--device {}", args.device))?;
+    found.with_context(|| format!("--device {} is no CUDA device", args.device))
+}
+
 fn describe(device: &Properties) -> String {
     let Properties { name, sm, multiprocessors, .. } = device;
     format!("{name}: sm_{sm}, {multiprocessors} multiprocessors, {} MiB", device.memory_bytes >> 20)
 }
 
-fn line(check: &Check) -> String {
-    let verdict = check.failure.as_deref().unwrap_or("ok");
-    format!("{:32} {:3} cases, error {:9.2e} of what is allowed: {verdict}", check.name, check.cases, check.worst)
-}
-
-fn properties_json(choice: DeviceChoice, device: &Properties) -> Value {
-    json!({
-        "choice": choice.to_string(),
-        "name": device.name,
-        "sm": device.sm,
-        "multiprocessors": device.multiprocessors,
-        "memory_bytes": device.memory_bytes,
-    })
-}
-
-fn check_json(check: &Check) -> Value {
-    // JSON has no infinity.
-    let worst = check.worst.is_finite().then_some(check.worst);
-    json!({"name": check.name, "cases": check.cases, "error": worst, "failure": check.failure})
-}
-
-fn timing_json(timing: &timing::Timing) -> Value {
-    json!({
-        "name": timing.name,
-        "microseconds": timing.microseconds,
-        "flops": timing.flops,
-        "bytes_per_second": timing.bytes,
-        "of_copy": timing.of_copy,
-    })
-}
-
-/// What a model's engine on the device answered.
-struct Found {
-    /// Largest difference of a log-probability from the CPU's, where the two had said the same so far.
-    worst: f32,
-    /// What it may be: little for float32, what rounding to 16 bits costs otherwise.
-    allowed: f32,
-    prompt: Vec<u32>,
-    text: String,
-}
-
-/// Continues a prompt on the CPU and on the device.
-fn check_engine(model: &Model, device: Arc<dyn Device>) -> anyhow::Result<Found> {
-    let checkpoint = load(&ModelSource::parse(&model.path)?, &LoadOptions::default(), &mut |_| {})?;
-    let prompt = checkpoint.tokenizer.encode("Question: What does a prefill node do? Answer:", true)?;
-    let pass = PassLimits { tokens: prompt.len(), sequences: 1 };
-    let threads = roles::default_threads();
-    let mut on_cpu = CpuEngine::new(&checkpoint, memory(&checkpoint, &prompt)?, Cpu::new(threads, None), None)?;
-    let expected = answer(&mut on_cpu, &prompt)?;
-    let kv = memory(&checkpoint, &prompt)?;
-    let mut on_device = CudaEngine::new(&checkpoint, kv, Cpu::new(threads, None), device, pass, KernelSet::Stable)?;
-    let answered = answer(&mut on_device, &prompt)?;
-    let mut worst = 0.0f32;
-    for (ours, cpu) in answered.iter().zip(&expected) {
-        // The likeliest token's is compared whichever it was: near ties may fall either way.
-        let likeliest = |out: &TokenOut| out.top.first().map_or(f32::NAN, |(_, logprob)| *logprob);
-        let difference = (likeliest(ours) - likeliest(cpu)).abs();
-        worst = if difference.is_nan() { f32::INFINITY } else { worst.max(difference) };
-        if ours.token != cpu.token {
-            break;
+/// Runs a phase until it ends or its time does.
+fn run_phase(
+    phase: Phase,
+    args: &GpuCheckArgs,
+    seed: u64,
+    (work, libraries): (&Path, &libraries::Libraries),
+    deadline: Instant,
+    on_line: &mut dyn FnMut(Line),
+) -> Outcome {
+    let part = deadline.saturating_duration_since(Instant::now());
+    match phase {
+        Phase::Torch => {
+            let script = work.join("torch_check.py");
+            if let Err(error) = std::fs::write(&script, TORCH_SCRIPT) {
+                return Outcome::Failed(format!("{}: {error}", script.display()));
+            }
+            let mut command = Command::new(&args.python);
+            command.arg(&script).arg(format!("--budget-s={}", part.mul_f64(OWN_PART).as_secs()));
+            if args.is_small() {
+                command.arg("--small");
+            }
+            if args.device == DeviceChoice::Emulated {
+                command.arg("--device=cpu");
+            }
+            process::run(command, deadline, on_line)
         }
+        Phase::Sanitizer => run_sanitizer(args, seed, (work, libraries), deadline, on_line),
+        _ => process::run(command(phase, args, seed, (work, libraries), part, None), deadline, on_line),
     }
-    let exact = checkpoint.tensors.get("layers.0.wq")?.dtype == DType::F32;
-    // As a cluster makes text of tokens.
-    let mut decoder = StreamDecoder::new(&checkpoint.tokenizer, true);
-    let mut text: String = answered.iter().filter_map(|out| decoder.push(out.token)).collect();
-    text.extend(decoder.flush());
-    Ok(Found { worst, allowed: if exact { 1e-3 } else { 0.2 }, prompt, text })
 }
 
-fn memory(checkpoint: &Checkpoint, prompt: &[u32]) -> anyhow::Result<Arc<KvMemory>> {
-    let (spec, dtype): (_, KvDtype) = (&checkpoint.spec, default_kv_dtype(checkpoint));
-    let format = KvFormat { dtype, kv_heads: spec.kv_heads, head_dim: spec.head_dim, block_size: 16 };
-    let blocks = (prompt.len() + ANSWER as usize).div_ceil(16);
-    Ok(Arc::new(KvMemory::new(format, spec.layers, blocks)?))
+/// This program as one phase, behind another one that watches it if there is one.
+fn command(
+    phase: Phase,
+    args: &GpuCheckArgs,
+    seed: u64,
+    (work, libraries): (&Path, &libraries::Libraries),
+    part: Duration,
+    behind: Option<&[&str]>,
+) -> Command {
+    let this = std::env::current_exe().unwrap_or_else(|_| "cluster".into());
+    let mut command = match behind {
+        Some([program, flags @ ..]) => {
+            let mut command = Command::new(program);
+            command.args(flags).arg(this);
+            command
+        }
+        _ => Command::new(this),
+    };
+    command.arg("gpu-check").args(["--phase", &phase.name(), "--device", &args.device.to_string()]);
+    command.args(["--seed", &seed.to_string(), "--budget-s", &part.mul_f64(OWN_PART).as_secs().max(5).to_string()]);
+    command.arg("--work-dir").arg(work);
+    if let Some(model) = &args.model {
+        command.args(["--model", model]);
+    }
+    command.args(["--preset", &args.preset().name()]);
+    if args.small || behind.is_some() {
+        command.arg("--small");
+    }
+    libraries.show_to(&mut command);
+    command
 }
 
-fn answer(engine: &mut dyn Engine, prompt: &[u32]) -> anyhow::Result<Vec<TokenOut>> {
-    let params = SamplingParams { logprobs: Some(1), ignore_eos: true, ..SamplingParams::greedy(ANSWER) };
-    Ok(generate(engine, prompt, &params, LONG_CHUNK, usize::MAX, &mut |_| true)?)
-}
-
-/// Starts a cluster and asks it for the continuation that the engine found: the same on the device, of the same length where
-/// another computes the answer.
-fn check_cluster(model: &Model, prefill: DeviceChoice, decode: DeviceChoice, found: &Found) -> anyhow::Result<()> {
-    let mut flags = vec!["--model".to_owned(), model.path.clone(), "--max-model-len=256".into()];
-    flags.extend([format!("--prefill-device={prefill}"), format!("--decode-device={decode}")]);
-    let embedding = Embedding { relays: None, restart_after: Duration::from_millis(100), start_timeout: START_TIMEOUT };
-    let cluster = Embedded::start(&flags, embedding)?;
-    let client = Client::new(&cluster.url(), None, ANSWER_TIMEOUT)?;
-    let body = json!({
-        "model": MODEL, "prompt": found.prompt, "max_tokens": ANSWER, "temperature": 0, "ignore_eos": true,
-    });
-    let answer = client.post_json("/v1/completions", &body)?;
-    let tokens = answer["usage"]["completion_tokens"].as_u64();
-    ensure!(tokens == Some(u64::from(ANSWER)), "{tokens:?} tokens came instead of {ANSWER}");
-    let text = answer["choices"][0]["text"].as_str().context("an answer without text")?;
-    ensure!(prefill != decode || text == found.text, "answered {text:?} where the engine alone says {:?}", found.text);
-    Ok(())
+/// Small cases under compute-sanitizer: bad accesses first, then races within a block.
+fn run_sanitizer(
+    args: &GpuCheckArgs,
+    seed: u64,
+    folders: (&Path, &libraries::Libraries),
+    deadline: Instant,
+    on_line: &mut dyn FnMut(Line),
+) -> Outcome {
+    /// What it exits with if it found something, and a check never does.
+    const FOUND: &str = "86";
+    if args.device == DeviceChoice::Emulated {
+        return Outcome::Skipped("compute-sanitizer watches CUDA devices; the emulator looks at bounds itself".into());
+    }
+    let Some(sanitizer) = libraries::sanitizer() else {
+        return Outcome::Skipped("compute-sanitizer is not on this machine".into());
+    };
+    let runs = [
+        ("memcheck", Phase::Rows),
+        ("memcheck", Phase::Attention),
+        ("memcheck", Phase::Products),
+        ("racecheck", Phase::Attention),
+        ("racecheck", Phase::Products),
+    ];
+    for (at, (tool, phase)) in runs.into_iter().enumerate() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let part = left / (runs.len() - at) as u32;
+        let watch = [sanitizer.as_str(), "--tool", tool, "--error-exitcode", FOUND, "--print-limit", "5"];
+        let command = command(phase, args, seed, folders, part, Some(&watch));
+        let name = format!("{tool} {}", phase.name());
+        // What it says of checks has been said without it.
+        let outcome = process::run(command, Instant::now() + part, &mut |_| {});
+        on_line(match outcome {
+            Outcome::Done => Line::verdict(name, None),
+            Outcome::Failed(why) => Line::verdict(name, Some(why)),
+            other => Line::Skipped { name, why: other.to_string() },
+        });
+    }
+    Outcome::Done
 }

@@ -95,9 +95,14 @@ pub struct Shape {
 }
 
 impl Preset {
+    /// Its name on the command line.
+    pub fn name(self) -> String {
+        self.to_possible_value().expect("no preset is skipped").get_name().to_owned()
+    }
+
     /// The numbers behind the name.
     pub fn shape(self) -> Shape {
-        let name = self.to_possible_value().expect("no preset is skipped").get_name().to_owned();
+        let name = self.name();
         match self {
             Preset::Llama32_1b => Shape {
                 name,

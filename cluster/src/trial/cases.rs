@@ -3,7 +3,7 @@
 //! Prompts end before, at and after block borders, half of them start like another one, and all of sampling takes part: greedy,
 //! seeded, filters, penalties, biases, log-probabilities, stop strings and the end of text. Read [`Case`] and [`Oracle`].
 
-use crate::cli::{EngineArgs, HugePagesArg, KernelsArg, KvCacheDtype, WeightsCache};
+use crate::cli::{EngineArgs, HugePagesArg, KernelsArg, KvCacheDtype, ProductsArg, Switch, WeightsCache};
 use crate::roles;
 use crate::up::{MODEL, Model};
 use anyhow::Context;
@@ -174,6 +174,8 @@ impl Oracle {
             device: DeviceChoice::Cpu,
             gpu_memory_utilization: 1.0,
             kernels: KernelsArg::Stable,
+            products: ProductsArg::Own,
+            cuda_graphs: Switch::On,
         };
         let options = roles::engine(model.path.clone(), Placement::threads(roles::default_threads()), &engine);
         let loaded = load_engine(&options, PassLimits { tokens: CHUNK, sequences: 1 }, &mut |_| {})?;
