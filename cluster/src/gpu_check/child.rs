@@ -6,6 +6,8 @@ use crate::roles;
 use anyhow::{Context, bail};
 use ridge_kernels::cuda::check::timing::{self, Subject};
 use ridge_kernels::cuda::check::{self, Effort, Group};
+use ridge_kernels::cuda::nvml::Nvml;
+use ridge_kernels::cuda::ops::blas::Blas;
 use ridge_kernels::cuda::source::SOURCES;
 use ridge_kernels::cuda::{Device, compile};
 use ridge_model::device::{self, DeviceChoice};
@@ -144,12 +146,36 @@ fn timings(context: &Job<'_>) -> anyhow::Result<()> {
         let timing::Timing { name, seconds, operations, bytes } = timing;
         say(&Line::Time { name, seconds, operations, bytes });
     };
+    if let Err(error) = Blas::open(&device) {
+        say(&Line::Skipped { name: "cuBLASLt".into(), why: error.to_string() });
+    }
     // What the marks are measured by comes first.
     for subject in [Subject::Copy, Subject::Gemm, Subject::Attention, Subject::Gemv] {
         timing::run(&device, subject, effort, context.seed, Some(context.deadline), &mut report)?;
     }
+    state(&*device);
     if context.is_late() {
         say(&Line::Fact { name: "timings".into(), value: json!("cut short by the deadline") });
     }
     Ok(())
+}
+
+/// What the driver says of the device just after it has worked: a card that was throttled explains its times.
+fn state(device: &dyn Device) {
+    let Some(id) = device.pci_bus_id() else { return };
+    let read = Nvml::open().and_then(|nvml| Ok((nvml.device(&id)?.read(), nvml.driver_version())));
+    match read {
+        Ok((reading, driver)) => {
+            let value = json!({
+                "driver": driver,
+                "power_w": reading.power_mw.map(|mw| f64::from(mw) / 1e3),
+                "clock_mhz": reading.clock_mhz,
+                "memory_clock_mhz": reading.memory_clock_mhz,
+                "temperature_c": reading.temperature_c,
+                "memory_used_bytes": reading.memory_used_bytes,
+            });
+            say(&Line::Fact { name: "device".into(), value });
+        }
+        Err(error) => say(&Line::Skipped { name: "device state".into(), why: error.to_string() }),
+    }
 }

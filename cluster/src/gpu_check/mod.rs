@@ -195,9 +195,8 @@ fn run_phase(
             if args.is_small() {
                 command.arg("--small");
             }
-            if args.device == DeviceChoice::Emulated {
-                command.arg("--device=cpu");
-            }
+            let on = if args.device == DeviceChoice::Emulated { "cpu".into() } else { args.device.to_string() };
+            command.args(["--device", &on]);
             process::run(command, deadline, on_line)
         }
         Phase::Sanitizer => run_sanitizer(args, seed, (work, libraries), deadline, on_line),

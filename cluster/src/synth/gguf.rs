@@ -47,7 +47,7 @@ pub fn write(shape: &Shape, dtype: SynthDType, seed: u64, path: &Path) -> anyhow
         for place in &placed {
             pad(out, place.offset - at)?;
             let source = |row| place.tensor.gguf_source_row(row, permuted);
-            at = place.offset + super::write_tensor(&place.tensor, place.dtype, seed, &source, out)?;
+            at = place.offset + super::write_tensor(&place.tensor, place.dtype, (seed, super::cores()), &source, out)?;
         }
         // The file's end is aligned too, as ggml writes it.
         pad(out, at.next_multiple_of(ALIGNMENT) - at)

@@ -90,18 +90,22 @@ pub fn write(args: &SynthArgs) -> anyhow::Result<()> {
 /// Rows encoded per piece of work: large enough to keep a thread busy, small enough to hold one per thread.
 const PIECE_BYTES: usize = 4 << 20;
 
-/// Encodes a whole tensor into `out`. Threads make pieces of rows side by side; pieces are written in order.
+/// Cores to encode with.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Encodes a whole tensor into `out`. So many threads make pieces of rows side by side; pieces are written in order.
 /// `source_row` maps the row of the file to the row of the Hugging Face tensor.
 fn write_tensor(
     tensor: &Tensor,
     dtype: DType,
-    seed: u64,
+    (seed, threads): (u64, usize),
     source_row: &(dyn Fn(usize) -> usize + Sync),
     out: &mut impl Write,
 ) -> anyhow::Result<u64> {
     let row_bytes = dtype.row_bytes(tensor.cols).context("the type was chosen to fit the row")?;
     let piece_rows = (PIECE_BYTES / row_bytes).clamp(1, tensor.rows);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let encode = |first: usize| -> anyhow::Result<Vec<u8>> {
         let rows = first..(first + piece_rows).min(tensor.rows);
         let mut bytes = Vec::with_capacity(rows.len() * row_bytes);

@@ -21,15 +21,24 @@ pub fn write(shape: &Shape, dtype: DType, seed: u64, folder: &Path) -> anyhow::R
     let vocab = Vocabulary::new(shape);
     let all = tensors(shape);
     let shards = shards(&all, dtype);
+    let name = |i: usize| match shards.len() {
+        1 => "model.safetensors".to_owned(),
+        n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
+    };
+    // Files side by side: the system copies what is written to one file on one core, which takes longer than making it does on many.
+    let threads = (super::cores() / shards.len()).max(1);
+    let written: Vec<anyhow::Result<u64>> = std::thread::scope(|scope| {
+        let write =
+            |(i, shard): (usize, &Vec<Tensor>)| write_shard(shard, dtype, (seed, threads), &folder.join(name(i)));
+        let write = &write;
+        let workers: Vec<_> = shards.iter().enumerate().map(|shard| scope.spawn(move || write(shard))).collect();
+        workers.into_iter().map(|worker| worker.join().expect("writing a file does not panic")).collect()
+    });
     let mut weight_map = Map::new();
     let mut total = 0;
-    for (i, shard) in shards.iter().enumerate() {
-        let name = match shards.len() {
-            1 => "model.safetensors".to_owned(),
-            n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
-        };
-        total += write_shard(shard, dtype, seed, &folder.join(&name))?;
-        weight_map.extend(shard.iter().map(|t| (t.hf_name.clone(), json!(name))));
+    for (i, (shard, written)) in shards.iter().zip(written).enumerate() {
+        total += written?;
+        weight_map.extend(shard.iter().map(|t| (t.hf_name.clone(), json!(name(i)))));
     }
     if shards.len() > 1 {
         let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
@@ -66,7 +75,7 @@ fn shards(all: &[Tensor], dtype: DType) -> Vec<Vec<Tensor>> {
     shards
 }
 
-fn write_shard(shard: &[Tensor], dtype: DType, seed: u64, path: &Path) -> anyhow::Result<u64> {
+fn write_shard(shard: &[Tensor], dtype: DType, seed: (u64, usize), path: &Path) -> anyhow::Result<u64> {
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut offset = 0;

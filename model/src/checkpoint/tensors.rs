@@ -169,8 +169,10 @@ impl TensorMap {
     /// The mapped files that tensors lie in, each once.
     pub fn files(&self) -> Vec<&FileMap> {
         let mut files: Vec<&FileMap> = Vec::new();
-        for tensor in self.tensors.values() {
-            if let Storage::Mapped { file, .. } = &tensor.data
+        let data = self.tensors.values().map(|tensor| &tensor.data);
+        let codes = self.tensors.values().filter_map(|tensor| Some(&tensor.fp8()?.codes));
+        for storage in data.chain(codes) {
+            if let Storage::Mapped { file, .. } = storage
                 && !files.iter().any(|known| known.path() == file.path())
             {
                 files.push(file);

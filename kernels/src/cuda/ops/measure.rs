@@ -174,8 +174,15 @@ impl Products {
             choices.push(choice);
         }
         if let (Some(file), false) = (file, measured.is_empty()) {
-            let kept = known.into_iter().filter(|old| choices.iter().all(|new| new.key != old.key));
-            let lines: String = choices.iter().cloned().chain(kept).map(|choice| line(&choice) + "\n").collect();
+            // Another process may have measured meanwhile, and found something else: all of a device should choose the same.
+            let known = read(&file);
+            for choice in &mut choices {
+                if let Some(theirs) = known.iter().find(|theirs| theirs.key == choice.key && self.recall(theirs)) {
+                    *choice = theirs.clone();
+                }
+            }
+            let others = known.iter().filter(|known| choices.iter().all(|choice| choice.key != known.key));
+            let lines: String = choices.iter().chain(others).map(|choice| line(choice) + "\n").collect();
             if let Err(error) = keep(&file, lines.as_bytes()) {
                 tracing::warn!("measured products are not kept: {}: {error}", file.display());
             }
