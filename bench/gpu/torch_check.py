@@ -92,7 +92,7 @@ def copy(run):
     source = torch.randn(count, device=run.device)
     target = torch.empty_like(source)
     seconds = run.seconds(lambda: target.copy_(source))
-    say(name="copy", seconds=seconds, bytes=8 * count)
+    say(name="torch copy", seconds=seconds, bytes=8 * count)
 
 
 def gemm(run):
@@ -100,7 +100,7 @@ def gemm(run):
     for rows in [64] if run.small else [512, 1024, 2048, 4096, 8192]:
         x = torch.randn(rows, k, device=run.device, dtype=run.dtype)
         w = torch.randn(n, k, device=run.device, dtype=run.dtype)
-        say(name=f"gemm out m={rows}", seconds=run.seconds(lambda: F.linear(x, w)), operations=2 * rows * n * k)
+        say(name=f"torch gemm out m={rows}", seconds=run.seconds(lambda: F.linear(x, w)), operations=2 * rows * n * k)
 
 
 def attention(run):

@@ -118,8 +118,12 @@ pub fn marks<'a>(lines: impl IntoIterator<Item = &'a Line>) -> Vec<Mark> {
             least(&format!("prefill attention, 8192: fastest SDPA's time / {what}'s"), ratio(sdpa, own), 0.8);
         }
     }
-    let prefill = times.0.get("model bf16 prefill 4096").map(|(seconds, operations, _)| operations / seconds);
-    least("8B bf16 prefill 4096: its rate / best bf16 product's", ratio(prefill, times.rate("gemm bf16")), 0.6);
+    let rate = |name: &str| times.0.get(name).map(|(seconds, operations, _)| operations / seconds);
+    let best = times.rate("gemm bf16");
+    least("8B bf16 prefill 4096: its rate / best bf16 product's", ratio(rate("model bf16 prefill 4096"), best), 0.6);
+    if let Some(found) = rate("model bf16 prefill 4096, experimental kernels") {
+        least("the same with Hopper's experiments", ratio(Some(found), best), 0.6);
+    }
     for batch in [1, 32] {
         let name = format!("model bf16 decode b={batch}");
         let copied = times.bandwidth("copy");

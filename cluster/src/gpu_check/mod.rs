@@ -124,7 +124,7 @@ pub fn run(args: &GpuCheckArgs) -> anyhow::Result<()> {
     phases.sort_unstable();
     phases.dedup();
 
-    let mut report = Report::new(args.device, &properties, seed, args.budget_s);
+    let mut report = Report::new(args.device, &properties, (seed, args.budget_s), args.is_small());
     for (at, phase) in phases.iter().enumerate() {
         let begun = Instant::now();
         let left = end.saturating_duration_since(begun);
@@ -146,7 +146,7 @@ pub fn run(args: &GpuCheckArgs) -> anyhow::Result<()> {
             report.write(path, started.elapsed())?;
         }
     }
-    report.table(args.is_small()).iter().for_each(|line| say(line));
+    report.table().iter().for_each(|line| say(line));
     if args.json {
         println!("{:#}", report.json(started.elapsed()));
     }

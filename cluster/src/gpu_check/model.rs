@@ -9,7 +9,7 @@ use crate::cli::SynthArgs;
 use crate::synth::{self, SynthDType};
 use anyhow::Context;
 use clap::Parser;
-use ridge_model::device::DeviceOptions;
+use ridge_model::device::{DeviceOptions, KernelSet, ProductSet};
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -30,7 +30,7 @@ pub fn run(job: &Job<'_>) -> anyhow::Result<()> {
     let (batch, steps) = if job.is_small() { (2, 2) } else { (32, 16) };
     let prefill = Phase::Prefill { tokens: prompt, chunk: prompt };
     let decode = |batch| Phase::Decode { batch, context, steps };
-    let measured = |options: &mut DeviceOptions| options.products = ridge_model::device::ProductSet::Measured;
+    let measured = |options: &mut DeviceOptions| options.products = ProductSet::Measured;
 
     let bf16 = made(job, SynthDType::Bf16)?;
     let whole = [
@@ -56,6 +56,15 @@ pub fn run(job: &Job<'_>) -> anyhow::Result<()> {
     time(job, &q4, &[("model q4_k decode b=1".into(), decode(1))], |_| {}).context("q4_k")?;
     // Serving needs the other one, and the room.
     let _ = std::fs::remove_file(q4);
+    // Kernels that are off by default, where there are any: whether they should be.
+    if job.device()?.properties().sm == 90 {
+        let name = format!("model bf16 prefill {prompt}, experimental kernels");
+        let experimental = |options: &mut DeviceOptions| {
+            measured(options);
+            options.kernels = KernelSet::Experimental;
+        };
+        time(job, &bf16, &[(name, prefill)], experimental).context("bf16, experimental kernels")?;
+    }
     Ok(())
 }
 

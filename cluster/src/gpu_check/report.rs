@@ -15,6 +15,8 @@ use std::time::Duration;
 /// A run so far.
 pub struct Report {
     head: Value,
+    /// Shapes are small, or there is no device: its times say nothing.
+    meaningless: bool,
     /// What was found, by phase.
     pub lines: Vec<(Phase, Line)>,
     /// Phases that are over, how they ended and what they took.
@@ -23,7 +25,7 @@ pub struct Report {
 
 impl Report {
     /// Of a run that begins.
-    pub fn new(choice: DeviceChoice, device: &Properties, seed: u64, budget_s: u64) -> Self {
+    pub fn new(choice: DeviceChoice, device: &Properties, (seed, budget_s): (u64, u64), meaningless: bool) -> Self {
         let head = json!({
             "benchmark": "gpu-check",
             "date": host::date(),
@@ -41,7 +43,7 @@ impl Report {
             "seed": seed,
             "budget_s": budget_s,
         });
-        Self { head, lines: Vec::new(), phases: Vec::new() }
+        Self { head, meaningless, lines: Vec::new(), phases: Vec::new() }
     }
 
     /// Everything that went wrong.
@@ -58,13 +60,14 @@ impl Report {
     }
 
     fn marks(&self) -> Vec<Mark> {
-        marks(self.lines.iter().map(|(_, line)| line))
+        let lines = self.lines.iter().map(|(_, line)| line);
+        marks(lines.filter(|_| !self.meaningless))
     }
 
-    /// The marks for people, with a word if their times mean nothing.
-    pub fn table(&self, meaningless: bool) -> Vec<String> {
+    /// The marks for people, with a word if none can be measured here.
+    pub fn table(&self) -> Vec<String> {
         let mut lines = vec!["--- marks: ratios within this run, the worst shape of each".to_owned()];
-        if meaningless {
+        if self.meaningless {
             lines.push("(small shapes, or no device: these times mean nothing)".to_owned());
         }
         lines.extend(self.marks().iter().map(Mark::to_string));
@@ -133,7 +136,7 @@ mod tests {
             memory_bytes: 1,
             l2_bytes: 1,
         };
-        let mut report = Report::new(DeviceChoice::Cuda(0), &device, 7, 520);
+        let mut report = Report::new(DeviceChoice::Cuda(0), &device, (7, 520), false);
         report.lines.push((Phase::Rows, Line::verdict("good", None)));
         report.lines.push((Phase::Rows, Line::verdict("bad", Some("off".into()))));
         report.lines.push((Phase::Timings, Line::seconds("copy", 2.0)));

@@ -27,11 +27,10 @@ pub fn write(shape: &Shape, dtype: DType, seed: u64, folder: &Path) -> anyhow::R
     };
     // Files side by side: the system copies what is written to one file on one core, which takes longer than making it does on many.
     let threads = (super::cores() / shards.len()).max(1);
+    let write = |i: usize| write_shard(&shards[i], dtype, (seed, threads), &folder.join(name(i)));
+    let write = &write;
     let written: Vec<anyhow::Result<u64>> = std::thread::scope(|scope| {
-        let write =
-            |(i, shard): (usize, &Vec<Tensor>)| write_shard(shard, dtype, (seed, threads), &folder.join(name(i)));
-        let write = &write;
-        let workers: Vec<_> = shards.iter().enumerate().map(|shard| scope.spawn(move || write(shard))).collect();
+        let workers: Vec<_> = (0..shards.len()).map(|i| scope.spawn(move || write(i))).collect();
         workers.into_iter().map(|worker| worker.join().expect("writing a file does not panic")).collect()
     });
     let mut weight_map = Map::new();

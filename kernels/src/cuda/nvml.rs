@@ -67,7 +67,8 @@ pub struct Nvml {
     utilization: unsafe extern "C" fn(Handle, *mut Utilization) -> c_int,
     memory: unsafe extern "C" fn(Handle, *mut Memory) -> c_int,
     clock: unsafe extern "C" fn(Handle, c_int, *mut c_uint) -> c_int,
-    temperature: unsafe extern "C" fn(Handle, c_int, *mut c_uint) -> c_int,
+    /// CUDA 13 calls it deprecated: it may be gone one day.
+    temperature: Option<unsafe extern "C" fn(Handle, c_int, *mut c_uint) -> c_int>,
     version: unsafe extern "C" fn(*mut c_char, c_uint) -> c_int,
     error: unsafe extern "C" fn(c_int) -> *const c_char,
     shutdown: unsafe extern "C" fn() -> c_int,
@@ -121,7 +122,7 @@ impl Nvml {
                 utilization: *library.get(b"nvmlDeviceGetUtilizationRates\0")?,
                 memory: *library.get(b"nvmlDeviceGetMemoryInfo\0")?,
                 clock: *library.get(b"nvmlDeviceGetClockInfo\0")?,
-                temperature: *library.get(b"nvmlDeviceGetTemperature\0")?,
+                temperature: library.get(b"nvmlDeviceGetTemperature\0").ok().map(|found| *found),
                 version: *library.get(b"nvmlSystemGetDriverVersion\0")?,
                 error: *library.get(b"nvmlErrorString\0")?,
                 shutdown: *library.get(b"nvmlShutdown\0")?,
@@ -207,7 +208,7 @@ impl Gauge {
                 memory_total_bytes: has_memory.then_some(memory.total),
                 clock_mhz: number(&|at| (nvml.clock)(handle, CLOCK_SM, at)),
                 memory_clock_mhz: number(&|at| (nvml.clock)(handle, CLOCK_MEMORY, at)),
-                temperature_c: number(&|at| (nvml.temperature)(handle, TEMPERATURE_GPU, at)),
+                temperature_c: nvml.temperature.and_then(|read| number(&|at| read(handle, TEMPERATURE_GPU, at))),
             }
         }
     }

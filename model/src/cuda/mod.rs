@@ -42,9 +42,6 @@ use weights::DeviceWeights;
 /// Uploads report their progress in the log when they take longer than this, and about as often.
 const PROGRESS_EVERY: std::time::Duration = std::time::Duration::from_secs(2);
 
-/// Most rows of the products that are measured: times of more are those of several times as many tiles.
-const MEASURED_ROWS_MAX: usize = 2048;
-
 /// Bytes that an engine takes on its device besides its KV pool, worked out from the checkpoint's headers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Footprint {
@@ -119,7 +116,7 @@ impl CudaEngine {
         }
         let weights = upload(&device, checkpoint)?;
         // Before the pages, because measuring takes memory for a while.
-        let products = products(&device, &weights, limits, options)?;
+        let products = pass::products(&device, &weights, limits, options)?;
         let pages = DevicePages::new(&device, kv)?;
         let pass = Pass::new(&device, &weights, products, pages.format(), limits, options)?;
         let sampler = Sampler::new(&device, checkpoint.spec.vocab)?;
@@ -159,29 +156,6 @@ impl CudaEngine {
         let tokens = sample_rows(&mut self.sampler, self.pass.logits(), self.weights.spec.vocab, &specs)?;
         Ok(wanted.iter().zip(tokens).map(|((request, _), token)| Output { request: *request, token }).collect())
     }
-}
-
-/// What multiplies, settled for this device.
-fn products(
-    device: &Arc<dyn Device>,
-    weights: &DeviceWeights,
-    limits: PassLimits,
-    options: &DeviceOptions,
-) -> Result<Products, CudaError> {
-    let products = Products::new(device, weights::scratch_of(weights))?;
-    let mut products = match options.kernels {
-        KernelSet::Stable => products,
-        KernelSet::Experimental => products.experimental(),
-    };
-    if options.products == ProductSet::Measured {
-        let started = Instant::now();
-        let rows = limits.tokens.clamp(1, MEASURED_ROWS_MAX);
-        // SAFETY: these are the weights on the device.
-        #[allow(unsafe_code, reason = "the device's memory is addressed by numbers")]
-        let measured = unsafe { products.measure(&weights::measurable(weights), rows, options.cache.as_deref())? };
-        tracing::info!(ways = measured.len(), ms = started.elapsed().as_millis() as u64, "products are measured");
-    }
-    Ok(products)
 }
 
 /// The kernels are made for the sizes of heads that models have.

@@ -14,8 +14,8 @@ use super::batch::Batch;
 use super::graphs::{Graphs, Shape};
 use super::pages::DevicePages;
 use super::scratch::{Numbers, Scratch, Types, bytes_of};
-use super::weights::{DeviceWeights, Embed, Layer, Linear, Projection};
-use crate::device::{DeviceOptions, KernelSet};
+use super::weights::{DeviceWeights, Embed, Layer, Linear, Projection, measurable, scratch_of};
+use crate::device::{DeviceOptions, KernelSet, ProductSet};
 use crate::memory::PassLimits;
 use crate::spec::{Activation, ModelSpec};
 use ridge_kernels::cuda::ops::attention;
@@ -29,6 +29,7 @@ use ridge_kernels::cuda::{Buffer, CudaError, Device};
 use ridge_kernels::{Cpu, DType, Gate, KvFormat};
 use ridge_protocol::BatchPlan;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// The pass and its buffers.
 pub struct Pass {
@@ -40,6 +41,31 @@ pub struct Pass {
     graphs: Graphs,
     /// Whether pages of prompts go to the host as they are computed.
     ship: bool,
+}
+
+/// Most rows of the products that are measured: times of more are those of several times as many tiles.
+const MEASURED_ROWS_MAX: usize = 2048;
+
+/// What multiplies, settled for this device.
+pub fn products(
+    device: &Arc<dyn Device>,
+    weights: &DeviceWeights,
+    limits: PassLimits,
+    options: &DeviceOptions,
+) -> Result<Products, CudaError> {
+    let products = Products::new(device, scratch_of(weights))?;
+    let mut products = match options.kernels {
+        KernelSet::Stable => products,
+        KernelSet::Experimental => products.experimental(),
+    };
+    if options.products == ProductSet::Measured {
+        let started = Instant::now();
+        let rows = limits.tokens.clamp(1, MEASURED_ROWS_MAX);
+        // SAFETY: these are the weights on the device.
+        let measured = unsafe { products.measure(&measurable(weights), rows, options.cache.as_deref())? };
+        tracing::info!(ways = measured.len(), ms = started.elapsed().as_millis() as u64, "products are measured");
+    }
+    Ok(products)
 }
 
 /// What every step of a pass is told.

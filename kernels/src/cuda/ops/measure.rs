@@ -147,7 +147,8 @@ impl Products {
         if let (Some(n), true) = (gates, self.implementations.len() > 1) {
             self.halves = Some(Buffer::new(&self.device, 2 * 4 * HALVES_ROWS * n)?);
         }
-        let file = folder.map(|folder| folder.join(file_name(self.device.properties(), version, rows)));
+        let names: Vec<&str> = self.implementations.iter().map(|known| known.name()).collect();
+        let file = folder.map(|folder| folder.join(file_name(self.device.properties(), (&names, version), rows)));
         let known = file.as_deref().map(read).unwrap_or_default();
         let mut measured = Vec::new();
         let mut choices: Vec<Choice> = Vec::new();
@@ -379,12 +380,14 @@ pub(crate) fn repeat(buffer: &Buffer, pattern: &[u8]) -> Result<(), CudaError> {
     Ok(())
 }
 
-/// By everything that times depend on: the device, the library, our kernels, and how many rows were measured.
-fn file_name(device: &Properties, version: usize, rows: usize) -> PathBuf {
+/// By everything that a choice depends on: the device, what there is to choose from, the library's version, our kernels, and how many
+/// rows were measured.
+fn file_name(device: &Properties, (names, version): (&[&str], usize), rows: usize) -> PathBuf {
     let mut hash = blake3::Hasher::new();
     let numbers = [device.sm as usize, device.multiprocessors as usize, version, rows].map(|n| n.to_string());
     let sources = SOURCES.iter().chain(HEADERS).map(|source| source.text());
-    for part in std::iter::once(device.name.as_str()).chain(numbers.iter().map(String::as_str)) {
+    let parts = std::iter::once(device.name.as_str()).chain(names.iter().copied());
+    for part in parts.chain(numbers.iter().map(String::as_str)) {
         hash.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
     }
     sources.for_each(|text| {
