@@ -1,11 +1,11 @@
 //! Hard limits of the wire. A peer that goes beyond one is disconnected with an error that names it.
 
 /// Version of everything in this crate that crosses a wire. Part of the ALPN and of every frame.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
 /// ALPN of a node's control connection to the router.
-pub const ALPN_CONTROL: &[u8] = b"ridge-control/4";
+pub const ALPN_CONTROL: &[u8] = b"ridge-control/5";
 /// ALPN of a KV connection: of a prefill node, or a decode node that drains, to a decode node.
-pub const ALPN_KV: &[u8] = b"ridge-kv/4";
+pub const ALPN_KV: &[u8] = b"ridge-kv/5";
 
 /// Longest body of a control message that carries no prompt, in bytes.
 pub const MAX_CONTROL_BYTES: usize = 64 << 10;
