@@ -25,7 +25,7 @@ pub struct Libraries {
     folder: Option<PathBuf>,
 }
 
-/// Looks for what Python's packages have; what the user has set, or the system's loader finds, comes first there as ever.
+/// Looks for what Python's packages have.
 pub fn find(python: &Path, work: &Path) -> Libraries {
     let asked = Command::new(python).args(["-c", ASK]).output();
     let text = asked.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
@@ -44,7 +44,8 @@ pub fn find(python: &Path, work: &Path) -> Libraries {
 }
 
 impl Libraries {
-    /// Puts them where a process looks, behind what it would have found anyway.
+    /// Puts them where a process looks: cuBLASLt behind what the loader would have found anyway, NVRTC before it, unless the user has
+    /// named one, because its table of built-in functions lies beside it.
     pub fn show_to(&self, command: &mut Command) {
         if let Some(nvrtc) = &self.nvrtc {
             command.env("RIDGE_NVRTC", nvrtc);
