@@ -1,11 +1,11 @@
 //! Hard limits of the wire. A peer that goes beyond one is disconnected with an error that names it.
 
 /// Version of everything in this crate that crosses a wire. Part of the ALPN and of every frame.
-pub const PROTOCOL_VERSION: u16 = 4;
+pub const PROTOCOL_VERSION: u16 = 5;
 /// ALPN of a node's control connection to the router.
-pub const ALPN_CONTROL: &[u8] = b"ridge-control/4";
+pub const ALPN_CONTROL: &[u8] = b"ridge-control/5";
 /// ALPN of a KV connection: of a prefill node, or a decode node that drains, to a decode node.
-pub const ALPN_KV: &[u8] = b"ridge-kv/4";
+pub const ALPN_KV: &[u8] = b"ridge-kv/5";
 
 /// Longest body of a control message that carries no prompt, in bytes.
 pub const MAX_CONTROL_BYTES: usize = 64 << 10;
@@ -25,3 +25,5 @@ pub const MAX_STOP_STRINGS: usize = 16;
 pub const MAX_STOP_BYTES: usize = 1024;
 /// Most stop token ids.
 pub const MAX_STOP_TOKENS: usize = 64;
+/// Longest grammar that constrains an answer, in bytes: a JSON schema, a regular expression or rules.
+pub const MAX_GRAMMAR_BYTES: usize = 256 << 10;

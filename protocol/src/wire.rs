@@ -509,7 +509,7 @@ mod tests {
         round_trip(NodeToRouter::Token {
             request: RequestId(1),
             index: 3,
-            out: TokenOut { token: 5, logprob: Some(-0.5), top: vec![(5, -0.5), (6, -1.5)] },
+            out: TokenOut { token: 5, logprob: Some(-0.5), top: vec![(5, -0.5), (6, -1.5)], ends: false },
             finish: Some(FinishReason::Length),
         });
         round_trip(SenderMsg::Offer { request: RequestId(2), tokens: 17, hashes: vec![BlockHash([7; 16])] });
@@ -522,7 +522,7 @@ mod tests {
         let frame =
             encode(&ReceiverMsg::Grant { request: RequestId(0x0102), first_block: 3, credit: 4 }).expect("encodes");
         let want: [u8; 36] = [
-            b'R', b'D', b'G', b'1', 4, 0, 4, 0, 20, 0, 0, 0, 0, 0, 0, 0, // header
+            b'R', b'D', b'G', b'1', 5, 0, 4, 0, 20, 0, 0, 0, 0, 0, 0, 0, // header
             2, 0, 0, 0, // variant
             2, 1, 0, 0, 0, 0, 0, 0, // request
             3, 0, 0, 0, 4, 0, 0, 0,

@@ -9,7 +9,7 @@ use ridge_protocol::transfer::{
     KvPeer, Outcome, ReceiveCommand, ReceiveEvent, ReceiveJob, SendCommand, SendEvent, SendJob,
 };
 use ridge_protocol::wire::{DecodeRequest, FinishReason, NodeError, NodeToRouter, RouterToNode};
-use ridge_protocol::{BatchPlan, Duration, Instant, Machine, RequestId, Step, TokenOut};
+use ridge_protocol::{BatchPlan, Duration, Instant, Machine, NoToken, RequestId, Step, TokenOut};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -35,8 +35,8 @@ pub enum DecodeInput {
     StepDone {
         /// The pass.
         step: u64,
-        /// Sampled tokens of the items that asked for one.
-        outputs: Vec<(RequestId, TokenOut)>,
+        /// Sampled tokens of the items that asked for one, or why there is none.
+        outputs: Vec<(RequestId, Result<TokenOut, NoToken>)>,
         /// How long it took.
         busy: Duration,
     },
@@ -311,13 +311,13 @@ impl DecodeNode {
         }
     }
 
-    fn on_step(&mut self, step: u64, outputs: Vec<(RequestId, TokenOut)>, busy: Duration) {
+    fn on_step(&mut self, step: u64, outputs: Vec<(RequestId, Result<TokenOut, NoToken>)>, busy: Duration) {
         let (running, items) = self.pass.take().expect("a pass that ends was started");
         assert_eq!(running, step, "the pass that ended is the one that ran");
         self.stats.steps += 1;
         self.stats.busy_us += busy.as_micros() as u64;
         self.learn_pace(&items, busy);
-        let mut outputs: BTreeMap<RequestId, TokenOut> = outputs.into_iter().collect();
+        let mut outputs: BTreeMap<_, _> = outputs.into_iter().collect();
         for (id, take) in items {
             let sequence = self.sequences.get_mut(&id).expect("a sequence in a pass is kept");
             let before = sequence.computed;
@@ -337,10 +337,19 @@ impl DecodeNode {
                 outputs.remove(&id);
                 self.remove(id);
             } else if finished {
-                let out = outputs.remove(&id).expect("an item that reaches the end samples");
-                self.stats.generated_tokens += 1;
                 self.send_receipt(id);
-                self.on_token(id, out);
+                match outputs.remove(&id).expect("an item that reaches the end samples") {
+                    Ok(out) => {
+                        self.stats.generated_tokens += 1;
+                        self.on_token(id, out);
+                    }
+                    Err(NoToken(reason)) => {
+                        // It would be the same elsewhere: the request itself cannot go on.
+                        self.step(id, Cause::NoToken);
+                        self.tell_router(NodeToRouter::Failed { request: id, error: NodeError::Invalid(reason) });
+                        self.remove(id);
+                    }
+                }
             }
         }
         assert!(outputs.is_empty(), "the engine sampled for a sequence that did not ask");

@@ -7,8 +7,8 @@ use ridge_protocol::wire::{
     PrefillRequest, Receipt, ReceiverMsg, RouterToNode, SenderMsg,
 };
 use ridge_protocol::{
-    BlockHash, BlockShape, CacheDtype, ModelIdentity, NodeId, NodeName, RequestId, Role, SamplingParams, TokenOut,
-    limits, stats::NodeStats,
+    BlockHash, BlockShape, CacheDtype, Grammar, GrammarKind, ModelIdentity, NodeId, NodeName, RequestId, Role,
+    SamplingParams, TokenOut, limits, stats::NodeStats,
 };
 use std::fmt::Debug;
 
@@ -67,7 +67,7 @@ fn seeds<M: Message>(messages: &[M]) -> Vec<Vec<u8>> {
 }
 
 fn token_out() -> TokenOut {
-    TokenOut { token: 5, logprob: Some(-0.5), top: vec![(5, -0.5), (6, -1.5)] }
+    TokenOut { token: 5, logprob: Some(-0.5), top: vec![(5, -0.5), (6, -1.5)], ends: false }
 }
 
 fn identity() -> ModelIdentity {
@@ -94,6 +94,7 @@ fn params() -> SamplingParams {
         logit_bias: vec![(1, 0.5)],
         stop_tokens: vec![2, 3],
         logprobs: Some(2),
+        grammar: Some(Grammar { kind: GrammarKind::JsonSchema, text: "{}".into() }),
         ..SamplingParams::greedy(7)
     }
 }

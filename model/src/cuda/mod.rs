@@ -19,14 +19,15 @@ pub(crate) use pages::staging_bytes;
 
 use crate::checkpoint::{Checkpoint, LoadError};
 use crate::device::KernelSet;
-use crate::engine::{Engine, EngineError, Output, check_layout};
+use crate::engine::{Engine, EngineError, Output, check_layout, constraints, rows, sampling};
 use crate::forward::check;
+use crate::grammar::Constraints;
 use crate::kv::KvMemory;
 use crate::memory::PassLimits;
 use crate::spec::ModelSpec;
 use pages::DevicePages;
 use pass::Pass;
-use ridge_kernels::cuda::ops::sampling::{self, Sampler};
+use ridge_kernels::cuda::ops::sampling::{Sampler, scratch_bytes};
 use ridge_kernels::cuda::{CudaError, Device};
 use ridge_kernels::{Cpu, KvFormat};
 use ridge_protocol::BatchPlan;
@@ -60,7 +61,7 @@ impl Footprint {
             apart |= stored(layer, "w_gate")? != stored(layer, "w_up")?;
         }
         let types = Types { compute: weights::compute_type(checkpoint)?, kv: format.dtype, apart };
-        let sampling = sampling::scratch_bytes(pass.sequences, checkpoint.spec.vocab, true) as u64;
+        let sampling = scratch_bytes(pass.sequences, checkpoint.spec.vocab, true) as u64;
         let staging = pages::staging_bytes(format, KvMemory::page_stride_of(format), pass);
         Ok(Self {
             weights: weights::device_bytes(checkpoint)?,
@@ -79,6 +80,7 @@ pub struct CudaEngine {
     pages: DevicePages,
     pass: Pass,
     sampler: Sampler,
+    constraints: Constraints,
     /// Decodes rows of a quantised embedding.
     cpu: Cpu,
 }
@@ -104,7 +106,7 @@ impl CudaEngine {
         let pages = DevicePages::new(&device, kv)?;
         let pass = Pass::new(&device, &weights, pages.format(), limits, kernels)?;
         let sampler = Sampler::new(&device, checkpoint.spec.vocab)?;
-        Ok(Self { weights, pages, pass, sampler, cpu })
+        Ok(Self { weights, pages, pass, sampler, constraints: constraints(checkpoint), cpu })
     }
 
     /// Logits of the items that sample, `[items, vocab]` in their order; otherwise as [`Engine::run`].
@@ -125,15 +127,17 @@ impl CudaEngine {
 
     /// Runs a plan and samples.
     fn sample(&mut self, plan: &BatchPlan, on_layer: &mut dyn FnMut(u32)) -> Result<Vec<Output>, CudaError> {
-        let rows = self.compute(plan, on_layer)?;
-        let wanted: Vec<_> = plan.items.iter().filter_map(|item| Some((item.request, item.sample.as_ref()?))).collect();
-        let specs: Vec<_> = wanted.iter().map(|(_, spec)| *spec).collect();
-        assert_eq!(specs.len(), rows, "a row of logits for each item that samples");
-        if rows == 0 {
+        check(plan, &self.weights.spec, self.pages.host());
+        let wanted = sampling(plan);
+        let pass = || self.pass.run(&self.weights, &mut self.pages, &self.cpu, plan, on_layer);
+        let (computed, allowed) = self.constraints.beside(&wanted, pass);
+        assert_eq!(wanted.len(), computed?, "a row of logits for each item that samples");
+        if wanted.is_empty() {
             return Ok(Vec::new());
         }
-        let tokens = sample_rows(&mut self.sampler, self.pass.logits(), self.weights.spec.vocab, &specs)?;
-        Ok(wanted.iter().zip(tokens).map(|((request, _), token)| Output { request: *request, token }).collect())
+        let rows = rows(&wanted, &allowed);
+        let tokens = sample_rows(&mut self.sampler, self.pass.logits(), self.weights.spec.vocab, &rows)?;
+        Ok(self.constraints.take(&wanted, allowed, tokens))
     }
 }
 

@@ -8,9 +8,9 @@ mod moves;
 use super::{DecodeConfig, DecodeInput, DecodeOutput};
 use bench::*;
 use ridge_protocol::stats::NodeStats;
-use ridge_protocol::transfer::ReceiveCommand;
-use ridge_protocol::wire::{DecodeRequest, PrefillRequest, RouterToNode};
-use ridge_protocol::{Duration, Machine, SamplingParams, TokenId};
+use ridge_protocol::transfer::{ReceiveCommand, ReceiveEvent};
+use ridge_protocol::wire::{DecodeRequest, NodeError, NodeToRouter, PrefillRequest, RouterToNode};
+use ridge_protocol::{Duration, Machine, NoToken, RequestId, SamplingParams, TokenId, TokenOut};
 
 // The hand-off.
 
@@ -380,6 +380,51 @@ fn an_answer_ends() {
     check_ends(with(SamplingParams { max_tokens: 2, ..stop(&[42]) }), "token r1 #1 42, Stop");
     check_ends(with(SamplingParams { ignore_eos: true, ..stop(&[41, 42]) }), "token r1 #3 42, Length");
     check_ends(short(local(1, 5), 1), "token r1 #0 42, Length");
+}
+
+/// What constrains an answer is the engine's business: it says that a token is the last, or that there is none.
+#[test]
+fn a_grammar_ends_an_answer() {
+    let busy = Duration::from_micros(5);
+    let mut bench = Bench::new(config());
+    let ignoring = SamplingParams { ignore_eos: true, ..SamplingParams::greedy(9) };
+    bench.send(DecodeRequest { params: ignoring, ..local(1, 5) });
+    bench.step();
+    bench.seen.clear();
+    bench.step_gives(busy, &Ok(TokenOut { ends: true, ..out(42) }));
+    bench.says(&["token r1 #1 42, Stop"]);
+    assert!(bench.node.is_idle());
+
+    bench.send(local(2, 5));
+    bench.step();
+    bench.seen.clear();
+    bench.step_gives(busy, &Err(NoToken("nothing is allowed".into())));
+    let failed = NodeToRouter::Failed { request: RequestId(2), error: NodeError::Invalid("nothing is allowed".into()) };
+    let told = |output: &DecodeOutput| matches!(output, DecodeOutput::ToRouter(message) if *message == failed);
+    assert!(bench.seen.iter().any(told), "{:?}", bench.seen);
+    assert!(bench.node.is_idle(), "its blocks are free");
+
+    // One that was given up during the pass owes nobody an answer.
+    bench.send(local(3, 5));
+    bench.step();
+    bench.router(RouterToNode::Cancel { request: RequestId(3) });
+    bench.seen.clear();
+    bench.step_gives(busy, &Err(NoToken("nothing is allowed".into())));
+    bench.says(&[]);
+    assert!(bench.node.is_idle());
+}
+
+/// A first token that came by transfer may be the last.
+#[test]
+fn a_grammar_may_end_with_the_token_that_came() {
+    let mut bench = Bench::new(config());
+    bench.send(remote(1, 5));
+    bench.seen.clear();
+    let first = TokenOut { ends: true, ..out(41) };
+    bench.feed(DecodeInput::Transfer(ReceiveEvent::Landed { request: RequestId(1), first, pages: 4, bytes: 99 }));
+    let lines: Vec<String> = bench.seen.drain(..).filter_map(show).collect();
+    assert!(lines.contains(&"token r1 #0 41, Stop".to_owned()), "{lines:?}");
+    assert!(bench.node.is_idle());
 }
 
 #[test]

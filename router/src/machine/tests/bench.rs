@@ -156,7 +156,7 @@ impl Bench {
     }
 
     pub fn token_ends(&mut self, node: &str, request: u64, index: u32, token: TokenId, finish: Option<FinishReason>) {
-        let out = TokenOut { token, logprob: None, top: vec![] };
+        let out = TokenOut { token, logprob: None, top: vec![], ends: false };
         self.node(node, NodeToRouter::Token { request: RequestId(request), index, out, finish });
     }
 
