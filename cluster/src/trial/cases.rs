@@ -1,7 +1,7 @@
 //! Requests drawn from a seed, and what one process alone answers to them.
 //!
 //! Prompts end before, at and after block borders, half of them start like another one, and all of sampling takes part: greedy,
-//! seeded, filters, penalties, biases, log-probabilities, stop strings and the end of text. Read [`Case`] and [`Oracle`].
+//! seeded, filters, penalties, biases, log-probabilities, stop strings, the end of text and grammars. Read [`Case`] and [`Oracle`].
 
 use crate::cli::{EngineArgs, HugePagesArg, KernelsArg, KvCacheDtype, WeightsCache};
 use crate::roles;
@@ -12,9 +12,10 @@ use ridge_model::checkpoint::{LoadOptions, ModelSource, load};
 use ridge_model::detokenize::StreamDecoder;
 use ridge_model::device::DeviceChoice;
 use ridge_model::generate::generate;
+use ridge_model::grammar::Grammars;
 use ridge_model::memory::PassLimits;
 use ridge_model::worker::{LoadedEngine, load_engine};
-use ridge_protocol::{SamplingParams, TokenOut};
+use ridge_protocol::{Grammar, GrammarKind, SamplingParams, TokenOut};
 use ridge_sim::Random;
 use serde_json::{Value, json};
 
@@ -37,6 +38,8 @@ pub struct Limits {
     vocab: u32,
     eos: Vec<u32>,
     special: Vec<u32>,
+    /// Its tokenizer can follow grammars.
+    grammars: bool,
 }
 
 /// A request without its oracle.
@@ -59,10 +62,23 @@ enum Kind {
     Penalties,
     StopString,
     EndOfText,
+    Schema,
+    Pattern,
 }
 
-const KINDS: [Kind; 7] =
-    [Kind::Greedy, Kind::Penalties, Kind::Nucleus, Kind::StopString, Kind::Scored, Kind::TopK, Kind::EndOfText];
+const KINDS: [Kind; 9] = [
+    Kind::Greedy,
+    Kind::Penalties,
+    Kind::Schema,
+    Kind::Nucleus,
+    Kind::StopString,
+    Kind::Pattern,
+    Kind::Scored,
+    Kind::TopK,
+    Kind::EndOfText,
+];
+/// What [`Kind::Pattern`] answers with: it ends where the grammar does, unless `max_tokens` comes first.
+const PATTERN: &str = "([a-f]{2}-){1,6}[0-9]{3}";
 
 /// A request and its oracle.
 #[derive(Clone, Debug)]
@@ -99,6 +115,7 @@ impl Limits {
             max_model_len: asked.unwrap_or(checkpoint.spec.context.min(CONTEXT_MAX)),
             vocab,
             eos: checkpoint.generation.eos.clone(),
+            grammars: Grammars::new(checkpoint.tokenizer.clone(), checkpoint.spec.vocab).check(&pattern()).is_ok(),
             special: (0..vocab).filter(|id| checkpoint.tokenizer.is_special(*id)).collect(),
         })
     }
@@ -116,6 +133,14 @@ impl Limits {
             }
         };
         (0..len).map(|_| one()).collect()
+    }
+
+    /// A model whose tokens cannot be constrained is asked for something else instead.
+    fn kind(&self, kind: Kind) -> Kind {
+        match kind {
+            Kind::Schema | Kind::Pattern if !self.grammars => Kind::Greedy,
+            kind => kind,
+        }
     }
 
     /// Requests of all kinds, `count` of them.
@@ -136,7 +161,12 @@ impl Limits {
                 prompt[..keep].copy_from_slice(&shared[..keep]);
             }
             let max_tokens = random.range(1, answer_max as u64) as u32;
-            sketches.push(Sketch { kind: KINDS[index % KINDS.len()], prompt, max_tokens, seed: random.pick(1 << 53) });
+            sketches.push(Sketch {
+                kind: self.kind(KINDS[index % KINDS.len()]),
+                prompt,
+                max_tokens,
+                seed: random.pick(1 << 53),
+            });
         }
         sketches
     }
@@ -145,11 +175,16 @@ impl Limits {
     pub fn draw_long(&self, seed: u64, count: usize) -> Vec<Sketch> {
         let mut random = Random::new(seed, 11);
         let (prompt, answer) = self.fit(LONG);
-        let kinds = [Kind::Scored, Kind::Penalties, Kind::Nucleus];
+        let kinds = [Kind::Scored, Kind::Penalties, Kind::Nucleus, Kind::Schema];
         let mut one = |index: usize| {
             let len = random.range((prompt as u64).div_ceil(2), prompt as u64) as usize;
             let prompt = self.tokens(&mut random, len);
-            Sketch { kind: kinds[index % 3], prompt, max_tokens: answer as u32, seed: random.pick(1 << 53) }
+            Sketch {
+                kind: self.kind(kinds[index % kinds.len()]),
+                prompt,
+                max_tokens: answer as u32,
+                seed: random.pick(1 << 53),
+            }
         };
         (0..count).map(&mut one).collect()
     }
@@ -214,7 +249,7 @@ impl Oracle {
         // The last character may be the one that completes it.
         let stopped = stopped.or_else(|| text.find(stop?));
         text.truncate(stopped.unwrap_or(text.len()));
-        let ended = out.last().is_some_and(|last| params.is_stop(last.token));
+        let ended = out.last().is_some_and(|last| last.ends || params.is_stop(last.token));
         let score = |out: &TokenOut| {
             let token = String::from_utf8_lossy(&tokenizer.token_bytes(out.token)).into_owned();
             Some((token, out.logprob?))
@@ -246,14 +281,38 @@ fn params(sketch: &Sketch, eos: &[u32]) -> SamplingParams {
             logprobs: Some(0),
             ..greedy
         },
+        // Both have more than one way to go on at most places.
+        Kind::Schema => SamplingParams { grammar: Some(schema()), logprobs: Some(1), ..nucleus },
+        Kind::Pattern => {
+            SamplingParams { grammar: Some(pattern()), ignore_eos: false, stop_tokens: eos.to_vec(), ..greedy }
+        }
         Kind::EndOfText => SamplingParams { ignore_eos: false, stop_tokens: eos.to_vec(), ..greedy },
     }
+}
+
+fn pattern() -> Grammar {
+    Grammar { kind: GrammarKind::Regex, text: PATTERN.into() }
+}
+
+/// A list too long for most answers, so that there is always something to interrupt.
+fn schema() -> Grammar {
+    let item = json!({
+        "type": "object", "properties": {"name": {"type": "string", "maxLength": 16}, "n": {"type": "integer"}},
+        "required": ["name", "n"], "additionalProperties": false,
+    });
+    let text = json!({"type": "array", "minItems": 60, "items": item}).to_string();
+    Grammar { kind: GrammarKind::JsonSchema, text }
 }
 
 /// The body that asks for `params`. Whatever the model's authors recommend is overruled.
 fn body(prompt: &[u32], params: &SamplingParams, stop: Option<&str>) -> Value {
     let bias: serde_json::Map<String, Value> =
         params.logit_bias.iter().map(|(id, bias)| (id.to_string(), json!(bias))).collect();
+    let outputs = params.grammar.as_ref().map(|Grammar { kind, text }| match kind {
+        GrammarKind::JsonSchema => json!({"json": text}),
+        GrammarKind::Regex => json!({"regex": text}),
+        GrammarKind::Lark => json!({"grammar": text}),
+    });
     // As text, a number keeps the value that it has here.
     let number = |value: f32| value.to_string().parse::<serde_json::Number>().expect("a finite number is one");
     json!({
@@ -262,7 +321,7 @@ fn body(prompt: &[u32], params: &SamplingParams, stop: Option<&str>) -> Value {
         "min_p": number(params.min_p), "repetition_penalty": number(params.repetition_penalty),
         "presence_penalty": number(params.presence_penalty),
         "frequency_penalty": number(params.frequency_penalty), "logit_bias": bias, "seed": params.seed,
-        "logprobs": params.logprobs, "stop": stop, "skip_special_tokens": false,
+        "logprobs": params.logprobs, "stop": stop, "structured_outputs": outputs, "skip_special_tokens": false,
         "stream": true, "stream_options": {"include_usage": true, "continuous_usage_stats": true},
     })
 }

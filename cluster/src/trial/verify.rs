@@ -37,7 +37,7 @@ pub struct VerifyArgs {
     /// Three clusters instead of a dozen, and fewer requests: for CI.
     #[arg(long)]
     pub short: bool,
-    /// Different requests that each cluster is asked. Default: 28, or 14 with --short.
+    /// Different requests that each cluster is asked. Default: 36, or 18 with --short.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=10_000))]
     pub requests: Option<u16>,
 }
@@ -135,11 +135,11 @@ pub fn run(args: &VerifyArgs) -> anyhow::Result<()> {
     let trial = &args.trial;
     let model = find_model(trial.model.as_deref())?;
     let limits = Limits::read(&model, trial.max_model_len)?;
-    let requests = args.requests.map_or(if args.short { 14 } else { 28 }, usize::from);
+    let requests = args.requests.map_or(if args.short { 18 } else { 36 }, usize::from);
     let shapes = if args.short { &SHAPES[..SHORT] } else { &SHAPES[..] };
     // What a cluster is asked, and then what it is asked while nodes die.
     let sketches = limits.draw(trial.seed, requests);
-    let long = limits.draw_long(trial.seed, 3);
+    let long = limits.draw_long(trial.seed, 4);
     let mut oracles: BTreeMap<String, (Vec<Case>, Vec<Case>)> = BTreeMap::new();
     for shape in shapes {
         if let Entry::Vacant(entry) = oracles.entry(shape.kv()) {
@@ -230,9 +230,10 @@ fn crowd(args: &TrialArgs, client: &Client, cases: &[Case], outcome: &mut Outcom
     Ok(())
 }
 
-/// A stream each while a decode node dies, a prefill node after it sent the first token, and one before.
+/// A stream each while a decode node dies, a prefill node after it sent the first token, one before, and a decode node again,
+/// under a constrained answer.
 fn interrupt(cluster: &Embedded, client: &Client, long: &[Case], outcome: &mut Outcome) -> anyhow::Result<()> {
-    let plans = [(Role::Decode, 3), (Role::Prefill, 1), (Role::Prefill, 0)];
+    let plans = [(Role::Decode, 3), (Role::Prefill, 1), (Role::Prefill, 0), (Role::Decode, 5)];
     for ((role, after), case) in plans.into_iter().zip(long) {
         let names = cluster.names(role);
         if names.is_empty() {
