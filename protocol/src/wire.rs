@@ -170,6 +170,8 @@ pub struct DecodeRequest {
     pub salt: u64,
     /// Sampling.
     pub params: SamplingParams,
+    /// There is no other node for it: it is to be taken although this one drains (rule C-12).
+    pub last_resort: bool,
 }
 
 /// Why a sequence ended.

@@ -439,7 +439,7 @@ impl World {
             ignore_eos: r.chance(200),
             presence_penalty: if r.chance(200) { 0.5 } else { 0.0 },
             // A function of what was drawn, so that a seed's cluster is otherwise what it was before there were grammars.
-            grammar: (tokens.last().is_some_and(|token| token % 4 == 0))
+            grammar: (self.scenario.stop_permille > 0 && tokens.last().is_some_and(|token| token % 4 == 0))
                 .then(|| Grammar { kind: GrammarKind::Regex, text: "any".into() }),
             ..SamplingParams::greedy(1 + r.pick(self.scenario.max_answer) as u32)
         };
@@ -489,6 +489,9 @@ impl World {
         while let Some(output) = self.router.poll_output() {
             match output {
                 RouterOutput::Send { node, message } => {
+                    if matches!(&message, RouterToNode::Decode(request) if request.last_resort) {
+                        *self.happened.entry("continued where it drains").or_default() += 1;
+                    }
                     let message = self.note_salt(message);
                     self.send_to_node(node, message);
                 }

@@ -115,7 +115,15 @@ pub(super) fn router_to_node(draw: &mut Draw<'_>) -> Option<RouterToNode> {
                 RouterToNode::Prefill(PrefillRequest { request, to, tokens, prompt_len, salt, params })
             } else {
                 let from = draw.coin().then(|| peer(draw));
-                RouterToNode::Decode(DecodeRequest { request, from, tokens, prompt_len, salt, params })
+                RouterToNode::Decode(DecodeRequest {
+                    request,
+                    from,
+                    tokens,
+                    prompt_len,
+                    salt,
+                    params,
+                    last_resort: draw.one_in(4),
+                })
             }
         }
     })

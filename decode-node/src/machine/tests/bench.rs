@@ -36,6 +36,7 @@ pub(super) fn local(id: u64, len: u32) -> DecodeRequest {
         tokens,
         salt: 0,
         params: SamplingParams::greedy(20),
+        last_resort: false,
     }
 }
 

@@ -619,7 +619,15 @@ fn a_full_queue_refuses() {
 fn a_decode_request_is_refused() {
     let PrefillRequest { request, tokens, prompt_len, salt, params, .. } = prompt(1, 3);
     let mut bench = Bench::new(config());
-    bench.router(RouterToNode::Decode(DecodeRequest { request, from: None, tokens, prompt_len, salt, params }));
+    bench.router(RouterToNode::Decode(DecodeRequest {
+        request,
+        from: None,
+        tokens,
+        prompt_len,
+        salt,
+        params,
+        last_resort: false,
+    }));
     bench.says(&["failed r1: a prefill node cannot take a decode request"]);
 }
 
