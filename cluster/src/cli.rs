@@ -353,7 +353,7 @@ pub enum HugePagesArg {
 }
 
 /// Element types of the KV cache.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, ValueEnum)]
 #[allow(missing_docs, reason = "the names are the documentation")]
 pub enum KvCacheDtype {
     #[default]

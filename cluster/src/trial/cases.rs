@@ -11,7 +11,7 @@ use ridge_kernels::sync::pool::Placement;
 use ridge_model::checkpoint::{LoadOptions, ModelSource, load};
 use ridge_model::detokenize::StreamDecoder;
 use ridge_model::device::DeviceChoice;
-use ridge_model::generate::generate;
+use ridge_model::generate::{generate, generate_handed_over};
 use ridge_model::grammar::Grammars;
 use ridge_model::memory::PassLimits;
 use ridge_model::worker::{LoadedEngine, load_engine};
@@ -80,6 +80,15 @@ const KINDS: [Kind; 9] = [
 /// What [`Kind::Pattern`] answers with: it ends where the grammar does, unless `max_tokens` comes first.
 const PATTERN: &str = "([a-f]{2}-){1,6}[0-9]{3}";
 
+/// Types of the KV caches of a cluster.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct KvTypes {
+    /// Decode nodes'.
+    pub decode: KvCacheDtype,
+    /// Prefill nodes', if it is another.
+    pub prefill: Option<KvCacheDtype>,
+}
+
 /// A request and its oracle.
 #[derive(Clone, Debug)]
 pub struct Case {
@@ -91,6 +100,8 @@ pub struct Case {
     pub prompt: Vec<u32>,
     /// What must come.
     pub expected: Expected,
+    /// What may come instead, where it is chance which node computes the prompt and the two round otherwise.
+    pub instead: Option<Expected>,
 }
 
 /// What one process alone answers.
@@ -190,48 +201,62 @@ impl Limits {
     }
 }
 
-/// One engine in this process.
+/// One engine in this process, or one for prompts and one for the rest.
 pub struct Oracle {
     loaded: LoadedEngine,
+    /// Computes prompts; its KV is converted.
+    prefill: Option<LoadedEngine>,
     eos: Vec<u32>,
 }
 
 impl Oracle {
-    /// Loads the model with a KV cache of this type.
-    pub fn load(model: &Model, limits: &Limits, dtype: KvCacheDtype) -> anyhow::Result<Self> {
-        let engine = EngineArgs {
-            max_model_len: Some(limits.max_model_len),
-            block_size: BLOCK_SIZE,
-            kv_cache_dtype: dtype,
-            kv_memory: None,
-            weights_cache: WeightsCache::Auto,
-            huge_pages: HugePagesArg::Auto,
-            device: DeviceChoice::Cpu,
-            gpu_memory_utilization: 1.0,
-            kernels: KernelsArg::Stable,
+    /// Loads the model with a KV cache of this type, and one of another for prompts.
+    pub fn load(model: &Model, limits: &Limits, kv: KvTypes) -> anyhow::Result<Self> {
+        let load = |dtype| {
+            let engine = EngineArgs {
+                max_model_len: Some(limits.max_model_len),
+                block_size: BLOCK_SIZE,
+                kv_cache_dtype: dtype,
+                kv_memory: None,
+                weights_cache: WeightsCache::Auto,
+                huge_pages: HugePagesArg::Auto,
+                device: DeviceChoice::Cpu,
+                gpu_memory_utilization: 1.0,
+                kernels: KernelsArg::Stable,
+            };
+            let options = roles::engine(model.path.clone(), Placement::threads(roles::default_threads()), &engine);
+            load_engine(&options, PassLimits { tokens: CHUNK, sequences: 1 }, &mut |_| {})
         };
-        let options = roles::engine(model.path.clone(), Placement::threads(roles::default_threads()), &engine);
-        let loaded = load_engine(&options, PassLimits { tokens: CHUNK, sequences: 1 }, &mut |_| {})?;
-        Ok(Self { loaded, eos: limits.eos.clone() })
+        let prefill = kv.prefill.map(load).transpose()?;
+        Ok(Self { loaded: load(kv.decode)?, prefill, eos: limits.eos.clone() })
     }
 
     /// The request of a sketch, with its answer.
     pub fn answer(&mut self, sketch: &Sketch) -> anyhow::Result<Case> {
         let params = params(sketch, &self.eos);
-        let mut expected = self.run(&sketch.prompt, &params, None)?;
+        let both = self.prefill.is_some();
+        let mut expected = self.run(&sketch.prompt, &params, None, both)?;
         let mut stop = None;
         if sketch.kind == Kind::StopString {
             stop = stop_in(&expected.text);
             if let Some(stop) = &stop {
-                expected = self.run(&sketch.prompt, &params, Some(stop))?;
+                expected = self.run(&sketch.prompt, &params, Some(stop), both)?;
             }
         }
+        let instead = both.then(|| self.run(&sketch.prompt, &params, stop.as_deref(), false)).transpose()?;
         let Sketch { kind, prompt, max_tokens, .. } = sketch;
         let what = format!("{kind:?}, prompt of {} tokens, at most {max_tokens} generated", prompt.len());
-        Ok(Case { what, body: body(prompt, &params, stop.as_deref()), prompt: prompt.clone(), expected })
+        Ok(Case { what, body: body(prompt, &params, stop.as_deref()), prompt: prompt.clone(), expected, instead })
     }
 
-    fn run(&mut self, prompt: &[u32], params: &SamplingParams, stop: Option<&str>) -> anyhow::Result<Expected> {
+    /// What is answered, by both engines or by the decode nodes' alone.
+    fn run(
+        &mut self,
+        prompt: &[u32],
+        params: &SamplingParams,
+        stop: Option<&str>,
+        both: bool,
+    ) -> anyhow::Result<Expected> {
         let tokenizer = self.loaded.checkpoint.tokenizer.clone();
         let mut decoder = StreamDecoder::after(&tokenizer, false, prompt);
         let mut text = String::new();
@@ -243,8 +268,14 @@ impl Oracle {
             stopped = stop.and_then(|stop| text.find(stop));
             stopped.is_none()
         };
-        let limit = self.loaded.max_model_len;
-        let out = generate(self.loaded.engine.as_mut(), prompt, params, CHUNK, limit, &mut on_token)?;
+        let (limit, decode) = (self.loaded.max_model_len, self.loaded.engine.as_mut());
+        let out = match &mut self.prefill {
+            Some(prefill) if both => {
+                let prefill = prefill.engine.as_mut();
+                generate_handed_over(prefill, decode, prompt, params, CHUNK, limit, &mut on_token)?
+            }
+            _ => generate(decode, prompt, params, CHUNK, limit, &mut on_token)?,
+        };
         text.push_str(&decoder.flush().unwrap_or_default());
         // The last character may be the one that completes it.
         let stopped = stopped.or_else(|| text.find(stop?));
@@ -335,13 +366,8 @@ fn stop_in(text: &str) -> Option<String> {
     (!stop.is_empty()).then_some(stop)
 }
 
-/// All sketches, answered with a KV cache of this type.
-pub fn answer_all(
-    model: &Model,
-    limits: &Limits,
-    dtype: KvCacheDtype,
-    sketches: &[Sketch],
-) -> anyhow::Result<Vec<Case>> {
-    let mut oracle = Oracle::load(model, limits, dtype)?;
+/// All sketches, answered with KV caches of these types.
+pub fn answer_all(model: &Model, limits: &Limits, kv: KvTypes, sketches: &[Sketch]) -> anyhow::Result<Vec<Case>> {
+    let mut oracle = Oracle::load(model, limits, kv)?;
     sketches.iter().map(|sketch| oracle.answer(sketch)).collect::<Result<_, _>>().context("the oracle")
 }
