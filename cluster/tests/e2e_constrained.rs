@@ -4,8 +4,10 @@
 mod support;
 
 use ridge_tests::cluster::{Cluster, fails};
+use ridge_tests::http::Client;
 use ridge_tests::model::prompt;
 use ridge_tests::process::{Kill, signal};
+use ridge_tests::roles::Roles;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::process::Command;
@@ -104,11 +106,11 @@ fn check_pet(text: &str) {
 }
 
 /// Streams an answer, and does something when `after` pieces have come.
-fn stream(cluster: &Cluster, request: &Value, after: usize, act: impl FnOnce()) -> String {
+fn stream(client: &Client, request: &Value, after: usize, act: impl FnOnce()) -> String {
     let mut request = request.clone();
     request["stream"] = json!(true);
     let (mut text, mut pieces, mut act) = (String::new(), 0, Some(act));
-    let events = cluster.client.stream("/v1/completions", &request).expect("a stream");
+    let events = client.stream("/v1/completions", &request).expect("a stream");
     events
         .for_each(|data| {
             if data == "[DONE]" {
@@ -141,16 +143,23 @@ fn a_constrained_stream_survives_its_decode_node() {
     assert_eq!(expected.ids.len(), 400, "long enough to be interrupted");
     let request = request(&prompt, 400, &extra);
     let cluster = Cluster::start(binary(), &model, &["--decode", "2"]);
-    let killed = stream(&cluster, &request, 3, || signal(cluster.process("decode-0").pid, Kill::Kill));
+    let killed = stream(&cluster.client, &request, 3, || signal(cluster.process("decode-0").pid, Kill::Kill));
     assert_eq!(killed, expected.text, "after kill -9");
     drop(cluster);
-    let cluster = Cluster::start(binary(), &model, &["--decode", "2"]);
-    let drained = stream(&cluster, &request, 3, || {
-        let asked = cluster.client.post("/v1/nodes/decode-0/drain", &json!({})).expect("an answer");
+    // Nodes that join one after the other: the first decode node takes the sequence.
+    let mut roles = Roles::start(binary(), &model, &[]);
+    for (name, role) in [("p", "prefill"), ("a", "decode"), ("b", "decode")] {
+        roles.join(name, role, &[]);
+    }
+    let drained = stream(&roles.client, &request, 3, || {
+        let asked = roles.client.post("/v1/nodes/a/drain", &json!({})).expect("an answer");
         assert_eq!(asked.status, 202, "{asked:?}");
     });
     assert_eq!(drained, expected.text, "moved with its KV");
-    assert!(cluster.wait_idle().sum("ridge_router_moved_total") >= 1.0, "it moved");
+    assert!(roles.wait_idle().sum("ridge_router_moved_total") >= 1.0, "it moved");
+    // It dies under the next one, and nobody else is left than the node that drains.
+    let killed = stream(&roles.client, &request, 3, || roles.signal("b", Kill::Kill));
+    assert_eq!(killed, expected.text, "where it drains");
 }
 
 #[test]
