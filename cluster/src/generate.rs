@@ -41,7 +41,7 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         seed: args.seed,
         ignore_eos: args.ignore_eos,
         stop_tokens: checkpoint.generation.eos.clone(),
-        grammar: grammar(args, &loaded)?,
+        grammar: grammar(args, &loaded)?.map(Box::new),
         ..SamplingParams::greedy(args.max_tokens)
     };
 

@@ -48,7 +48,7 @@ fn engine() -> CpuEngine {
 
 fn params(grammar: Grammar, max_tokens: u32) -> SamplingParams {
     let stop_tokens = DEMO.generation.eos.clone();
-    SamplingParams { grammar: Some(grammar), stop_tokens, ..SamplingParams::greedy(max_tokens) }
+    SamplingParams { grammar: Some(Box::new(grammar)), stop_tokens, ..SamplingParams::greedy(max_tokens) }
 }
 
 /// Text and tokens of an answer.
@@ -137,7 +137,8 @@ fn masks_depend_on_the_answer_alone() {
     // The number of a sequence that is over may be another's, and a node may have gone another way before.
     let other = spec(&params, 1, &[7]);
     assert_eq!(allowed(&mut follower, 1, &other), allowed(&mut Constraints::new(GRAMMARS.clone()), 2, &other));
-    let digits = Arc::new(SamplingParams { grammar: Some(grammar(GrammarKind::Regex, "[0-9]")), ..(*params).clone() });
+    let digits =
+        Arc::new(SamplingParams { grammar: Some(Box::new(grammar(GrammarKind::Regex, "[0-9]"))), ..(*params).clone() });
     let digits = spec(&digits, 1, &[7]);
     assert_eq!(allowed(&mut follower, 1, &digits), allowed(&mut Constraints::new(GRAMMARS.clone()), 2, &digits));
     // Unconstrained items of the same pass are left alone.
@@ -268,7 +269,8 @@ fn large_grammars_end_soon() {
 fn rows_that_pad_the_vocabulary_are_never_allowed() {
     let vocab = DEMO.tokenizer.vocab_size();
     let grammars = Arc::new(Grammars::new(DEMO.tokenizer.clone(), vocab + 45));
-    let params = SamplingParams { grammar: Some(grammar(GrammarKind::Regex, "(?s:.)*")), ..SamplingParams::greedy(5) };
+    let params =
+        SamplingParams { grammar: Some(Box::new(grammar(GrammarKind::Regex, "(?s:.)*"))), ..SamplingParams::greedy(5) };
     let spec = spec(&Arc::new(params), 1, &[7]);
     let Allowed::Only(mask) = allowed(&mut Constraints::new(grammars), 1, &spec) else { panic!("it is constrained") };
     assert_eq!(mask.len(), (vocab + 45).div_ceil(32));

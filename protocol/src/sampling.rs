@@ -57,7 +57,8 @@ pub struct SamplingParams {
     /// Most tokens to generate; at least 1.
     pub max_tokens: u32,
     /// What the answer must match, if anything. It may end where the grammar may, and must where the grammar does.
-    pub grammar: Option<Grammar>,
+    /// Boxed, because few have one and messages are moved about.
+    pub grammar: Option<Box<Grammar>>,
 }
 
 impl SamplingParams {

@@ -440,7 +440,7 @@ impl World {
             presence_penalty: if r.chance(200) { 0.5 } else { 0.0 },
             // A function of what was drawn, so that a seed's cluster is otherwise what it was before there were grammars.
             grammar: (self.scenario.stop_permille > 0 && tokens.last().is_some_and(|token| token % 4 == 0))
-                .then(|| Grammar { kind: GrammarKind::Regex, text: "any".into() }),
+                .then(|| Box::new(Grammar { kind: GrammarKind::Regex, text: "any".into() })),
             ..SamplingParams::greedy(1 + r.pick(self.scenario.max_answer) as u32)
         };
         let salt = r.pick(2);

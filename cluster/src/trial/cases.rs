@@ -313,10 +313,13 @@ fn params(sketch: &Sketch, eos: &[u32]) -> SamplingParams {
             ..greedy
         },
         // Both have more than one way to go on at most places.
-        Kind::Schema => SamplingParams { grammar: Some(schema()), logprobs: Some(1), ..nucleus },
-        Kind::Pattern => {
-            SamplingParams { grammar: Some(pattern()), ignore_eos: false, stop_tokens: eos.to_vec(), ..greedy }
-        }
+        Kind::Schema => SamplingParams { grammar: Some(Box::new(schema())), logprobs: Some(1), ..nucleus },
+        Kind::Pattern => SamplingParams {
+            grammar: Some(Box::new(pattern())),
+            ignore_eos: false,
+            stop_tokens: eos.to_vec(),
+            ..greedy
+        },
         Kind::EndOfText => SamplingParams { ignore_eos: false, stop_tokens: eos.to_vec(), ..greedy },
     }
 }
@@ -339,7 +342,7 @@ fn schema() -> Grammar {
 fn body(prompt: &[u32], params: &SamplingParams, stop: Option<&str>) -> Value {
     let bias: serde_json::Map<String, Value> =
         params.logit_bias.iter().map(|(id, bias)| (id.to_string(), json!(bias))).collect();
-    let outputs = params.grammar.as_ref().map(|Grammar { kind, text }| match kind {
+    let outputs = params.grammar.as_deref().map(|Grammar { kind, text }| match kind {
         GrammarKind::JsonSchema => json!({"json": text}),
         GrammarKind::Regex => json!({"regex": text}),
         GrammarKind::Lark => json!({"grammar": text}),

@@ -239,7 +239,7 @@ fn use_engine(checkpoint: &Checkpoint) {
     // A context that is too short is refused.
     let greedy = SamplingParams::greedy(3);
     let _ = generate(&mut engine, &[1, 2, 3], &greedy, BLOCK_SIZE, 64, &mut |_| true);
-    let grammar = Some(Grammar { kind: GrammarKind::Regex, text: "[a-z ]+".into() });
+    let grammar = Some(Box::new(Grammar { kind: GrammarKind::Regex, text: "[a-z ]+".into() }));
     let constrained = SamplingParams { grammar, ..greedy };
     let _ = generate(&mut engine, &[1, 2, 3], &constrained, BLOCK_SIZE, 64, &mut |_| true);
 }

@@ -28,7 +28,11 @@ pub(super) fn grammar(bytes: &[u8]) {
     if grammars.check(&grammar).is_err() {
         return;
     }
-    let params = Arc::new(SamplingParams { grammar: Some(grammar), stop_tokens: vec![2], ..SamplingParams::greedy(9) });
+    let params = Arc::new(SamplingParams {
+        grammar: Some(Box::new(grammar)),
+        stop_tokens: vec![2],
+        ..SamplingParams::greedy(9)
+    });
     let mut follower = Constraints::new(grammars.clone());
     let mut history: Vec<TokenId> = vec![1];
     for step in 0..STEPS {

@@ -84,7 +84,7 @@ pub(super) fn params(draw: &mut Draw<'_>) -> SamplingParams {
         stop_tokens: (0..draw.below(3)).map(|_| draw.number()).collect(),
         ignore_eos: draw.coin(),
         max_tokens: draw.number(),
-        grammar: draw.coin().then(|| Grammar { kind: GrammarKind::Regex, text: text(draw) }),
+        grammar: draw.coin().then(|| Box::new(Grammar { kind: GrammarKind::Regex, text: text(draw) })),
     }
 }
 

@@ -94,7 +94,7 @@ fn params() -> SamplingParams {
         logit_bias: vec![(1, 0.5)],
         stop_tokens: vec![2, 3],
         logprobs: Some(2),
-        grammar: Some(Grammar { kind: GrammarKind::JsonSchema, text: "{}".into() }),
+        grammar: Some(Box::new(Grammar { kind: GrammarKind::JsonSchema, text: "{}".into() })),
         ..SamplingParams::greedy(7)
     }
 }

@@ -73,7 +73,7 @@ impl GenerateOptions {
             ignore_eos: ignore_eos && stop_tokens.is_empty(),
             stop_tokens,
             max_tokens: max_tokens.unwrap_or(0),
-            grammar: constraint.as_ref().map(|constraint| constraint.grammar.clone()),
+            grammar: constraint.as_ref().map(|constraint| Box::new(constraint.grammar.clone())),
         };
         if max_tokens == Some(0) {
             return Err(ApiError::invalid("max_tokens", "'max_tokens' must be at least 1"));
