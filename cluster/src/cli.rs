@@ -386,7 +386,7 @@ pub enum HugePagesArg {
 }
 
 /// Element types of the KV cache.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, ValueEnum)]
 #[allow(missing_docs, reason = "the names are the documentation")]
 pub enum KvCacheDtype {
     #[default]
@@ -550,6 +550,15 @@ pub struct GenerateArgs {
     /// Generate up to --max-tokens whatever the model says.
     #[arg(long)]
     pub ignore_eos: bool,
+    /// The answer must be JSON that this schema, a file, allows.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["regex", "grammar"])]
+    pub json_schema: Option<PathBuf>,
+    /// The answer must match this regular expression from beginning to end.
+    #[arg(long, value_name = "PATTERN", conflicts_with = "grammar")]
+    pub regex: Option<String>,
+    /// The answer must follow this Lark grammar, a file.
+    #[arg(long, value_name = "FILE")]
+    pub grammar: Option<PathBuf>,
     /// Print token ids instead of text.
     #[arg(long)]
     pub ids: bool,

@@ -6,12 +6,14 @@ use anyhow::{Context, bail};
 use ridge_kernels::sync::pool::Placement;
 use ridge_model::detokenize::StreamDecoder;
 use ridge_model::generate::{generate, generate_handed_over};
+use ridge_model::grammar::Grammars;
 use ridge_model::memory::PassLimits;
 use ridge_model::template::RenderOptions;
 use ridge_model::worker::{LoadedEngine, load_engine};
-use ridge_protocol::{SamplingParams, TokenOut};
+use ridge_protocol::{Grammar, GrammarKind, SamplingParams, TokenOut};
 use serde_json::json;
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Runs the command.
@@ -39,6 +41,7 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         seed: args.seed,
         ignore_eos: args.ignore_eos,
         stop_tokens: checkpoint.generation.eos.clone(),
+        grammar: grammar(args, &loaded)?.map(Box::new),
         ..SamplingParams::greedy(args.max_tokens)
     };
 
@@ -71,7 +74,8 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
 
     let ids: Vec<u32> = out.iter().map(|out| out.token).collect();
     if args.json {
-        let finish = if ids.last().is_some_and(|last| params.is_stop(*last)) { "stop" } else { "length" };
+        let stopped = out.last().is_some_and(|last| last.ends || params.is_stop(last.token));
+        let finish = if stopped { "stop" } else { "length" };
         let answer = json!({"prompt_ids": prompt, "ids": ids, "text": text, "finish_reason": finish});
         println!("{answer}");
     } else if args.ids {
@@ -80,6 +84,20 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         println!();
     }
     Ok(())
+}
+
+/// What the answer must match, if anything; one that is no good is refused before anything is computed.
+fn grammar(args: &GenerateArgs, loaded: &LoadedEngine) -> anyhow::Result<Option<Grammar>> {
+    let read = |path: &PathBuf| std::fs::read_to_string(path).with_context(|| path.display().to_string());
+    let (flag, kind, text) = match (&args.json_schema, &args.regex, &args.grammar) {
+        (Some(path), _, _) => ("--json-schema", GrammarKind::JsonSchema, read(path)?),
+        (_, Some(pattern), _) => ("--regex", GrammarKind::Regex, pattern.clone()),
+        (_, _, Some(path)) => ("--grammar", GrammarKind::Lark, read(path)?),
+        (None, None, None) => return Ok(None),
+    };
+    let (grammar, checkpoint) = (Grammar { kind, text }, &loaded.checkpoint);
+    Grammars::new(checkpoint.tokenizer.clone(), checkpoint.spec.vocab).check(&grammar).context(flag)?;
+    Ok(Some(grammar))
 }
 
 /// The prompt's tokens: as given, from text, or through the chat template.

@@ -137,7 +137,7 @@ fn sabotage(from: &Path, to: &Path) -> u64 {
             && changed.is_none()
             && let Some((_, out)) = outputs.first_mut()
         {
-            out.token ^= 1;
+            out.as_mut().expect("nothing constrains it").token ^= 1;
             changed = Some(calls);
         }
         push_frame(&record, &mut out);

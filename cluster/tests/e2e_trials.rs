@@ -26,11 +26,14 @@ fn report(line: &[&str]) -> Value {
 fn clusters_answer_what_one_process_answers() {
     let report = report(&["verify", "--short"]);
     let clusters = report["clusters"].as_array().expect("a list");
-    assert_eq!(clusters.len(), 3, "{report:#}");
+    assert_eq!(clusters.len(), 4, "{report:#}");
     for cluster in clusters {
         // Each request twice, and the streams under which nodes were killed.
         assert!(cluster["streams"].as_u64() > Some(28), "{cluster:#}");
         assert!(cluster["hang_ups"].as_u64() > Some(0), "{cluster:#}");
+        if !cluster["prefill_kv_cache_dtype"].is_null() {
+            continue; // What is computed again has no oracle there.
+        }
         assert!(cluster["kills"].as_u64() > Some(0), "{cluster:#}");
         assert!(cluster["redispatched"].as_u64() > Some(0), "{cluster:#}");
     }

@@ -45,8 +45,9 @@ fn best(cpu: &Cpu, logits: &[f32], params: &SamplingParams) -> Duration {
         let mut logits = logits.to_vec();
         let spec = |row| SampleSpec { params: params.clone(), history: vec![], prompt_len: 0, position: round + row };
         let specs: Vec<SampleSpec> = (0..BATCH as u32).map(spec).collect();
+        let wanted: Vec<_> = specs.iter().map(|spec| (spec, None)).collect();
         let begin = Instant::now();
-        assert_eq!(sample_rows(cpu.pool(), &mut logits, VOCAB, &specs.iter().collect::<Vec<_>>()).len(), BATCH);
+        assert_eq!(sample_rows(cpu.pool(), &mut logits, VOCAB, &wanted).len(), BATCH);
         begin.elapsed()
     };
     (0..ROUNDS).map(round).min().expect("at least one round")

@@ -5,12 +5,13 @@
 
 use crate::checkpoint::{Checkpoint, LoadError};
 use crate::forward::{Forward, Weights};
+use crate::grammar::{Allowed, Constraints, Grammars};
 use crate::kv::KvMemory;
 use crate::sampling::sample_rows;
 use crate::spec::ModelSpec;
 use ridge_kernels::cuda::CudaError;
 use ridge_kernels::{Cpu, KvDtype, KvFormat};
-use ridge_protocol::{BatchPlan, CacheDtype, KV_LAYOUT, ModelIdentity, RequestId, TokenOut};
+use ridge_protocol::{BatchPlan, CacheDtype, KV_LAYOUT, ModelIdentity, NoToken, RequestId, SampleSpec, TokenOut};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,8 +20,8 @@ use std::sync::Arc;
 pub struct Output {
     /// The sequence it continues.
     pub request: RequestId,
-    /// The token.
-    pub token: TokenOut,
+    /// The token, or why there is none.
+    pub token: Result<TokenOut, NoToken>,
 }
 
 /// Computes passes. One engine belongs to one thread; its KV memory is shared with whoever ships pages.
@@ -84,6 +85,7 @@ pub struct CpuEngine {
     kv: Arc<KvMemory>,
     cpu: Cpu,
     forward: Forward,
+    constraints: Constraints,
 }
 
 impl CpuEngine {
@@ -97,18 +99,18 @@ impl CpuEngine {
     ) -> Result<Self, EngineError> {
         check_layout(&checkpoint.spec, &kv)?;
         let weights = Weights::new(checkpoint, &cpu, cache)?;
-        Ok(Self { weights, kv, cpu, forward: Forward::default() })
+        Ok(Self { weights, kv, cpu, forward: Forward::default(), constraints: constraints(checkpoint) })
     }
 }
 
 impl Engine for CpuEngine {
     fn run(&mut self, plan: &BatchPlan, on_layer: &mut dyn FnMut(u32)) -> Vec<Output> {
-        let vocab = self.weights.spec().vocab;
-        let logits = self.forward.run(&self.weights, &self.kv, &self.cpu, plan, on_layer);
-        let wanted: Vec<_> = plan.items.iter().filter_map(|item| Some((item.request, item.sample.as_ref()?))).collect();
-        let specs: Vec<_> = wanted.iter().map(|(_, spec)| *spec).collect();
-        let tokens = sample_rows(self.cpu.pool(), logits, vocab, &specs);
-        wanted.iter().zip(tokens).map(|((request, _), token)| Output { request: *request, token }).collect()
+        let (weights, kv, cpu) = (&self.weights, &*self.kv, &self.cpu);
+        let (forward, constraints) = (&mut self.forward, &mut self.constraints);
+        let wanted = sampling(plan);
+        let (logits, allowed) = constraints.beside(&wanted, move || forward.run(weights, kv, cpu, plan, on_layer));
+        let tokens = sample_rows(cpu.pool(), logits, weights.spec().vocab, &rows(&wanted, &allowed));
+        constraints.take(&wanted, allowed, tokens)
     }
 
     fn kv(&self) -> &Arc<KvMemory> {
@@ -118,6 +120,24 @@ impl Engine for CpuEngine {
     fn spec(&self) -> &ModelSpec {
         self.weights.spec()
     }
+}
+
+/// What a model's engine follows constrained answers with.
+pub(crate) fn constraints(checkpoint: &Checkpoint) -> Constraints {
+    Constraints::new(Arc::new(Grammars::new(checkpoint.tokenizer.clone(), checkpoint.spec.vocab)))
+}
+
+/// The items that sample.
+pub(crate) fn sampling(plan: &BatchPlan) -> Vec<(RequestId, &SampleSpec)> {
+    plan.items.iter().filter_map(|item| Some((item.request, item.sample.as_ref()?))).collect()
+}
+
+/// How each of them samples, and from which tokens.
+pub(crate) fn rows<'a>(
+    wanted: &[(RequestId, &'a SampleSpec)],
+    allowed: &'a [Allowed],
+) -> Vec<(&'a SampleSpec, Option<&'a [u32]>)> {
+    wanted.iter().zip(allowed).map(|((_, spec), allowed)| (*spec, allowed.mask())).collect()
 }
 
 /// The protocol's name for an element type.

@@ -7,7 +7,7 @@ use crate::engine::{Engine, cache_dtype};
 use crate::kv::KvMemory;
 use ridge_protocol::transfer::PageSource;
 use ridge_protocol::{
-    BatchPlan, BlockId, BlockShape, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId, TokenOut,
+    BatchPlan, BlockId, BlockShape, NoToken, PlanItem, RequestId, SampleSpec, SamplingParams, TokenId, TokenOut,
 };
 use std::sync::Arc;
 
@@ -36,6 +36,9 @@ pub enum GenerateError {
     /// A parameter is out of range.
     #[error("{0}")]
     Params(String),
+    /// The answer cannot follow its grammar.
+    #[error(transparent)]
+    NoToken(#[from] NoToken),
     /// The KV memory is too small for the prompt and the tokens asked for.
     #[error("the sequence needs {needed} KV blocks, the memory has {blocks}")]
     Blocks {
@@ -60,7 +63,7 @@ pub fn generate(
 ) -> Result<Vec<TokenOut>, GenerateError> {
     let limit = check(engine, prompt, params, params.max_tokens, max_model_len)?;
     let mut sequence = Sequence::new(prompt, params);
-    sequence.run(engine, limit, chunk, on_token);
+    sequence.run(engine, limit, chunk, on_token)?;
     Ok(sequence.out)
 }
 
@@ -83,9 +86,9 @@ pub fn generate_handed_over(
     let first = check(prefill, prompt, params, params.max_tokens.min(1), max_model_len)?;
     let limit = check(decode, prompt, params, params.max_tokens, max_model_len)?;
     let mut sequence = Sequence::new(prompt, params);
-    if sequence.run(prefill, first, chunk, on_token) && limit > first {
+    if sequence.run(prefill, first, chunk, on_token)? && limit > first {
         hand_over(prefill.kv(), decode.kv(), prompt.len());
-        sequence.run(decode, limit, chunk, on_token);
+        sequence.run(decode, limit, chunk, on_token)?;
     }
     Ok(sequence.out)
 }
@@ -163,22 +166,23 @@ impl Sequence {
         limit: usize,
         chunk: usize,
         on_token: &mut dyn FnMut(&TokenOut) -> bool,
-    ) -> bool {
+    ) -> Result<bool, NoToken> {
         let block_size = engine.kv().format().block_size;
         let chunk = (chunk / block_size).max(1) * block_size;
         while self.out.len() < limit {
             let plan = self.next_plan(chunk, block_size);
             // A chunk before the prompt's last yields no token.
             for output in engine.run(&plan, &mut |_| {}) {
-                self.tokens.push(output.token.token);
-                let stop = self.params.is_stop(output.token.token) || !on_token(&output.token);
-                self.out.push(output.token);
+                let out = output.token?;
+                self.tokens.push(out.token);
+                let stop = self.params.is_stop(out.token) || !on_token(&out) || out.ends;
+                self.out.push(out);
                 if stop {
-                    return false;
+                    return Ok(false);
                 }
             }
         }
-        true
+        Ok(true)
     }
 
     /// The pass over the next tokens, at most `chunk` of them; it samples if it reaches the last.

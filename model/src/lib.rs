@@ -14,6 +14,7 @@ pub mod device;
 pub mod engine;
 pub mod forward;
 pub mod generate;
+pub mod grammar;
 pub mod kv;
 pub mod mapping;
 pub mod memory;

@@ -9,11 +9,12 @@
 //! 1. log-probabilities, if asked for, of the model's own distribution: the raw logits;
 //! 2. repetition penalty over prompt and answer (Hugging Face), presence and frequency penalties over the answer
 //!    (OpenAI), then the logit biases;
-//! 3. temperature 0 takes the largest logit, the lowest id among equals;
-//! 4. otherwise temperature, top-k, top-p, min-p (vLLM's order), and a draw from what is left.
+//! 3. a mask of the tokens that the answer's grammar allows, if it has one;
+//! 4. temperature 0 takes the largest logit, the lowest id among equals;
+//! 5. otherwise temperature, top-k, top-p, min-p (vLLM's order), and a draw from what is left.
 //!
 //! A logit that is not finite counts as minus infinity. If that is true of all of them the answer is token 0.
-//! What step 4 leaves is drawn from in the order of token ids. No step sorts the vocabulary: see `scan`.
+//! What step 5 leaves is drawn from in the order of token ids. No step sorts the vocabulary: see `scan`.
 
 mod scan;
 
@@ -25,46 +26,56 @@ use std::sync::Mutex;
 /// What a log-probability of minus infinity is reported as: JSON has no infinity, and OpenAI's API uses this number.
 pub const LOWEST_LOGPROB: f32 = -9999.0;
 
-/// [`sample`] for each row of `logits` `[specs.len(), vocab]`, on the threads of `pool`.
-pub fn sample_rows(pool: &ThreadPool, logits: &mut [f32], vocab: usize, specs: &[&SampleSpec]) -> Vec<TokenOut> {
-    assert_eq!(logits.len(), specs.len() * vocab);
+/// [`sample`] for each row of `logits` `[wanted.len(), vocab]`, on the threads of `pool`.
+pub fn sample_rows(
+    pool: &ThreadPool,
+    logits: &mut [f32],
+    vocab: usize,
+    wanted: &[(&SampleSpec, Option<&[u32]>)],
+) -> Vec<TokenOut> {
+    assert_eq!(logits.len(), wanted.len() * vocab);
     // Each task has a row of its own; the locks only prove it.
-    let rows = logits.chunks_exact_mut(vocab).zip(specs).map(|(row, spec)| Mutex::new((row, *spec, None)));
+    let rows = logits.chunks_exact_mut(vocab).zip(wanted).map(|(row, wanted)| Mutex::new((row, *wanted, None)));
     let rows: Vec<_> = rows.collect();
     pool.run(rows.len(), &|row| {
-        let (logits, spec, out) = &mut *rows[row].lock().expect("a row has one task");
-        *out = Some(sample(logits, spec));
+        let (logits, (spec, mask), out) = &mut *rows[row].lock().expect("a row has one task");
+        *out = Some(sample(logits, spec, *mask));
     });
     let out = |row: Mutex<(_, _, Option<TokenOut>)>| row.into_inner().expect("a panic would have gone on").2;
     rows.into_iter().map(|row| out(row).expect("every task ran")).collect()
 }
 
-/// Chooses the next token from `logits` (one row, `vocab` long), which is left in an unspecified state.
-pub fn sample(logits: &mut [f32], spec: &SampleSpec) -> TokenOut {
+/// Chooses the next token from `logits` (one row, `vocab` long), which is left in an unspecified state. Of `mask`, if there is
+/// one, each token that may be chosen has its bit set, the lowest of each word first.
+pub fn sample(logits: &mut [f32], spec: &SampleSpec, mask: Option<&[u32]>) -> TokenOut {
     assert!(!logits.is_empty(), "sampling from an empty vocabulary");
     let params = &*spec.params;
     let Some(count) = params.logprobs else {
-        return TokenOut { token: choose(logits, spec), logprob: None, top: Vec::new() };
+        return TokenOut { token: choose(logits, spec, mask), logprob: None, top: Vec::new(), ends: false };
     };
     // What is reported is the model's own distribution, so it is computed before penalties change the logits.
     let peaks = scan::peaks(logits);
     let total = scan::log_sum_exp(logits, largest(&peaks));
     let top = scan::likeliest(logits, &peaks, usize::from(count));
     let raw = logits.to_vec();
-    let token = choose(logits, spec);
+    let token = choose(logits, spec, mask);
     TokenOut {
         token,
         logprob: Some(logprob(raw[token as usize], total)),
         top: top.into_iter().map(|(id, logit)| (id, logprob(logit, total))).collect(),
+        ends: false,
     }
 }
 
-/// The token, after penalties and biases.
-fn choose(logits: &mut [f32], spec: &SampleSpec) -> TokenId {
+/// The token, after penalties, biases and the mask.
+fn choose(logits: &mut [f32], spec: &SampleSpec, mask: Option<&[u32]>) -> TokenId {
     let params = &*spec.params;
     penalize(logits, spec);
     for &(token, bias) in &params.logit_bias {
         adjust(logits, token, |logit| logit + bias);
+    }
+    if let Some(mask) = mask {
+        exclude(logits, mask);
     }
     if params.temperature == 0.0 { scan::argmax(logits) } else { draw(logits, params, spec.position) }
 }
@@ -76,10 +87,22 @@ fn adjust(logits: &mut [f32], token: TokenId, change: impl FnOnce(f32) -> f32) {
     }
 }
 
+/// Leaves out every token whose bit is not set.
+fn exclude(logits: &mut [f32], mask: &[u32]) {
+    assert_eq!(mask.len(), logits.len().div_ceil(32), "a bit per token");
+    for (word, logits) in mask.iter().zip(logits.chunks_mut(32)) {
+        for (bit, logit) in logits.iter_mut().enumerate() {
+            if word >> bit & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+}
+
 /// Applies the three penalties to every token seen so far.
 fn penalize(logits: &mut [f32], spec: &SampleSpec) {
     let params = &*spec.params;
-    if !params.needs_history() {
+    if !params.has_penalties() {
         return;
     }
     let prompt_len = (spec.prompt_len as usize).min(spec.history.len());

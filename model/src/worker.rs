@@ -16,7 +16,7 @@ use crate::memory::{self, Demand, KvDemand, MemoryPlan, OnDevice, PassLimits, Re
 use ridge_kernels::cuda::CudaError;
 use ridge_kernels::sync::pool::{Placement, lower_priority, pin_to};
 use ridge_kernels::{Cpu, DType, KvDtype, KvFormat};
-use ridge_protocol::{BatchPlan, Duration, ModelIdentity, RequestId, TokenOut};
+use ridge_protocol::{BatchPlan, Duration, ModelIdentity, NoToken, RequestId, TokenOut};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -228,8 +228,8 @@ pub enum WorkerEvent {
     StepDone {
         /// The pass.
         step: u64,
-        /// Sampled tokens.
-        outputs: Vec<(RequestId, TokenOut)>,
+        /// Sampled tokens, or why there is none.
+        outputs: Vec<(RequestId, Result<TokenOut, NoToken>)>,
         /// How long it took.
         busy: Duration,
     },

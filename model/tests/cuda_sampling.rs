@@ -95,7 +95,7 @@ fn on_device(sampler: &mut Sampler, device: &Arc<dyn Device>, logits: &[f32], re
     // SAFETY: the logits are this buffer's, one row per request.
     unsafe { sampler.run(memory.address()).unwrap() };
     let sampled = sampler.read().unwrap();
-    sampled.into_iter().map(|s| TokenOut { token: s.token, logprob: s.logprob, top: s.top }).collect()
+    sampled.into_iter().map(|s| TokenOut { token: s.token, logprob: s.logprob, top: s.top, ends: false }).collect()
 }
 
 #[test]
@@ -111,10 +111,10 @@ fn cuda_sampling_draws_the_cpus_tokens() {
         let vocab = *vocab;
         let specs: Vec<SampleSpec> = (0..=random.below(5)).map(|_| spec(&mut random, vocab)).collect();
         let rows: Vec<Vec<f32>> = specs.iter().map(|_| logits(&mut random, vocab)).collect();
-        let requests: Vec<Request> = specs.iter().map(request).collect();
+        let requests: Vec<Request> = specs.iter().map(|spec| request(spec, None)).collect();
         let got = on_device(sampler, &device, &rows.concat(), &requests);
         for ((spec, row), got) in specs.iter().zip(&rows).zip(got) {
-            let want = sample(&mut row.clone(), spec);
+            let want = sample(&mut row.clone(), spec, None);
             assert_eq!(got, want, "round {round}, vocabulary {vocab}, {spec:?}");
         }
         device.synchronize().unwrap();
@@ -128,17 +128,12 @@ fn cuda_sampling_keeps_to_the_mask() {
     let mut random = Random(77);
     for _ in 0..20 {
         let vocab = random.pick(&[31, 32, 33, 700]);
-        let mut spec = spec(&mut random, vocab);
-        Arc::make_mut(&mut spec.params).logprobs = None;
+        let spec = spec(&mut random, vocab);
         let row = logits(&mut random, vocab);
         let mask: Vec<u32> = (0..vocab.div_ceil(32)).map(|_| random.bits() as u32 & random.bits() as u32).collect();
-        // For the CPU, a token that is not allowed is one whose logit is minus infinity.
-        let allowed = |token: usize| mask[token / 32] >> (token % 32) & 1 == 1;
-        let mut masked: Vec<f32> =
-            row.iter().enumerate().map(|(i, v)| if allowed(i) { *v } else { f32::NEG_INFINITY }).collect();
-        let want = sample(&mut masked, &spec);
+        let want = sample(&mut row.clone(), &spec, Some(&mask));
         let mut sampler = Sampler::new(&device, vocab).unwrap();
-        let got = on_device(&mut sampler, &device, &row, &[Request { mask: Some(mask.clone()), ..request(&spec) }]);
+        let got = on_device(&mut sampler, &device, &row, &[request(&spec, Some(&mask))]);
         assert_eq!(got, [want]);
     }
 }

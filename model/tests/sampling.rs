@@ -17,7 +17,7 @@ fn random() -> SamplingParams {
 
 fn run_at(logits: &[f32], params: &SamplingParams, history: &[TokenId], prompt_len: u32, position: u32) -> TokenOut {
     let spec = SampleSpec { params: Arc::new(params.clone()), history: history.to_vec(), prompt_len, position };
-    sample(&mut logits.to_vec(), &spec)
+    sample(&mut logits.to_vec(), &spec, None)
 }
 
 fn token(logits: &[f32], params: &SamplingParams) -> TokenId {
@@ -207,7 +207,10 @@ fn log_probabilities_are_the_models_own() {
     assert_eq!(all.top[3], (3, LOWEST_LOGPROB));
     let none = run_at(&logits, &SamplingParams { logprobs: Some(0), ..greedy() }, &[], 0, 0);
     assert!(none.top.is_empty() && none.logprob.is_some());
-    assert_eq!(run_at(&logits, &greedy(), &[], 0, 0), TokenOut { token: 1, logprob: None, top: Vec::new() });
+    assert_eq!(
+        run_at(&logits, &greedy(), &[], 0, 0),
+        TokenOut { token: 1, logprob: None, top: Vec::new(), ends: false }
+    );
 }
 
 #[test]
@@ -291,9 +294,40 @@ fn rows_do_not_depend_on_threads() {
         .collect();
     let rows: Vec<f32> = (0..9).flat_map(many_logits).collect();
     let alone: Vec<TokenOut> =
-        rows.chunks(1003).zip(&specs).map(|(row, spec)| sample(&mut row.to_vec(), spec)).collect();
+        rows.chunks(1003).zip(&specs).map(|(row, spec)| sample(&mut row.to_vec(), spec, None)).collect();
+    let wanted: Vec<_> = specs.iter().map(|spec| (spec, None)).collect();
     for threads in [1, 2, 4] {
         let pool = ThreadPool::new(&Placement::threads(threads));
-        assert_eq!(sample_rows(&pool, &mut rows.clone(), 1003, &specs.iter().collect::<Vec<_>>()), alone);
+        assert_eq!(sample_rows(&pool, &mut rows.clone(), 1003, &wanted), alone);
     }
+}
+
+#[test]
+fn a_mask_leaves_the_others_their_odds_and_the_log_probabilities_as_they_are() {
+    let logits = [3.0, 1.0, 2.0, 2.5];
+    let spec = |params: SamplingParams, position| SampleSpec {
+        params: Arc::new(params),
+        history: vec![],
+        prompt_len: 0,
+        position,
+    };
+    let masked = |params: &SamplingParams, position, mask: u32| {
+        sample(&mut logits.to_vec(), &spec(params.clone(), position), Some(&[mask]))
+    };
+    assert_eq!(masked(&greedy(), 0, 0b0110).token, 2);
+    assert_eq!(masked(&SamplingParams { logit_bias: vec![(1, 5.0), (0, 50.0)], ..greedy() }, 0, 0b0110).token, 1);
+    let mut counts = vec![0; 4];
+    for position in 0..4000 {
+        counts[masked(&random(), position, 0b1010).token as usize] += 1;
+    }
+    let odds = softmax(&[NEVER, 1.0, NEVER, 2.5], 1.0);
+    // One degree of freedom: 10.8 is exceeded once in a thousand times.
+    assert!(chi_square(&counts, &odds) < 10.8, "{counts:?}");
+    let scored = masked(&SamplingParams { logprobs: Some(4), ..greedy() }, 0, 0b0010);
+    let free = run_at(&logits, &SamplingParams { logprobs: Some(4), ..greedy() }, &[], 0, 0);
+    assert_eq!((scored.token, &scored.top), (1, &free.top), "the model's own distribution");
+    assert_eq!(scored.logprob, free.top.iter().find(|(token, _)| *token == 1).map(|(_, logprob)| *logprob));
+    // Nothing that is allowed has a finite logit: whoever gave the mask sees that token 0 is not in it.
+    let nothing = sample(&mut [1.0, NEVER], &spec(greedy(), 0), Some(&[0b10]));
+    assert_eq!(nothing.token, 0);
 }

@@ -25,3 +25,5 @@ pub const MAX_STOP_STRINGS: usize = 16;
 pub const MAX_STOP_BYTES: usize = 1024;
 /// Most stop token ids.
 pub const MAX_STOP_TOKENS: usize = 64;
+/// Longest grammar that constrains an answer, in bytes: a JSON schema, a regular expression or rules.
+pub const MAX_GRAMMAR_BYTES: usize = 256 << 10;

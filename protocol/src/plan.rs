@@ -56,4 +56,12 @@ pub struct TokenOut {
     pub logprob: Option<f32>,
     /// The likeliest tokens with their log-probabilities, likeliest first, when asked for.
     pub top: Vec<(TokenId, f32)>,
+    /// Nothing may follow it: the grammar that constrains the answer is complete.
+    pub ends: bool,
 }
+
+/// Why no token could be drawn for an item of a plan: its grammar cannot be compiled, or not be followed any further. It
+/// would be so on every node.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize, thiserror::Error)]
+#[error("{0}")]
+pub struct NoToken(pub String);

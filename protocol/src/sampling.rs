@@ -4,6 +4,26 @@ use crate::ids::TokenId;
 use crate::limits;
 use serde::{Deserialize, Serialize};
 
+/// What an answer must match. Plain data: it is compiled where it is sampled, in `ridge-model`.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub struct Grammar {
+    /// What `text` is written in.
+    pub kind: GrammarKind,
+    /// At most [`limits::MAX_GRAMMAR_BYTES`].
+    pub text: String,
+}
+
+/// What a grammar is written in.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub enum GrammarKind {
+    /// A JSON schema: the answer is a JSON value that it allows.
+    JsonSchema,
+    /// A regular expression in the syntax of Rust's `regex`: it matches the whole answer.
+    Regex,
+    /// A context-free grammar in llguidance's variant of Lark, from the rule `start`.
+    Lark,
+}
+
 /// Sampling parameters of one sequence, already validated at the HTTP edge.
 ///
 /// Random numbers are a function of `(seed, position)` alone, so whichever node continues a sequence draws the
@@ -36,6 +56,9 @@ pub struct SamplingParams {
     pub ignore_eos: bool,
     /// Most tokens to generate; at least 1.
     pub max_tokens: u32,
+    /// What the answer must match, if anything. It may end where the grammar may, and must where the grammar does.
+    /// Boxed, because few have one and messages are moved about.
+    pub grammar: Option<Box<Grammar>>,
 }
 
 impl SamplingParams {
@@ -55,11 +78,17 @@ impl SamplingParams {
             stop_tokens: Vec::new(),
             ignore_eos: false,
             max_tokens,
+            grammar: None,
         }
     }
 
     /// Whether choosing a token needs the tokens before it.
     pub fn needs_history(&self) -> bool {
+        self.has_penalties() || self.grammar.is_some()
+    }
+
+    /// Whether tokens that were seen before are made more or less likely.
+    pub fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }
 
@@ -97,6 +126,9 @@ impl SamplingParams {
         }
         if self.logprobs.is_some_and(|n| usize::from(n) > limits::MAX_TOP_LOGPROBS) {
             return Err(format!("top_logprobs must be at most {}", limits::MAX_TOP_LOGPROBS));
+        }
+        if self.grammar.as_ref().is_some_and(|grammar| grammar.text.len() > limits::MAX_GRAMMAR_BYTES) {
+            return Err(format!("grammar has more than {} bytes", limits::MAX_GRAMMAR_BYTES));
         }
         Ok(())
     }

@@ -170,6 +170,8 @@ pub struct DecodeRequest {
     pub salt: u64,
     /// Sampling.
     pub params: SamplingParams,
+    /// There is no other node for it: it is to be taken although this one drains (rule C-12).
+    pub last_resort: bool,
 }
 
 /// Why a sequence ended.
@@ -509,7 +511,7 @@ mod tests {
         round_trip(NodeToRouter::Token {
             request: RequestId(1),
             index: 3,
-            out: TokenOut { token: 5, logprob: Some(-0.5), top: vec![(5, -0.5), (6, -1.5)] },
+            out: TokenOut { token: 5, logprob: Some(-0.5), top: vec![(5, -0.5), (6, -1.5)], ends: false },
             finish: Some(FinishReason::Length),
         });
         round_trip(SenderMsg::Offer { request: RequestId(2), tokens: 17, hashes: vec![BlockHash([7; 16])] });

@@ -1,7 +1,7 @@
 //! What clients send, and what they must get.
 
 use ridge_protocol::wire::{FinishReason, Receipt};
-use ridge_protocol::{Instant, SamplingParams, TokenId};
+use ridge_protocol::{Instant, TokenId};
 use ridge_router::machine::{ReplyEvent, RouterError};
 
 /// One client's view of its answer.
@@ -10,9 +10,10 @@ pub struct Client {
     pub prompt_len: usize,
     /// An answer may end for length when the shortest context is full.
     pub shortest_context: usize,
-    pub params: SamplingParams,
     /// What it must get.
     pub wanted: Vec<TokenId>,
+    /// The last of that ends the answer by itself.
+    pub stops: bool,
     pub submitted: Instant,
     pub got: usize,
     pub end: Option<Result<(), RouterError>>,
@@ -37,7 +38,7 @@ impl Client {
                 let full = self.got == self.wanted.len();
                 let no_room = self.prompt_len + self.got >= self.shortest_context;
                 assert!(self.got > 0 && (full || no_room), "the stream ended early, at {}", self.got);
-                let stopped = full && self.params.is_stop(*self.wanted.last().expect("it has a token"));
+                let stopped = full && self.stops;
                 assert_eq!(reason, if stopped { FinishReason::Stop } else { FinishReason::Length }, "the wrong end");
                 assert_eq!(usage.prompt_tokens as usize, self.prompt_len);
                 assert_eq!(usage.completion_tokens as usize, self.got);

@@ -7,7 +7,7 @@
 
 use super::random::mix;
 use ridge_protocol::transfer::PageSource;
-use ridge_protocol::{BatchPlan, BlockId, RequestId, SamplingParams, TokenId, TokenOut};
+use ridge_protocol::{BatchPlan, BlockId, NoToken, RequestId, SamplingParams, TokenId, TokenOut};
 use std::collections::BTreeMap;
 
 /// Tokens of the simulated vocabulary. Few, so that stop tokens are met.
@@ -31,23 +31,30 @@ fn seen(cell: Cell, layer: u32, position: usize) -> u64 {
 }
 
 /// Samples after a context that sums up to `context`: a function of (seed, position), and of the history where the
-/// parameters ask for it.
-fn sampled(context: u64, params: &SamplingParams, position: usize, history: &[TokenId], prompt_len: usize) -> TokenId {
+/// parameters ask for it. A grammar ends the answer after one token of eight; the flag says so.
+fn sampled(
+    context: u64,
+    params: &SamplingParams,
+    position: usize,
+    history: &[TokenId],
+    prompt_len: usize,
+) -> (TokenId, bool) {
     let mut hash = mix(context ^ mix(params.seed ^ (position as u64) << 32));
     if params.needs_history() {
         hash = history.iter().fold(hash ^ prompt_len as u64, |hash, token| mix(hash ^ u64::from(*token)));
     }
-    (hash % u64::from(VOCAB)) as TokenId
+    ((hash % u64::from(VOCAB)) as TokenId, params.grammar.is_some() && hash >> 61 == 0)
 }
 
-/// The tokens that a prompt must be answered with, were the context to hold `max_model_len` tokens.
+/// The tokens that a prompt must be answered with, were the context to hold `max_model_len` tokens, and whether the last one
+/// ends the answer by itself.
 pub fn oracle(
     prompt: &[TokenId],
     params: &SamplingParams,
     salt: u64,
     layers: u32,
     max_model_len: usize,
-) -> Vec<TokenId> {
+) -> (Vec<TokenId>, bool) {
     let mut last: Vec<Cell> = (0..layers).map(|layer| root(salt, layer)).collect();
     let mut context = 0u64;
     let mut tokens = prompt.to_vec();
@@ -60,12 +67,13 @@ pub fn oracle(
             }
         }
         known = tokens.len();
-        tokens.push(sampled(context, params, known, &tokens, prompt.len()));
-        if params.is_stop(*tokens.last().expect("just pushed")) {
-            break;
+        let (token, ends) = sampled(context, params, known, &tokens, prompt.len());
+        tokens.push(token);
+        if ends || params.is_stop(token) {
+            return (tokens.split_off(prompt.len()), true);
         }
     }
-    tokens.split_off(prompt.len())
+    (tokens.split_off(prompt.len()), false)
 }
 
 /// One page: a block's slots in one layer.
@@ -132,7 +140,7 @@ impl SimKv {
     }
 
     /// Samples for the items of a pass that ask for it, from what the pages of every layer say.
-    pub fn sample(&self, plan: &BatchPlan) -> Vec<(RequestId, TokenOut)> {
+    pub fn sample(&self, plan: &BatchPlan) -> Vec<(RequestId, Result<TokenOut, NoToken>)> {
         let sampling = plan.items.iter().filter_map(|item| item.sample.as_ref().map(|sample| (item, sample)));
         sampling
             .map(|(item, sample)| {
@@ -152,8 +160,8 @@ impl SimKv {
                     }
                 }
                 let (history, prompt_len) = (&sample.history, sample.prompt_len as usize);
-                let token = sampled(context, &sample.params, length, history, prompt_len);
-                (item.request, TokenOut { token, logprob: None, top: Vec::new() })
+                let (token, ends) = sampled(context, &sample.params, length, history, prompt_len);
+                (item.request, Ok(TokenOut { token, logprob: None, top: Vec::new(), ends }))
             })
             .collect()
     }

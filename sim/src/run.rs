@@ -15,7 +15,8 @@ use ridge_prefill_node::machine::{PrefillInput, PrefillOutput};
 use ridge_protocol::transfer::SendCommand;
 use ridge_protocol::wire::{NodeToRouter, ReceiverMsg, RouterToNode, SenderMsg};
 use ridge_protocol::{
-    BatchPlan, Duration, Instant, Machine, NodeId, NodeName, RequestId, Role, SamplingParams, TokenId,
+    BatchPlan, Duration, Grammar, GrammarKind, Instant, Machine, NodeId, NodeName, RequestId, Role, SamplingParams,
+    TokenId,
 };
 use ridge_router::machine::{
     ClientId, ReplyEvent, Router, RouterConfig, RouterError, RouterInput, RouterOutput, Submit,
@@ -437,6 +438,9 @@ impl World {
             stop_tokens: (0..stops).map(|_| r.pick(u64::from(VOCAB)) as TokenId).collect(),
             ignore_eos: r.chance(200),
             presence_penalty: if r.chance(200) { 0.5 } else { 0.0 },
+            // A function of what was drawn, so that a seed's cluster is otherwise what it was before there were grammars.
+            grammar: (self.scenario.stop_permille > 0 && tokens.last().is_some_and(|token| token % 4 == 0))
+                .then(|| Box::new(Grammar { kind: GrammarKind::Regex, text: "any".into() })),
             ..SamplingParams::greedy(1 + r.pick(self.scenario.max_answer) as u32)
         };
         let salt = r.pick(2);
@@ -444,11 +448,12 @@ impl World {
             let delay = Duration::from_micros(r.pick(300_000));
             self.at(self.now + delay, Event::Leave(id));
         }
+        let (wanted, stops) = oracle(&tokens, &params, salt, self.scenario.layers, longest as usize);
         let client = Client {
             prompt_len: tokens.len(),
             shortest_context: self.scenario.short_model_len as usize,
-            wanted: oracle(&tokens, &params, salt, self.scenario.layers, longest as usize),
-            params: params.clone(),
+            wanted,
+            stops,
             submitted: self.now,
             got: 0,
             end: None,
@@ -484,6 +489,9 @@ impl World {
         while let Some(output) = self.router.poll_output() {
             match output {
                 RouterOutput::Send { node, message } => {
+                    if matches!(&message, RouterToNode::Decode(request) if request.last_resort) {
+                        *self.happened.entry("continued where it drains").or_default() += 1;
+                    }
                     let message = self.note_salt(message);
                     self.send_to_node(node, message);
                 }

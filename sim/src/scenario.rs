@@ -64,7 +64,8 @@ pub struct Scenario {
     pub leave_percent: u64,
     /// Longest answer asked for.
     pub max_answer: u64,
-    /// Of 1000 clients, how many name tokens that end their answer, perhaps the first one.
+    /// Of 1000 clients, how many name tokens that end their answer, perhaps the first one. Where it is not 0, a quarter of all have
+    /// grammars, which may end it too.
     pub stop_permille: u64,
     /// Usual time of a message on its way, at most.
     pub latency: Duration,

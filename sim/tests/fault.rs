@@ -40,6 +40,7 @@ fn invariants_hold_whatever_strikes() {
         "token recomputed",
         "hand-off aborted",
         "page converted",
+        "continued where it drains",
     ] {
         assert!(sum.counts.get(what).is_some_and(|count| *count > 0), "no {what} in {:?}", sum.counts);
     }

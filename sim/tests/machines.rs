@@ -1,10 +1,11 @@
 //! The production machines of a whole cluster under virtual time, with faults: streams equal the oracle, blocks are
 //! conserved, every request ends exactly once.
 
+use ridge_protocol::Duration;
 use ridge_sim::{Faults, Outcome, Scenario, run};
 
 /// Runs many seeds and adds up what happened.
-fn check(seeds: u64, make: impl Fn(u64) -> Scenario) -> Outcome {
+fn check(seeds: u64, mut make: impl FnMut(u64) -> Scenario) -> Outcome {
     let mut sum = Outcome::default();
     for seed in 1..=seeds {
         let scenario = make(seed);
@@ -115,6 +116,24 @@ fn nodes_that_are_asked_to_stop_move_their_sequences() {
     });
     assert_eq!(sum.failed, 0, "a restart must cost no request");
     assert!(sum.moved > 20, "too few sequences moved: {}", sum.moved);
+}
+
+/// One decode node is told to stop while the other is dead for longer than anybody waits for a node: what it has goes on there.
+#[test]
+fn a_draining_node_goes_on_when_nobody_else_is_left() {
+    let mut continued = 0;
+    check(200, |seed| {
+        let scenario = Scenario {
+            decode: 2,
+            faults: Faults { restarts: 2, crashes: 2, ..Faults::default() },
+            arrivals: Duration::from_millis(500),
+            placement_deadline: Duration::from_millis(500),
+            ..Scenario::calm(seed)
+        };
+        continued += run(&scenario).happened.get("continued where it drains").copied().unwrap_or_default();
+        scenario
+    });
+    assert!(continued > 0, "it was never needed");
 }
 
 #[test]

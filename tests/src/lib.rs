@@ -12,4 +12,5 @@ pub mod metrics;
 pub mod model;
 pub mod netns;
 pub mod process;
+pub mod roles;
 pub mod tidy;

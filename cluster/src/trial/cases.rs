@@ -1,7 +1,7 @@
 //! Requests drawn from a seed, and what one process alone answers to them.
 //!
 //! Prompts end before, at and after block borders, half of them start like another one, and all of sampling takes part: greedy,
-//! seeded, filters, penalties, biases, log-probabilities, stop strings and the end of text. Read [`Case`] and [`Oracle`].
+//! seeded, filters, penalties, biases, log-probabilities, stop strings, the end of text and grammars. Read [`Case`] and [`Oracle`].
 
 use crate::cli::{EngineArgs, HugePagesArg, KernelsArg, KvCacheDtype, ProductsArg, Switch, WeightsCache};
 use crate::roles;
@@ -11,10 +11,11 @@ use ridge_kernels::sync::pool::Placement;
 use ridge_model::checkpoint::{LoadOptions, ModelSource, load};
 use ridge_model::detokenize::StreamDecoder;
 use ridge_model::device::DeviceChoice;
-use ridge_model::generate::generate;
+use ridge_model::generate::{generate, generate_handed_over};
+use ridge_model::grammar::Grammars;
 use ridge_model::memory::PassLimits;
 use ridge_model::worker::{LoadedEngine, load_engine};
-use ridge_protocol::{SamplingParams, TokenOut};
+use ridge_protocol::{Grammar, GrammarKind, SamplingParams, TokenOut};
 use ridge_sim::Random;
 use serde_json::{Value, json};
 
@@ -37,6 +38,8 @@ pub struct Limits {
     vocab: u32,
     eos: Vec<u32>,
     special: Vec<u32>,
+    /// Its tokenizer can follow grammars.
+    grammars: bool,
 }
 
 /// A request without its oracle.
@@ -59,10 +62,32 @@ enum Kind {
     Penalties,
     StopString,
     EndOfText,
+    Schema,
+    Pattern,
 }
 
-const KINDS: [Kind; 7] =
-    [Kind::Greedy, Kind::Penalties, Kind::Nucleus, Kind::StopString, Kind::Scored, Kind::TopK, Kind::EndOfText];
+const KINDS: [Kind; 9] = [
+    Kind::Greedy,
+    Kind::Penalties,
+    Kind::Schema,
+    Kind::Nucleus,
+    Kind::StopString,
+    Kind::Pattern,
+    Kind::Scored,
+    Kind::TopK,
+    Kind::EndOfText,
+];
+/// What [`Kind::Pattern`] answers with: it ends where the grammar does, unless `max_tokens` comes first.
+const PATTERN: &str = "([a-f]{2}-){1,6}[0-9]{3}";
+
+/// Types of the KV caches of a cluster.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct KvTypes {
+    /// Decode nodes'.
+    pub decode: KvCacheDtype,
+    /// Prefill nodes', if it is another.
+    pub prefill: Option<KvCacheDtype>,
+}
 
 /// A request and its oracle.
 #[derive(Clone, Debug)]
@@ -75,6 +100,8 @@ pub struct Case {
     pub prompt: Vec<u32>,
     /// What must come.
     pub expected: Expected,
+    /// What may come instead, where it is chance which node computes the prompt and the two round otherwise.
+    pub instead: Option<Expected>,
 }
 
 /// What one process alone answers.
@@ -99,6 +126,7 @@ impl Limits {
             max_model_len: asked.unwrap_or(checkpoint.spec.context.min(CONTEXT_MAX)),
             vocab,
             eos: checkpoint.generation.eos.clone(),
+            grammars: Grammars::new(checkpoint.tokenizer.clone(), checkpoint.spec.vocab).check(&pattern()).is_ok(),
             special: (0..vocab).filter(|id| checkpoint.tokenizer.is_special(*id)).collect(),
         })
     }
@@ -116,6 +144,14 @@ impl Limits {
             }
         };
         (0..len).map(|_| one()).collect()
+    }
+
+    /// A model whose tokens cannot be constrained is asked for something else instead.
+    fn kind(&self, kind: Kind) -> Kind {
+        match kind {
+            Kind::Schema | Kind::Pattern if !self.grammars => Kind::Greedy,
+            kind => kind,
+        }
     }
 
     /// Requests of all kinds, `count` of them.
@@ -136,7 +172,12 @@ impl Limits {
                 prompt[..keep].copy_from_slice(&shared[..keep]);
             }
             let max_tokens = random.range(1, answer_max as u64) as u32;
-            sketches.push(Sketch { kind: KINDS[index % KINDS.len()], prompt, max_tokens, seed: random.pick(1 << 53) });
+            sketches.push(Sketch {
+                kind: self.kind(KINDS[index % KINDS.len()]),
+                prompt,
+                max_tokens,
+                seed: random.pick(1 << 53),
+            });
         }
         sketches
     }
@@ -145,60 +186,79 @@ impl Limits {
     pub fn draw_long(&self, seed: u64, count: usize) -> Vec<Sketch> {
         let mut random = Random::new(seed, 11);
         let (prompt, answer) = self.fit(LONG);
-        let kinds = [Kind::Scored, Kind::Penalties, Kind::Nucleus];
+        let kinds = [Kind::Scored, Kind::Penalties, Kind::Nucleus, Kind::Schema];
         let mut one = |index: usize| {
             let len = random.range((prompt as u64).div_ceil(2), prompt as u64) as usize;
             let prompt = self.tokens(&mut random, len);
-            Sketch { kind: kinds[index % 3], prompt, max_tokens: answer as u32, seed: random.pick(1 << 53) }
+            Sketch {
+                kind: self.kind(kinds[index % kinds.len()]),
+                prompt,
+                max_tokens: answer as u32,
+                seed: random.pick(1 << 53),
+            }
         };
         (0..count).map(&mut one).collect()
     }
 }
 
-/// One engine in this process.
+/// One engine in this process, or one for prompts and one for the rest.
 pub struct Oracle {
     loaded: LoadedEngine,
+    /// Computes prompts; its KV is converted.
+    prefill: Option<LoadedEngine>,
     eos: Vec<u32>,
 }
 
 impl Oracle {
-    /// Loads the model with a KV cache of this type.
-    pub fn load(model: &Model, limits: &Limits, dtype: KvCacheDtype) -> anyhow::Result<Self> {
-        let engine = EngineArgs {
-            max_model_len: Some(limits.max_model_len),
-            block_size: BLOCK_SIZE,
-            kv_cache_dtype: dtype,
-            kv_memory: None,
-            weights_cache: WeightsCache::Auto,
-            huge_pages: HugePagesArg::Auto,
-            device: DeviceChoice::Cpu,
-            gpu_memory_utilization: 1.0,
-            kernels: KernelsArg::Stable,
-            products: ProductsArg::Own,
-            cuda_graphs: Switch::On,
+    /// Loads the model with a KV cache of this type, and one of another for prompts.
+    pub fn load(model: &Model, limits: &Limits, kv: KvTypes) -> anyhow::Result<Self> {
+        let load = |dtype| {
+            let engine = EngineArgs {
+                max_model_len: Some(limits.max_model_len),
+                block_size: BLOCK_SIZE,
+                kv_cache_dtype: dtype,
+                kv_memory: None,
+                weights_cache: WeightsCache::Auto,
+                huge_pages: HugePagesArg::Auto,
+                device: DeviceChoice::Cpu,
+                gpu_memory_utilization: 1.0,
+                kernels: KernelsArg::Stable,
+                products: ProductsArg::Own,
+                cuda_graphs: Switch::On,
+            };
+            let options = roles::engine(model.path.clone(), Placement::threads(roles::default_threads()), &engine);
+            load_engine(&options, PassLimits { tokens: CHUNK, sequences: 1 }, &mut |_| {})
         };
-        let options = roles::engine(model.path.clone(), Placement::threads(roles::default_threads()), &engine);
-        let loaded = load_engine(&options, PassLimits { tokens: CHUNK, sequences: 1 }, &mut |_| {})?;
-        Ok(Self { loaded, eos: limits.eos.clone() })
+        let prefill = kv.prefill.map(load).transpose()?;
+        Ok(Self { loaded: load(kv.decode)?, prefill, eos: limits.eos.clone() })
     }
 
     /// The request of a sketch, with its answer.
     pub fn answer(&mut self, sketch: &Sketch) -> anyhow::Result<Case> {
         let params = params(sketch, &self.eos);
-        let mut expected = self.run(&sketch.prompt, &params, None)?;
+        let both = self.prefill.is_some();
+        let mut expected = self.run(&sketch.prompt, &params, None, both)?;
         let mut stop = None;
         if sketch.kind == Kind::StopString {
             stop = stop_in(&expected.text);
             if let Some(stop) = &stop {
-                expected = self.run(&sketch.prompt, &params, Some(stop))?;
+                expected = self.run(&sketch.prompt, &params, Some(stop), both)?;
             }
         }
+        let instead = both.then(|| self.run(&sketch.prompt, &params, stop.as_deref(), false)).transpose()?;
         let Sketch { kind, prompt, max_tokens, .. } = sketch;
         let what = format!("{kind:?}, prompt of {} tokens, at most {max_tokens} generated", prompt.len());
-        Ok(Case { what, body: body(prompt, &params, stop.as_deref()), prompt: prompt.clone(), expected })
+        Ok(Case { what, body: body(prompt, &params, stop.as_deref()), prompt: prompt.clone(), expected, instead })
     }
 
-    fn run(&mut self, prompt: &[u32], params: &SamplingParams, stop: Option<&str>) -> anyhow::Result<Expected> {
+    /// What is answered, by both engines or by the decode nodes' alone.
+    fn run(
+        &mut self,
+        prompt: &[u32],
+        params: &SamplingParams,
+        stop: Option<&str>,
+        both: bool,
+    ) -> anyhow::Result<Expected> {
         let tokenizer = self.loaded.checkpoint.tokenizer.clone();
         let mut decoder = StreamDecoder::after(&tokenizer, false, prompt);
         let mut text = String::new();
@@ -210,13 +270,19 @@ impl Oracle {
             stopped = stop.and_then(|stop| text.find(stop));
             stopped.is_none()
         };
-        let limit = self.loaded.max_model_len;
-        let out = generate(self.loaded.engine.as_mut(), prompt, params, CHUNK, limit, &mut on_token)?;
+        let (limit, decode) = (self.loaded.max_model_len, self.loaded.engine.as_mut());
+        let out = match &mut self.prefill {
+            Some(prefill) if both => {
+                let prefill = prefill.engine.as_mut();
+                generate_handed_over(prefill, decode, prompt, params, CHUNK, limit, &mut on_token)?
+            }
+            _ => generate(decode, prompt, params, CHUNK, limit, &mut on_token)?,
+        };
         text.push_str(&decoder.flush().unwrap_or_default());
         // The last character may be the one that completes it.
         let stopped = stopped.or_else(|| text.find(stop?));
         text.truncate(stopped.unwrap_or(text.len()));
-        let ended = out.last().is_some_and(|last| params.is_stop(last.token));
+        let ended = out.last().is_some_and(|last| last.ends || params.is_stop(last.token));
         let score = |out: &TokenOut| {
             let token = String::from_utf8_lossy(&tokenizer.token_bytes(out.token)).into_owned();
             Some((token, out.logprob?))
@@ -248,14 +314,41 @@ fn params(sketch: &Sketch, eos: &[u32]) -> SamplingParams {
             logprobs: Some(0),
             ..greedy
         },
+        // Both have more than one way to go on at most places.
+        Kind::Schema => SamplingParams { grammar: Some(Box::new(schema())), logprobs: Some(1), ..nucleus },
+        Kind::Pattern => SamplingParams {
+            grammar: Some(Box::new(pattern())),
+            ignore_eos: false,
+            stop_tokens: eos.to_vec(),
+            ..greedy
+        },
         Kind::EndOfText => SamplingParams { ignore_eos: false, stop_tokens: eos.to_vec(), ..greedy },
     }
+}
+
+fn pattern() -> Grammar {
+    Grammar { kind: GrammarKind::Regex, text: PATTERN.into() }
+}
+
+/// A list too long for most answers, so that there is always something to interrupt.
+fn schema() -> Grammar {
+    let item = json!({
+        "type": "object", "properties": {"name": {"type": "string", "maxLength": 16}, "n": {"type": "integer"}},
+        "required": ["name", "n"], "additionalProperties": false,
+    });
+    let text = json!({"type": "array", "minItems": 60, "items": item}).to_string();
+    Grammar { kind: GrammarKind::JsonSchema, text }
 }
 
 /// The body that asks for `params`. Whatever the model's authors recommend is overruled.
 fn body(prompt: &[u32], params: &SamplingParams, stop: Option<&str>) -> Value {
     let bias: serde_json::Map<String, Value> =
         params.logit_bias.iter().map(|(id, bias)| (id.to_string(), json!(bias))).collect();
+    let outputs = params.grammar.as_deref().map(|Grammar { kind, text }| match kind {
+        GrammarKind::JsonSchema => json!({"json": text}),
+        GrammarKind::Regex => json!({"regex": text}),
+        GrammarKind::Lark => json!({"grammar": text}),
+    });
     // As text, a number keeps the value that it has here.
     let number = |value: f32| value.to_string().parse::<serde_json::Number>().expect("a finite number is one");
     json!({
@@ -264,7 +357,7 @@ fn body(prompt: &[u32], params: &SamplingParams, stop: Option<&str>) -> Value {
         "min_p": number(params.min_p), "repetition_penalty": number(params.repetition_penalty),
         "presence_penalty": number(params.presence_penalty),
         "frequency_penalty": number(params.frequency_penalty), "logit_bias": bias, "seed": params.seed,
-        "logprobs": params.logprobs, "stop": stop, "skip_special_tokens": false,
+        "logprobs": params.logprobs, "stop": stop, "structured_outputs": outputs, "skip_special_tokens": false,
         "stream": true, "stream_options": {"include_usage": true, "continuous_usage_stats": true},
     })
 }
@@ -278,13 +371,8 @@ fn stop_in(text: &str) -> Option<String> {
     (!stop.is_empty()).then_some(stop)
 }
 
-/// All sketches, answered with a KV cache of this type.
-pub fn answer_all(
-    model: &Model,
-    limits: &Limits,
-    dtype: KvCacheDtype,
-    sketches: &[Sketch],
-) -> anyhow::Result<Vec<Case>> {
-    let mut oracle = Oracle::load(model, limits, dtype)?;
+/// All sketches, answered with KV caches of these types.
+pub fn answer_all(model: &Model, limits: &Limits, kv: KvTypes, sketches: &[Sketch]) -> anyhow::Result<Vec<Case>> {
+    let mut oracle = Oracle::load(model, limits, kv)?;
     sketches.iter().map(|sketch| oracle.answer(sketch)).collect::<Result<_, _>>().context("the oracle")
 }

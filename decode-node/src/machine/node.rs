@@ -9,7 +9,7 @@ use ridge_protocol::transfer::{
     KvPeer, Outcome, ReceiveCommand, ReceiveEvent, ReceiveJob, SendCommand, SendEvent, SendJob,
 };
 use ridge_protocol::wire::{DecodeRequest, FinishReason, NodeError, NodeToRouter, RouterToNode};
-use ridge_protocol::{BatchPlan, Duration, Instant, Machine, RequestId, Step, TokenOut};
+use ridge_protocol::{BatchPlan, Duration, Instant, Machine, NoToken, RequestId, Step, TokenOut};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 
@@ -17,6 +17,10 @@ use std::collections::{BTreeMap, VecDeque};
 const MAX_REPORTED_HASHES: usize = 1 << 15;
 /// Between two reports.
 const MIN_REPORT_INTERVAL: Duration = Duration::from_millis(20);
+/// Between a node's last sequence and the word that it is drained: what the router called off here may come back as a last resort.
+const DRAINED_AFTER: Duration = Duration::from_millis(100);
+/// The same after a move that failed: its next node may be dead, and the router hears of that at its own time.
+const DRAINED_AFTER_FAILED_MOVE: Duration = Duration::from_secs(2);
 /// Prompt tokens beside decoding sequences in a pass, while it is not known what they cost.
 const FIRST_PROMPT_TOKENS: u32 = 16;
 
@@ -35,8 +39,8 @@ pub enum DecodeInput {
     StepDone {
         /// The pass.
         step: u64,
-        /// Sampled tokens of the items that asked for one.
-        outputs: Vec<(RequestId, TokenOut)>,
+        /// Sampled tokens of the items that asked for one, or why there is none.
+        outputs: Vec<(RequestId, Result<TokenOut, NoToken>)>,
         /// How long it took.
         busy: Duration,
     },
@@ -74,6 +78,8 @@ pub struct DecodeNode {
     next_step: u64,
     draining: bool,
     stopping: bool,
+    /// Before that, a node that drains and has nothing does not say so.
+    drained_at: Instant,
     next_report: Instant,
     last_report: Instant,
     stats: NodeStats,
@@ -100,6 +106,7 @@ impl DecodeNode {
             next_step: 0,
             draining: false,
             stopping: false,
+            drained_at: Instant(0),
             next_report: Instant(0),
             last_report: Instant(0),
             stats: NodeStats::default(),
@@ -141,7 +148,7 @@ impl DecodeNode {
     }
 
     fn check(&self, request: &DecodeRequest) -> Result<(), NodeError> {
-        if self.draining {
+        if self.draining && !request.last_resort {
             return Err(NodeError::Draining);
         }
         let (vocab, context) = (self.config.vocab, self.config.max_model_len);
@@ -311,13 +318,13 @@ impl DecodeNode {
         }
     }
 
-    fn on_step(&mut self, step: u64, outputs: Vec<(RequestId, TokenOut)>, busy: Duration) {
+    fn on_step(&mut self, step: u64, outputs: Vec<(RequestId, Result<TokenOut, NoToken>)>, busy: Duration) {
         let (running, items) = self.pass.take().expect("a pass that ends was started");
         assert_eq!(running, step, "the pass that ended is the one that ran");
         self.stats.steps += 1;
         self.stats.busy_us += busy.as_micros() as u64;
         self.learn_pace(&items, busy);
-        let mut outputs: BTreeMap<RequestId, TokenOut> = outputs.into_iter().collect();
+        let mut outputs: BTreeMap<_, _> = outputs.into_iter().collect();
         for (id, take) in items {
             let sequence = self.sequences.get_mut(&id).expect("a sequence in a pass is kept");
             let before = sequence.computed;
@@ -337,10 +344,19 @@ impl DecodeNode {
                 outputs.remove(&id);
                 self.remove(id);
             } else if finished {
-                let out = outputs.remove(&id).expect("an item that reaches the end samples");
-                self.stats.generated_tokens += 1;
                 self.send_receipt(id);
-                self.on_token(id, out);
+                match outputs.remove(&id).expect("an item that reaches the end samples") {
+                    Ok(out) => {
+                        self.stats.generated_tokens += 1;
+                        self.on_token(id, out);
+                    }
+                    Err(NoToken(reason)) => {
+                        // It would be the same elsewhere: the request itself cannot go on.
+                        self.step(id, Cause::NoToken);
+                        self.tell_router(NodeToRouter::Failed { request: id, error: NodeError::Invalid(reason) });
+                        self.remove(id);
+                    }
+                }
             }
         }
         assert!(outputs.is_empty(), "the engine sampled for a sequence that did not ask");
@@ -393,15 +409,19 @@ impl DecodeNode {
     }
 
     /// A sequence that left has arrived, or has not: then its next node computes it again.
-    fn on_sent(&mut self, event: SendEvent) {
+    fn on_sent(&mut self, now: Instant, event: SendEvent) {
         let SendEvent::Settled { request, outcome } = event;
         if self.step(request, Cause::Settle) == Step::Ignore {
             return;
         }
-        self.tell_router(match outcome {
+        let message = match outcome {
             Outcome::Committed { times, .. } => NodeToRouter::Shipped { request, times },
-            Outcome::Aborted(reason) => NodeToRouter::Failed { request, error: NodeError::Transfer(reason) },
-        });
+            Outcome::Aborted(reason) => {
+                self.drained_at = now + DRAINED_AFTER_FAILED_MOVE;
+                NodeToRouter::Failed { request, error: NodeError::Transfer(reason) }
+            }
+        };
+        self.tell_router(message);
         self.remove(request);
     }
 
@@ -556,7 +576,11 @@ impl DecodeNode {
         let stats = self.stats();
         self.tell_router(NodeToRouter::Stats(stats));
         if self.draining && self.is_idle() {
-            self.tell_router(NodeToRouter::Drained);
+            if now >= self.drained_at {
+                self.tell_router(NodeToRouter::Drained);
+            } else {
+                self.next_report = self.next_report.min(self.drained_at);
+            }
         }
     }
 
@@ -599,10 +623,11 @@ impl Machine for DecodeNode {
             }
             DecodeInput::StepDone { step, outputs, busy } => self.on_step(step, outputs, busy),
             DecodeInput::Transfer(event) => self.on_transfer(event),
-            DecodeInput::Sent(event) => self.on_sent(event),
+            DecodeInput::Sent(event) => self.on_sent(now, event),
         }
         self.plan();
         if self.is_idle() && !was_idle {
+            self.drained_at = self.drained_at.max(now + DRAINED_AFTER);
             // At once, so that an idle node's gauges are true; but a report costs a walk over all blocks.
             let earliest = self.last_report + MIN_REPORT_INTERVAL;
             if now >= earliest || self.draining {

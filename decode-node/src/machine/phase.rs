@@ -46,6 +46,8 @@ pub(super) enum Cause {
     Settle,
     /// It said its last token.
     Finish,
+    /// No further token can be drawn for it.
+    NoToken,
     /// Nobody wants it any more.
     Cancel,
     /// The same during a pass that computes a part of it.
@@ -80,7 +82,7 @@ pub(super) fn step(phase: Phase, cause: Cause) -> Step<Phase> {
 
         (Phase::Running, Preempt) => Step::Enter(Phase::Waiting),
         (Phase::Running, Leave) => Step::Enter(Phase::Moving),
-        (Phase::Running, Finish | Cancel) => Step::End,
+        (Phase::Running, Finish | NoToken | Cancel) => Step::End,
         (Phase::Running, CancelInPass) => Step::Enter(Phase::Doomed),
 
         (Phase::Moving, Settle | Cancel) => Step::End,
@@ -112,6 +114,7 @@ fn transitions_are_as_recorded() {
         Leave,
         Settle,
         Finish,
+        NoToken,
         Cancel,
         CancelInPass,
         PassOver,

@@ -111,12 +111,12 @@ impl Sequence {
 
     /// Appends a generated token; says whether it was the last one.
     pub fn push(&mut self, out: TokenOut, max_model_len: u32) -> Option<FinishReason> {
-        let token = out.token;
+        let (token, ends) = (out.token, out.ends);
         self.tokens.push(token);
         self.last = Some(out);
         let hashes = self.chain.extend(&self.tokens);
         self.hashes.extend(hashes);
-        if self.params.is_stop(token) {
+        if ends || self.params.is_stop(token) {
             Some(FinishReason::Stop)
         } else if self.len() - self.prompt_len >= self.params.max_tokens || self.len() >= max_model_len {
             Some(FinishReason::Length)

@@ -8,7 +8,7 @@ use ridge_model::generate::generate;
 use ridge_model::kv::KvMemory;
 use ridge_model::template::{ChatTemplate, RenderOptions};
 use ridge_model::tokenizer::{EncodeOptions, Tokenizer};
-use ridge_protocol::SamplingParams;
+use ridge_protocol::{Grammar, GrammarKind, SamplingParams};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -237,7 +237,11 @@ fn use_engine(checkpoint: &Checkpoint) {
     let Ok(kv) = KvMemory::new(format, spec.layers, 4) else { return };
     let Ok(mut engine) = CpuEngine::new(checkpoint, Arc::new(kv), Cpu::new(1, None), None) else { return };
     // A context that is too short is refused.
-    let _ = generate(&mut engine, &[1, 2, 3], &SamplingParams::greedy(3), BLOCK_SIZE, 64, &mut |_| true);
+    let greedy = SamplingParams::greedy(3);
+    let _ = generate(&mut engine, &[1, 2, 3], &greedy, BLOCK_SIZE, 64, &mut |_| true);
+    let grammar = Some(Box::new(Grammar { kind: GrammarKind::Regex, text: "[a-z ]+".into() }));
+    let constrained = SamplingParams { grammar, ..greedy };
+    let _ = generate(&mut engine, &[1, 2, 3], &constrained, BLOCK_SIZE, 64, &mut |_| true);
 }
 
 pub(super) fn use_tokenizer(tokenizer: &Arc<Tokenizer>) {

@@ -114,7 +114,7 @@ fn answer(submit: &Submit) -> Vec<ReplyEvent> {
         let top = submit.params.logprobs.map_or(0, u32::from);
         let top = (0..top).map(|id| (id.wrapping_mul(edge / 7), f32::NEG_INFINITY)).collect();
         let index = index as u32;
-        ReplyEvent::Token { index, out: TokenOut { token, logprob, top }, usage: usage(index + 1) }
+        ReplyEvent::Token { index, out: TokenOut { token, logprob, top, ends: false }, usage: usage(index + 1) }
     };
     let mut events: Vec<ReplyEvent> = tokens.enumerate().map(event).collect();
     let usage = usage(events.len() as u32);
@@ -141,7 +141,7 @@ pub(super) fn chat_seeds() -> Vec<Vec<u8>> {
             {"role": "tool", "content": "4", "tool_call_id": "1"}], "tools": tools, "tool_choice": "auto",
             "stream": true, "stream_options": {"include_usage": true, "continuous_usage_stats": true},
             "max_completion_tokens": 50, "chat_template_kwargs": {"enable_thinking": false, "bos_token": 3},
-            "response_format": {"type": "text"}}),
+            "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}}),
         json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "ab", "reasoning": "r"}],
             "continue_final_message": true, "add_generation_prompt": false, "stream": true, "logprobs": true}),
     ])
@@ -151,7 +151,8 @@ pub(super) fn completions_seeds() -> Vec<Vec<u8>> {
     bytes_of(&[
         json!({"model": "fuzz", "prompt": "ab ab", "max_tokens": 60, "echo": true, "n": 3, "best_of": 3, "suffix": ""}),
         json!({"prompt": ["a", "b"], "logprobs": 5, "stream": true, "stream_options": {"include_usage": true}}),
-        json!({"prompt": [1, 2, 3], "add_special_tokens": false, "stop": "b", "temperature": 0}),
+        json!({"prompt": [1, 2, 3], "add_special_tokens": false, "stop": "b", "temperature": 0,
+            "structured_outputs": {"choice": ["a", "b"]}}),
         json!({"prompt": [[1, 2], [3]], "stream": true, "logprobs": 0, "max_tokens": 40}),
     ])
 }

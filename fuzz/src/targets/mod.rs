@@ -1,6 +1,7 @@
 //! The table of targets, and one module for each kind of outside.
 
 mod folder;
+mod grammar;
 mod http;
 mod model;
 mod nodes;
@@ -53,6 +54,7 @@ pub const TARGETS: &[Target] = &[
     target!("tokenizer", "tokenizer.json", model::tokenizer, model::tokenizer_seeds, Json, 2_000),
     target!("tokenizer_config", "tokenizer_config.json", model::tokenizer_config, model::tokenizer_config_seeds, Json, 200),
     target!("template", "a chat template", model::template, model::template_seeds, Text(&model::TEMPLATE_WORDS), 20_000),
+    target!("grammar", "a grammar that constrains an answer, behind a byte for its kind", grammar::grammar, grammar::seeds, Text(&grammar::WORDS), 1_000),
     target!("safetensors", "a safetensors file", model::safetensors, model::safetensors_seeds, Bytes, 1_000),
     target!("safetensors_header", "the JSON header of a safetensors file", model::safetensors_header, model::safetensors_header_seeds, Json, 1_000),
     target!("shard_index", "model.safetensors.index.json", model::shard_index, model::shard_index_seeds, Json, 200),

@@ -12,7 +12,9 @@ use ridge_prefill_node::machine::{PrefillConfig, PrefillInput, PrefillNode, Pref
 use ridge_protocol::stats::NodeStats;
 use ridge_protocol::transfer::{ReceiveCommand, ReceiveJob};
 use ridge_protocol::wire::{ReceiverMsg, SenderMsg};
-use ridge_protocol::{BatchPlan, BlockShape, CacheDtype, Duration, Instant, Machine, NodeName, RequestId, TokenOut};
+use ridge_protocol::{
+    BatchPlan, BlockShape, CacheDtype, Duration, Instant, Machine, NoToken, NodeName, RequestId, SampleSpec, TokenOut,
+};
 use std::collections::BTreeMap;
 
 const BLOCKS: u32 = 24;
@@ -25,14 +27,23 @@ const DEADLINE: Duration = Duration::from_millis(40);
 /// Passes after which a node without peers must be at rest.
 const SETTLE: usize = 10_000;
 
-/// What the engine answers: a token for everybody who asked for one.
-fn compute(plan: &BatchPlan) -> Vec<(RequestId, TokenOut)> {
-    let token = |request: RequestId| TokenOut {
-        token: (request.0 % u64::from(peers::VOCAB)) as u32,
-        logprob: None,
-        top: Vec::new(),
+/// What the engine answers: a token for everybody who asked for one. A grammar ends some answers, and cannot go on with
+/// others.
+fn compute(plan: &BatchPlan) -> Vec<(RequestId, Result<TokenOut, NoToken>)> {
+    let token = |request: RequestId, sample: &SampleSpec| {
+        let constrained = sample.params.grammar.is_some();
+        if constrained && sample.position % 5 == 4 {
+            return Err(NoToken("the grammar allows nothing".into()));
+        }
+        Ok(TokenOut {
+            token: (request.0 % u64::from(peers::VOCAB)) as u32,
+            logprob: None,
+            top: Vec::new(),
+            ends: constrained && sample.position % 3 == 2,
+        })
     };
-    plan.items.iter().filter(|item| item.sample.is_some()).map(|item| (item.request, token(item.request))).collect()
+    let sampling = plan.items.iter().filter_map(|item| Some((item.request, item.sample.as_ref()?)));
+    sampling.map(|(request, sample)| (request, token(request, sample))).collect()
 }
 
 fn assert_at_rest(stats: &NodeStats) {

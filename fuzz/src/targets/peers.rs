@@ -11,7 +11,8 @@ use ridge_protocol::wire::{
     ReceiverMsg, RouterToNode, SenderMsg,
 };
 use ridge_protocol::{
-    BlockHash, BlockShape, CacheDtype, ModelIdentity, NodeName, RequestId, Role, SamplingParams, TokenId, TokenOut,
+    BlockHash, BlockShape, CacheDtype, Grammar, GrammarKind, ModelIdentity, NodeName, RequestId, Role, SamplingParams,
+    TokenId, TokenOut,
 };
 
 /// Tokens of the model that the machines believe in.
@@ -61,7 +62,7 @@ pub(super) fn tokens(draw: &mut Draw<'_>) -> Vec<TokenId> {
 pub(super) fn token_out(draw: &mut Draw<'_>) -> TokenOut {
     let token = if draw.byte() == 0xff { u32::MAX } else { draw.below(VOCAB) };
     let top = (0..draw.below(3)).map(|id| (id, draw.float())).collect();
-    TokenOut { token, logprob: draw.coin().then(|| draw.float()), top }
+    TokenOut { token, logprob: draw.coin().then(|| draw.float()), top, ends: draw.one_in(8) }
 }
 
 pub(super) fn params(draw: &mut Draw<'_>) -> SamplingParams {
@@ -83,6 +84,7 @@ pub(super) fn params(draw: &mut Draw<'_>) -> SamplingParams {
         stop_tokens: (0..draw.below(3)).map(|_| draw.number()).collect(),
         ignore_eos: draw.coin(),
         max_tokens: draw.number(),
+        grammar: draw.coin().then(|| Box::new(Grammar { kind: GrammarKind::Regex, text: text(draw) })),
     }
 }
 
@@ -113,7 +115,15 @@ pub(super) fn router_to_node(draw: &mut Draw<'_>) -> Option<RouterToNode> {
                 RouterToNode::Prefill(PrefillRequest { request, to, tokens, prompt_len, salt, params })
             } else {
                 let from = draw.coin().then(|| peer(draw));
-                RouterToNode::Decode(DecodeRequest { request, from, tokens, prompt_len, salt, params })
+                RouterToNode::Decode(DecodeRequest {
+                    request,
+                    from,
+                    tokens,
+                    prompt_len,
+                    salt,
+                    params,
+                    last_resort: draw.one_in(4),
+                })
             }
         }
     })

@@ -84,7 +84,7 @@ impl World {
         }
         work.next += 1;
         let finish = (work.next == work.max_tokens).then_some(FinishReason::Length);
-        let out = TokenOut { token: index % peers::VOCAB, logprob: None, top: Vec::new() };
+        let out = TokenOut { token: index % peers::VOCAB, logprob: None, top: Vec::new(), ends: false };
         if index == 0 {
             let receipt = Receipt { cached: 1, ..Receipt::default() };
             self.tell(RouterInput::Node { node, message: NodeToRouter::Receipt { request, receipt } });

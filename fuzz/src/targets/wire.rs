@@ -7,8 +7,8 @@ use ridge_protocol::wire::{
     PrefillRequest, Receipt, ReceiverMsg, RouterToNode, SenderMsg,
 };
 use ridge_protocol::{
-    BlockHash, BlockShape, CacheDtype, ModelIdentity, NodeId, NodeName, RequestId, Role, SamplingParams, TokenOut,
-    limits, stats::NodeStats,
+    BlockHash, BlockShape, CacheDtype, Grammar, GrammarKind, ModelIdentity, NodeId, NodeName, RequestId, Role,
+    SamplingParams, TokenOut, limits, stats::NodeStats,
 };
 use std::fmt::Debug;
 
@@ -67,7 +67,7 @@ fn seeds<M: Message>(messages: &[M]) -> Vec<Vec<u8>> {
 }
 
 fn token_out() -> TokenOut {
-    TokenOut { token: 5, logprob: Some(-0.5), top: vec![(5, -0.5), (6, -1.5)] }
+    TokenOut { token: 5, logprob: Some(-0.5), top: vec![(5, -0.5), (6, -1.5)], ends: false }
 }
 
 fn identity() -> ModelIdentity {
@@ -94,6 +94,7 @@ fn params() -> SamplingParams {
         logit_bias: vec![(1, 0.5)],
         stop_tokens: vec![2, 3],
         logprobs: Some(2),
+        grammar: Some(Box::new(Grammar { kind: GrammarKind::JsonSchema, text: "{}".into() })),
         ..SamplingParams::greedy(7)
     }
 }
@@ -133,7 +134,15 @@ pub(super) fn router_to_node_seeds() -> Vec<Vec<u8>> {
         RouterToNode::Welcome { node: NodeId(3) },
         RouterToNode::Refuse { reason: "full".into() },
         RouterToNode::Prefill(prefill),
-        RouterToNode::Decode(DecodeRequest { request, from, tokens, prompt_len: 3, salt, params: params() }),
+        RouterToNode::Decode(DecodeRequest {
+            request,
+            from,
+            tokens,
+            prompt_len: 3,
+            salt,
+            params: params(),
+            last_resort: true,
+        }),
         RouterToNode::Cancel { request },
         RouterToNode::Drain,
         RouterToNode::TransferFailed { request, reason: "gone".into() },

@@ -122,7 +122,7 @@ fn receiver_name(at: usize) -> NodeName {
 }
 
 fn first() -> TokenOut {
-    TokenOut { token: 7, logprob: None, top: vec![] }
+    TokenOut { token: 7, logprob: None, top: vec![], ends: false }
 }
 
 impl World {

@@ -34,7 +34,7 @@ fn from() -> NodeName {
 }
 
 fn first() -> TokenOut {
-    TokenOut { token: 3, logprob: None, top: vec![] }
+    TokenOut { token: 3, logprob: None, top: vec![], ends: false }
 }
 
 fn hashes(n: u8) -> Vec<BlockHash> {

@@ -3,6 +3,7 @@
 use super::ca::dns_name;
 use super::offences::{Offence, Offences};
 use super::path::Metering;
+use super::presence::{self, Gone};
 use super::socket::CappedSocket;
 use super::tls::{NodeTls, PeerError, TlsError, verify_peer};
 use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
@@ -24,6 +25,8 @@ pub(crate) const CLOSE_REFUSED: VarInt = VarInt::from_u32(1);
 pub(crate) const CLOSE_PROTOCOL: VarInt = VarInt::from_u32(2);
 /// A queue towards the peer is full.
 pub(crate) const CLOSE_OVERLOAD: VarInt = VarInt::from_u32(3);
+/// The peer's process is gone: nobody will read this.
+const CLOSE_GONE: VarInt = VarInt::from_u32(4);
 
 /// Handshakes under way at once; one more is refused.
 const MAX_HANDSHAKES: usize = 64;
@@ -185,8 +188,7 @@ impl Endpoint {
             .map_err(socket_error)?;
         let services = Arc::new(Mutex::new(Services::new()));
         let offences = Offences::default();
-        let deadline = options.handshake_deadline;
-        tokio::spawn(accept_loop(inner.clone(), services.clone(), deadline, offences.clone()));
+        tokio::spawn(accept_loop(inner.clone(), services.clone(), options.clone(), offences.clone()));
         Ok(Self { inner, control, kv, services, options: Arc::new(options.clone()), offences })
     }
 
@@ -260,6 +262,7 @@ impl Endpoint {
             conn.close(CLOSE_REFUSED, e.to_string().as_bytes());
             return Err(e.into());
         }
+        tokio::spawn(watch(conn.clone(), self.options.keep_alive));
         Ok(conn)
     }
 
@@ -279,9 +282,10 @@ fn lock(services: &Mutex<Services>) -> MutexGuard<'_, Services> {
 async fn accept_loop(
     endpoint: quinn::Endpoint,
     services: Arc<Mutex<Services>>,
-    deadline: Duration,
+    options: TransportOptions,
     offences: Offences,
 ) {
+    let (deadline, keep_alive) = (options.handshake_deadline, options.keep_alive);
     let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     while let Some(incoming) = endpoint.accept().await {
         let from = incoming.remote_address();
@@ -306,6 +310,7 @@ async fn accept_loop(
                     return tracing::warn!(%from, "{reason}");
                 }
             };
+            tokio::spawn(watch(conn.clone(), keep_alive));
             let alpn = alpn_of(&conn).unwrap_or_default();
             let service = lock(&services).get(&alpn).cloned();
             match service {
@@ -318,6 +323,14 @@ async fn accept_loop(
                 }
             }
         });
+    }
+}
+
+/// Closes a connection as soon as its peer's process is known to be gone.
+async fn watch(conn: Connection, keep_alive: Duration) {
+    if presence::watch(&conn, keep_alive).await == Gone::Yes {
+        tracing::info!(peer = %conn.remote_address(), "the peer's process is gone: its port is closed");
+        conn.close(CLOSE_GONE, b"the peer's process is gone");
     }
 }
 

@@ -14,6 +14,7 @@ pub mod link;
 mod offences;
 pub mod pages;
 pub mod path;
+mod presence;
 pub mod process;
 pub mod record;
 pub mod registry;

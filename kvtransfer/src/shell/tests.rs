@@ -311,6 +311,39 @@ async fn a_closed_and_a_silent_peer_are_noticed() {
     contains(&prefill.lost().await, "timed out");
 }
 
+/// The system closes a dead process's socket, and answers for its port: nobody has to wait for the idle timeout.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_is_gone_is_noticed_long_before_it_is_silent_for_too_long() {
+    let options = TransportOptions {
+        idle_timeout: Duration::from_secs(60),
+        keep_alive: Duration::from_millis(200),
+        ..TransportOptions::default()
+    };
+    let cluster = Cluster::new();
+    let mut prefill =
+        Prefill::new(cluster.endpoint_with("prefill-0", Role::Prefill, &options), "prefill-0", identity());
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let mut doomed = {
+        let _in_there = runtime.enter();
+        Decode::new(cluster.endpoint_with("decode-0", Role::Decode, &options), identity())
+    };
+    let peer = doomed.peer("decode-0");
+    prefill.client.send(&peer, abort(1));
+    prefill.next().await;
+    doomed.next().await;
+    // An idle peer that lives is left alone, however often its port is tried.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert!(prefill.events.try_recv().is_err(), "nothing is lost yet");
+    // With its runtime goes everything that could say goodbye, and with the endpoint its socket.
+    runtime.shutdown_background();
+    drop(doomed);
+    let killed = std::time::Instant::now();
+    contains(&prefill.lost().await, "closed");
+    // A few hundred milliseconds on a machine with time to spare.
+    assert!(killed.elapsed() < Duration::from_secs(10), "noticed after {:?}", killed.elapsed());
+    println!("noticed after {:?}", killed.elapsed());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restarted_node_takes_its_seat_after_the_old_one_is_lost() {
     let cluster = Cluster::new();

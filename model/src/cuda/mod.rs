@@ -21,15 +21,16 @@ pub(crate) use pages::staging_bytes;
 
 use crate::checkpoint::{Checkpoint, LoadError};
 use crate::device::{DeviceOptions, KernelSet, ProductSet};
-use crate::engine::{Engine, EngineError, Output, check_layout};
+use crate::engine::{Engine, EngineError, Output, check_layout, constraints, rows, sampling};
 use crate::forward::check;
+use crate::grammar::Constraints;
 use crate::kv::KvMemory;
 use crate::memory::PassLimits;
 use crate::spec::ModelSpec;
 use pages::DevicePages;
 use pass::Pass;
 use ridge_kernels::cuda::ops::matmul::Products;
-use ridge_kernels::cuda::ops::sampling::{self, Sampler};
+use ridge_kernels::cuda::ops::sampling::{Sampler, scratch_bytes};
 use ridge_kernels::cuda::{CudaError, Device};
 use ridge_kernels::{Cpu, KvFormat};
 use ridge_protocol::BatchPlan;
@@ -70,7 +71,7 @@ impl Footprint {
         }
         let fp8 = weights::has_fp8(checkpoint, sm)?;
         let types = Types { compute: weights::compute_type(checkpoint)?, kv: format.dtype, apart, fp8 };
-        let sampling = sampling::scratch_bytes(pass.sequences, checkpoint.spec.vocab, true) as u64;
+        let sampling = scratch_bytes(pass.sequences, checkpoint.spec.vocab, true) as u64;
         let measured = match options.products {
             ProductSet::Own => 0,
             ProductSet::Measured => Products::measured_bytes(checkpoint.spec.ffn) as u64,
@@ -93,6 +94,7 @@ pub struct CudaEngine {
     pages: DevicePages,
     pass: Pass,
     sampler: Sampler,
+    constraints: Constraints,
     /// Decodes rows of a quantised embedding.
     cpu: Cpu,
 }
@@ -120,7 +122,7 @@ impl CudaEngine {
         let pages = DevicePages::new(&device, kv)?;
         let pass = Pass::new(&device, &weights, products, pages.format(), limits, options)?;
         let sampler = Sampler::new(&device, checkpoint.spec.vocab)?;
-        Ok(Self { weights, pages, pass, sampler, cpu })
+        Ok(Self { weights, pages, pass, sampler, constraints: constraints(checkpoint), cpu })
     }
 
     /// How many decode steps were replayed as graphs.
@@ -146,15 +148,17 @@ impl CudaEngine {
 
     /// Runs a plan and samples.
     fn sample(&mut self, plan: &BatchPlan, on_layer: &mut dyn FnMut(u32)) -> Result<Vec<Output>, CudaError> {
-        let rows = self.compute(plan, on_layer)?;
-        let wanted: Vec<_> = plan.items.iter().filter_map(|item| Some((item.request, item.sample.as_ref()?))).collect();
-        let specs: Vec<_> = wanted.iter().map(|(_, spec)| *spec).collect();
-        assert_eq!(specs.len(), rows, "a row of logits for each item that samples");
-        if rows == 0 {
+        check(plan, &self.weights.spec, self.pages.host());
+        let wanted = sampling(plan);
+        let pass = || self.pass.run(&self.weights, &mut self.pages, &self.cpu, plan, on_layer);
+        let (computed, allowed) = self.constraints.beside(&wanted, pass);
+        assert_eq!(wanted.len(), computed?, "a row of logits for each item that samples");
+        if wanted.is_empty() {
             return Ok(Vec::new());
         }
-        let tokens = sample_rows(&mut self.sampler, self.pass.logits(), self.weights.spec.vocab, &specs)?;
-        Ok(wanted.iter().zip(tokens).map(|((request, _), token)| Output { request: *request, token }).collect())
+        let rows = rows(&wanted, &allowed);
+        let tokens = sample_rows(&mut self.sampler, self.pass.logits(), self.weights.spec.vocab, &rows)?;
+        Ok(self.constraints.take(&wanted, allowed, tokens))
     }
 }
 

@@ -6,7 +6,8 @@ use ridge_kernels::cuda::ops::sampling::{Request, Sampler};
 use ridge_kernels::cuda::{Buffer, CudaError};
 use ridge_protocol::{SampleSpec, TokenOut};
 
-/// Chooses a token for each of `specs` from its row of `logits` `[specs.len(), vocab]`, which are left in an unspecified state.
+/// Chooses a token for each of `wanted` from its row of `logits` `[wanted.len(), vocab]`, which are left in an unspecified state.
+/// Beside the parameters stands the mask of the tokens that are allowed, if not all are.
 ///
 /// # Panics
 ///
@@ -15,21 +16,21 @@ pub fn sample_rows(
     sampler: &mut Sampler,
     logits: &Buffer,
     vocab: usize,
-    specs: &[&SampleSpec],
+    wanted: &[(&SampleSpec, Option<&[u32]>)],
 ) -> Result<Vec<TokenOut>, CudaError> {
-    let requests: Vec<Request> = specs.iter().map(|spec| request(spec)).collect();
+    let requests: Vec<Request> = wanted.iter().map(|(spec, mask)| request(spec, *mask)).collect();
     sampler.prepare(&requests)?;
-    let rows = logits.at(0, specs.len() * vocab * size_of::<f32>());
+    let rows = logits.at(0, wanted.len() * vocab * size_of::<f32>());
     // SAFETY: so many floats begin there, and the borrow lasts until the tokens have been read.
     unsafe { sampler.run(rows)? };
     let tokens = sampler.read()?;
-    Ok(tokens.into_iter().map(|s| TokenOut { token: s.token, logprob: s.logprob, top: s.top }).collect())
+    Ok(tokens.into_iter().map(|s| TokenOut { token: s.token, logprob: s.logprob, top: s.top, ends: false }).collect())
 }
 
-/// What the device is asked for an item's row: no mask, as nothing constrains answers yet.
-pub fn request(spec: &SampleSpec) -> Request {
+/// What the device is asked for an item's row. `mask` has a bit per token that is allowed, if not all are.
+pub fn request(spec: &SampleSpec, mask: Option<&[u32]>) -> Request {
     let params = &*spec.params;
-    let seen = if params.needs_history() { seen(spec) } else { Vec::new() };
+    let seen = if params.has_penalties() { seen(spec) } else { Vec::new() };
     Request {
         temperature: params.temperature,
         top_k: params.top_k,
@@ -42,7 +43,7 @@ pub fn request(spec: &SampleSpec) -> Request {
         frequency: params.frequency_penalty,
         seen,
         biases: params.logit_bias.clone(),
-        mask: None,
+        mask: mask.map(<[u32]>::to_vec),
         logprobs: params.logprobs,
     }
 }

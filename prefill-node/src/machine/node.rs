@@ -7,8 +7,8 @@ use ridge_protocol::stats::NodeStats;
 use ridge_protocol::transfer::{Outcome, SendCommand, SendEvent, SendJob};
 use ridge_protocol::wire::{FinishReason, NodeError, NodeToRouter, PrefillRequest, Receipt, RouterToNode};
 use ridge_protocol::{
-    BatchPlan, BlockHash, Duration, Instant, Machine, PlanItem, RequestId, SampleSpec, SamplingParams, Step, TokenId,
-    TokenOut,
+    BatchPlan, BlockHash, Duration, Instant, Machine, NoToken, PlanItem, RequestId, SampleSpec, SamplingParams, Step,
+    TokenId, TokenOut,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
@@ -43,8 +43,8 @@ pub enum PrefillInput {
     StepDone {
         /// The pass.
         step: u64,
-        /// Sampled tokens of the items that asked for one.
-        outputs: Vec<(RequestId, TokenOut)>,
+        /// Sampled tokens of the items that asked for one, or why there is none.
+        outputs: Vec<(RequestId, Result<TokenOut, NoToken>)>,
         /// How long it took.
         busy: Duration,
     },
@@ -280,7 +280,7 @@ impl PrefillNode {
         }
     }
 
-    fn on_step(&mut self, step: u64, outputs: Vec<(RequestId, TokenOut)>, busy: Duration) {
+    fn on_step(&mut self, step: u64, outputs: Vec<(RequestId, Result<TokenOut, NoToken>)>, busy: Duration) {
         let (running, chunks) = self.pass.take().expect("a pass that ends was started");
         assert_eq!(running, step, "the pass that ended is the one that ran");
         self.stats.steps += 1;
@@ -290,7 +290,7 @@ impl PrefillNode {
         if tokens >= MIN_PACE_TOKENS || self.stats.pace.prompt_token_ns == 0 {
             self.stats.pace.learn(tokens, 0, busy);
         }
-        let mut outputs: BTreeMap<RequestId, TokenOut> = outputs.into_iter().collect();
+        let mut outputs: BTreeMap<_, _> = outputs.into_iter().collect();
         for chunk in chunks {
             let prompt = self.prompts.get_mut(&chunk.request).expect("a prompt in a pass is kept");
             assert_eq!(prompt.computed, chunk.start, "chunks are computed in order");
@@ -307,11 +307,24 @@ impl PrefillNode {
                 outputs.remove(&chunk.request);
                 self.remove(chunk.request);
             } else if prompt.remaining() == 0 {
-                let first = outputs.remove(&chunk.request).expect("the last chunk samples");
-                self.finish(chunk.request, first);
+                match outputs.remove(&chunk.request).expect("the last chunk samples") {
+                    Ok(first) => self.finish(chunk.request, first),
+                    Err(reason) => self.give_up(chunk.request, reason),
+                }
             }
         }
         assert!(outputs.is_empty(), "the engine sampled for a prompt that did not ask");
+    }
+
+    /// The prompt is computed, and no token may follow it. It would be the same elsewhere: the request itself cannot go on.
+    fn give_up(&mut self, id: RequestId, NoToken(reason): NoToken) {
+        self.step(id, Cause::NoToken);
+        if self.prompts[&id].request.to.is_some() {
+            let command = SendCommand::Cancel { request: id, reason: reason.clone() };
+            self.outputs.push_back(PrefillOutput::Transfer(command));
+        }
+        self.remove(id);
+        self.refuse(id, NodeError::Invalid(reason));
     }
 
     /// The prompt is computed: report, and hold its blocks until the hand-off is settled.
@@ -321,7 +334,7 @@ impl PrefillNode {
         self.stats.generated_tokens += 1;
         let receipt = Receipt { cached: prompt.cached, computed: prompt.len() - prompt.cached, ..Receipt::default() };
         let index = prompt.len() - prompt.request.prompt_len;
-        let finish = if prompt.params.is_stop(out.token) {
+        let finish = if out.ends || prompt.params.is_stop(out.token) {
             Some(FinishReason::Stop)
         } else if index + 1 >= prompt.params.max_tokens || prompt.len() + 1 >= self.config.max_model_len {
             Some(FinishReason::Length)

@@ -28,6 +28,8 @@ pub(super) enum Cause {
     Finish,
     /// Its last chunk is computed, and nobody waits.
     FinishAlone,
+    /// Its last chunk is computed, and no token may follow it.
+    NoToken,
     /// Nobody wants it any more.
     Cancel,
     /// The same during a pass that computes a part of it.
@@ -59,7 +61,7 @@ pub(super) fn step(phase: Phase, cause: Cause) -> Step<Phase> {
         (Phase::Waiting, _) => Step::Bug,
 
         (Phase::Running, Finish) => Step::Enter(Phase::Held),
-        (Phase::Running, FinishAlone | Cancel | Abort) => Step::End,
+        (Phase::Running, FinishAlone | NoToken | Cancel | Abort) => Step::End,
         (Phase::Running, CancelInPass | AbortInPass) => Step::Enter(Phase::Doomed),
         // `Commit`: the first token is not known yet, and a hand-off ends with it.
         (Phase::Running, Admit | Commit | PassOver) => Step::Bug,
@@ -79,7 +81,8 @@ pub(super) fn step(phase: Phase, cause: Cause) -> Step<Phase> {
 fn transitions_are_as_recorded() {
     use Cause::*;
     let phases = [Phase::Absent, Phase::Waiting, Phase::Running, Phase::Held, Phase::Doomed];
-    let causes = [Submit, Admit, Finish, FinishAlone, Cancel, CancelInPass, Commit, Abort, AbortInPass, PassOver];
+    let causes =
+        [Submit, Admit, Finish, FinishAlone, NoToken, Cancel, CancelInPass, Commit, Abort, AbortInPass, PassOver];
     let table = ridge_protocol::step::table("prefill", &phases, &causes, step);
     ridge_protocol::step::check_table(concat!(env!("CARGO_MANIFEST_DIR"), "/src/machine/transitions.txt"), &table);
 }

@@ -22,19 +22,21 @@ pub(super) struct Placement {
 }
 
 /// Chooses nodes for a prompt, leaving out `avoid` as long as another can be had. With `whole_path`, a prefill node takes
-/// part if there is one, whatever it costs.
+/// part if there is one, whatever it costs. With `last_resort`, a decode node that drains is better than none.
 pub(super) fn place(
     nodes: &BTreeMap<NodeId, Node>,
     prompt: &PromptHashes,
     avoid: &[NodeId],
     whole_path: bool,
+    last_resort: bool,
 ) -> Option<Placement> {
-    let pick = |role: Role, cost: &dyn Fn(&Node) -> u64| {
-        let usable = nodes.iter().filter(|(_, n)| n.hello.role == role && !n.draining);
+    let pick = |role: Role, draining: bool, cost: &dyn Fn(&Node) -> u64| {
+        let usable = nodes.iter().filter(|(_, n)| n.hello.role == role && n.draining == draining);
         usable.min_by_key(|(id, node)| (avoid.contains(id), cost(node), **id)).map(|(id, _)| *id)
     };
-    let decode = pick(Role::Decode, &|node| decode_cost(node, prompt))?;
-    let prefill = pick(Role::Prefill, &|node| prefill_cost(node, prompt));
+    let decoding = |draining| pick(Role::Decode, draining, &|node| decode_cost(node, prompt));
+    let decode = decoding(false).or_else(|| decoding(true).filter(|_| last_resort))?;
+    let prefill = pick(Role::Prefill, false, &|node| prefill_cost(node, prompt));
     let prefill = prefill.filter(|id| whole_path || !local_pays(&nodes[id], &nodes[&decode], prompt));
     Some(Placement { prefill, decode })
 }
@@ -154,7 +156,7 @@ mod tests {
     fn check(nodes: Vec<Node>, avoid: &[u32], want: Option<(Option<u32>, u32)>) {
         let nodes = numbered(nodes);
         let avoid: Vec<NodeId> = avoid.iter().copied().map(NodeId).collect();
-        let placement = place(&nodes, &hashed(&nodes), &avoid, false);
+        let placement = place(&nodes, &hashed(&nodes), &avoid, false, false);
         assert_eq!(placement.map(|p| (p.prefill.map(|id| id.0), p.decode.0)), want);
     }
 
@@ -164,6 +166,20 @@ mod tests {
         check(vec![prefill()], &[], None);
         check(vec![decode()], &[], Some((None, 0)));
         check(vec![decode(), prefill()], &[], Some((Some(1), 0)));
+    }
+
+    #[test]
+    fn a_draining_decode_node_is_the_last_resort() {
+        let check = |nodes: Vec<Node>, last_resort, want: Option<u32>| {
+            let nodes = numbered(nodes);
+            let placement = place(&nodes, &hashed(&nodes), &[NodeId(1)], false, last_resort);
+            assert_eq!(placement.map(|p| p.decode.0), want);
+        };
+        check(vec![draining(decode())], false, None);
+        check(vec![draining(decode())], true, Some(0));
+        // Even one that has failed it is better.
+        check(vec![draining(decode()), decode()], true, Some(1));
+        check(vec![draining(busy(decode(), &[0, 0])), draining(decode()), draining(decode())], true, Some(2));
     }
 
     #[test]
@@ -217,7 +233,7 @@ mod tests {
         // Nothing is known of its speed.
         check_local(busy(prefill(), &[999]), decode(), false);
         let nodes = numbered([decode(), busy(paced(prefill(), 10), &[999])]);
-        let placement = place(&nodes, &hashed(&nodes), &[], true);
+        let placement = place(&nodes, &hashed(&nodes), &[], true, false);
         assert_eq!(placement.and_then(|p| p.prefill), Some(NodeId(1)), "the whole path was asked for");
     }
 

@@ -106,7 +106,9 @@ impl Router {
         let sequence = self.sequences.get_mut(&client).expect("a dispatched sequence is kept");
         assert!(sequence.dispatch.is_none(), "a sequence has one dispatch at a time");
         let prompt = PromptHashes::new(self.nodes.values(), sequence.salt, &sequence.tokens);
-        let placement = place(&self.nodes, &prompt, &sequence.avoid, sequence.whole_path);
+        // What was taken on is brought to its end where it can be, on a node that drains too; what is new waits for another.
+        let begun = sequence.attempts > 0;
+        let placement = place(&self.nodes, &prompt, &sequence.avoid, sequence.whole_path, begun);
         let Some(placement) = placement else { return };
         let chosen = placement.prefill.into_iter().chain([placement.decode]);
         if sequence.pause.is_some_and(|until| now < until) && chosen.clone().any(|id| sequence.avoid.contains(&id)) {
@@ -139,8 +141,10 @@ impl Router {
         let params = SamplingParams { max_tokens, ..sequence.params.clone() };
         if let Some(decode) = decode {
             let from = placement.prefill.map(|id| self.nodes[&id].hello.name.clone());
+            let last_resort = self.nodes[&decode].draining;
             let (tokens, params) = (tokens.clone(), params.clone());
-            let message = RouterToNode::Decode(DecodeRequest { request, from, tokens, prompt_len, salt, params });
+            let request = DecodeRequest { request, from, tokens, prompt_len, salt, params, last_resort };
+            let message = RouterToNode::Decode(request);
             self.outputs.push_back(RouterOutput::Send { node: decode, message });
         }
         if let Some(prefill) = placement.prefill {
@@ -550,6 +554,7 @@ impl Router {
                 max_tokens: sequence.params.max_tokens.min(context - sequence.prompt_len),
                 ..sequence.params.clone()
             },
+            last_resort: false,
         });
         sequence.deadline = now + self.config.progress_deadline;
         sequence.dispatch = Some(Dispatch {

@@ -215,7 +215,7 @@ mod tests {
     fn a_prompt_that_passed_makes_ready() {
         let check = |expect_prefill: bool, event: ReplyEvent, want: Health| {
             let (mut probe, client) = sent(expect_prefill);
-            let out = TokenOut { token: 1, logprob: None, top: vec![] };
+            let out = TokenOut { token: 1, logprob: None, top: vec![], ends: false };
             assert!(!probe.on_reply(client, &ReplyEvent::Token { index: 0, out, usage: Usage::default() }));
             assert_eq!(probe.on_reply(client, &event), want == Health::Ready);
             assert_eq!(probe.health(), want);

@@ -3,9 +3,10 @@
 use super::http::{Defaults, TextModel, TextStream};
 use ridge_model::checkpoint::Checkpoint;
 use ridge_model::detokenize::StreamDecoder;
+use ridge_model::grammar::Grammars;
 use ridge_model::template::{ChatTemplate, RenderOptions};
 use ridge_model::tokenizer::Tokenizer;
-use ridge_protocol::TokenId;
+use ridge_protocol::{Grammar, TokenId};
 use serde_json::{Map, Value};
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use std::sync::Arc;
 pub struct Served {
     tokenizer: Arc<Tokenizer>,
     template: Option<ChatTemplate>,
+    grammars: Grammars,
     defaults: Defaults,
 }
 
@@ -21,6 +23,7 @@ impl Served {
     pub fn new(checkpoint: Checkpoint) -> Self {
         let generation = checkpoint.generation;
         Self {
+            grammars: Grammars::new(checkpoint.tokenizer.clone(), checkpoint.spec.vocab),
             tokenizer: checkpoint.tokenizer,
             template: checkpoint.template,
             defaults: Defaults {
@@ -65,6 +68,10 @@ impl TextModel for Served {
         let template = self.template.as_ref().ok_or("this model has no chat template: use /v1/completions")?;
         let options = RenderOptions { add_generation_prompt, tools, extra: Some(extra), now: None };
         template.render(messages, &options).map_err(|e| e.to_string())
+    }
+
+    fn check_grammar(&self, grammar: &Grammar) -> Result<(), String> {
+        self.grammars.check(grammar).map_err(|error| error.to_string())
     }
 
     fn defaults(&self) -> &Defaults {

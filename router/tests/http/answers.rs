@@ -137,7 +137,12 @@ async fn characters_are_whole_or_replaced() {
 #[tokio::test]
 async fn logprobs_come_in_both_shapes() {
     let out = |token: u32| {
-        Do::Token(TokenOut { token, logprob: Some(-0.5), top: vec![(97, -0.25), (0xC3, f32::NEG_INFINITY)] })
+        Do::Token(TokenOut {
+            token,
+            logprob: Some(-0.5),
+            top: vec![(97, -0.25), (0xC3, f32::NEG_INFINITY)],
+            ends: false,
+        })
     };
     let server = Server::start(script(vec![out(98), out(97), out(EOS), Do::Finish(FinishReason::Stop)])).await;
     let top = json!([
@@ -162,7 +167,7 @@ async fn logprobs_come_in_both_shapes() {
 
 #[tokio::test]
 async fn logprobs_end_where_the_text_ends() {
-    let out = |byte: u8| Do::Token(TokenOut { token: byte.into(), logprob: Some(-1.0), top: Vec::new() });
+    let out = |byte: u8| Do::Token(TokenOut { token: byte.into(), logprob: Some(-1.0), top: Vec::new(), ends: false });
     let server = Server::start(script(b"aEND".iter().map(|byte| out(*byte)).chain([Do::Hang]).collect())).await;
     let body = json!({ "prompt": "p", "logprobs": 0, "stop": "END" });
     let expected = json!({ "choices": [{ "text": "a", "logprobs": { "tokens": ["a"] } }] });

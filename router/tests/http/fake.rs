@@ -4,7 +4,8 @@ use ridge_protocol::stats::{BlockCounts, DeviceStats, LinkStats, NodeStats, Prot
 use ridge_protocol::transfer::TransferTimes;
 use ridge_protocol::wire::{FinishReason, NodeHello, Receipt};
 use ridge_protocol::{
-    BlockShape, CacheDtype, Conversion, ModelIdentity, NodeId, NodeName, Role, SamplingParams, TokenId, TokenOut,
+    BlockShape, CacheDtype, Conversion, Grammar, ModelIdentity, NodeId, NodeName, Role, SamplingParams, TokenId,
+    TokenOut,
 };
 use ridge_router::machine::{NodeView, ReplyEvent, RouterError, RouterStats, Submit, Usage};
 use ridge_router::shell::gateway::{ClusterView, Gateway, GatewayRequest, Health};
@@ -88,6 +89,10 @@ impl TextModel for Bytes {
         Ok(out)
     }
 
+    fn check_grammar(&self, grammar: &Grammar) -> Result<(), String> {
+        if grammar.text.contains("bad") { Err("it is bad".into()) } else { Ok(()) }
+    }
+
     fn defaults(&self) -> &Defaults {
         &self.0
     }
@@ -124,7 +129,7 @@ pub enum Do {
 pub type Script = Arc<dyn Fn(&Submit) -> Vec<Do> + Send + Sync>;
 
 pub fn token(token: TokenId) -> Do {
-    Do::Token(TokenOut { token, logprob: None, top: Vec::new() })
+    Do::Token(TokenOut { token, logprob: None, top: Vec::new(), ends: false })
 }
 
 /// The bytes of `text`.

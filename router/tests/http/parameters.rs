@@ -2,7 +2,7 @@
 
 use crate::client::{expect, get, post};
 use crate::fake::{EOS, Server, config, say};
-use ridge_protocol::SamplingParams;
+use ridge_protocol::{GrammarKind, SamplingParams};
 use ridge_router::shell::http::{Defaults, HttpConfig};
 use serde_json::{Value, json};
 
@@ -32,6 +32,7 @@ async fn parameters_reach_the_cluster() {
         stop_tokens: vec![EOS],
         ignore_eos: false,
         max_tokens: 5,
+        grammar: None,
     };
     assert_eq!(server.params(0), expected);
 }
@@ -55,6 +56,45 @@ async fn what_is_absent_comes_from_the_model() {
     let server = Server::start(say("x")).await;
     post(&server, TEXT, &json!({ "prompt": "p" })).await;
     assert_eq!((server.params(0).temperature, server.params(0).top_p), (1.0, 1.0));
+}
+
+#[tokio::test]
+async fn constraints_reach_the_cluster() {
+    let server = Server::start(say("x")).await;
+    let check = async |extra: Value, expected: Option<(GrammarKind, &str)>| {
+        server.log.lock().unwrap().submitted.clear();
+        let mut body = json!({ "prompt": "p" });
+        body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        expect(post(&server, TEXT, &body).await, 200, json!({}));
+        let grammar = server.params(0).grammar;
+        assert_eq!(grammar.as_ref().map(|grammar| (grammar.kind, grammar.text.as_str())), expected, "{extra}");
+    };
+    use GrammarKind::*;
+    check(json!({ "response_format": { "type": "text" }, "structured_outputs": null }), None).await;
+    let object = Some((JsonSchema, r#"{"type":"object"}"#));
+    check(json!({ "response_format": { "type": "json_object" } }), object).await;
+    check(json!({ "structured_outputs": { "json_object": true, "regex": null } }), object).await;
+    // Keys keep their order: it is the order in which they are generated.
+    let schema = json!({ "type": "object", "properties": { "b": {}, "a": {} } });
+    let text = r#"{"type":"object","properties":{"b":{},"a":{}}}"#;
+    let format = json!({ "type": "json_schema", "json_schema": { "name": "n", "schema": schema, "strict": true } });
+    check(json!({ "response_format": format }), Some((JsonSchema, text))).await;
+    check(json!({ "structured_outputs": { "json": schema } }), Some((JsonSchema, text))).await;
+    check(json!({ "structured_outputs": { "json": text } }), Some((JsonSchema, text))).await;
+    check(json!({ "structured_outputs": { "regex": "a+", "json_object": false } }), Some((Regex, "a+"))).await;
+    check(json!({ "structured_outputs": { "grammar": "start: A" } }), Some((Lark, "start: A"))).await;
+    let choice = json!({ "structured_outputs": { "choice": ["a \"b\"", "é|\n"] } });
+    check(choice, Some((Lark, r#"start: "a \"b\"" | "é|\n""#))).await;
+}
+
+#[tokio::test]
+async fn a_grammar_that_is_too_large_is_refused() {
+    let config = HttpConfig { max_body_bytes: 1 << 20, ..config() };
+    let server = Server::with(config, Defaults::default(), say("x")).await;
+    let body = json!({ "prompt": "p", "structured_outputs": { "regex": "a".repeat((256 << 10) + 1) } });
+    let (status, answer) = post(&server, TEXT, &body).await;
+    assert_eq!((status, &answer["error"]["param"]), (400, &json!("structured_outputs")));
+    assert!(answer["error"]["message"].as_str().unwrap().contains("262144"), "{answer}");
 }
 
 #[tokio::test]
@@ -133,10 +173,27 @@ async fn mistakes_in_a_chat_name_the_parameter() {
         ("stream", json!("yes")),
         ("stream_options", json!({ "include_usage": true })),
         ("ignore_eos", json!(1)),
-        ("response_format", json!({ "type": "json_object" })),
         ("response_format", json!({ "type": "json_schema", "json_schema": {} })),
+        ("response_format", json!({ "type": "json_schema", "json_schema": { "schema": 5 } })),
+        ("response_format", json!({ "type": "json_schema", "json_schema": { "schema": { "type": "bad" } } })),
+        ("response_format", json!({ "type": "structural_tag" })),
+        ("response_format", json!("json_object")),
         ("guided_json", json!({})),
-        ("structured_outputs", json!({ "regex": "a" })),
+        ("guided_choice", json!(["a"])),
+        ("grammar", json!("start: \"a\"")),
+        ("structured_outputs", json!({})),
+        ("structured_outputs", json!("a")),
+        ("structured_outputs", json!({ "regex": "bad" })),
+        ("structured_outputs", json!({ "regex": "" })),
+        ("structured_outputs", json!({ "regex": 5 })),
+        ("structured_outputs", json!({ "json": "{" })),
+        ("structured_outputs", json!({ "json": [] })),
+        ("structured_outputs", json!({ "choice": [] })),
+        ("structured_outputs", json!({ "choice": ["a", ""] })),
+        ("structured_outputs", json!({ "choice": ["a", 5] })),
+        ("structured_outputs", json!({ "grammar": null })),
+        ("structured_outputs", json!({ "regex": "a", "choice": ["a"] })),
+        ("structured_outputs", json!({ "regex": "a", "whitespace_pattern": " " })),
         ("use_beam_search", json!(true)),
         ("tools", json!("f")),
         ("tools[0]", json!([{ "type": "function" }])),
@@ -160,6 +217,8 @@ async fn mistakes_in_a_chat_name_the_parameter() {
         let key = name.split('[').next().unwrap();
         check(json!({ key: value }), name).await;
     }
+    let both = json!({ "response_format": { "type": "json_object" }, "structured_outputs": { "regex": "a" } });
+    check(both, "structured_outputs").await;
     check(json!({ "logprobs": true, "top_logprobs": 21 }), "top_logprobs").await;
     check(json!({ "continue_final_message": true, "add_generation_prompt": true }), "continue_final_message").await;
     let call = json!([{ "function": { "arguments": "{" } }]);

@@ -113,7 +113,7 @@ impl SendingSide {
             hashes: load::hashes(&self.load, round, prompt),
             layers,
         };
-        let first = TokenOut { token: 0, logprob: None, top: Vec::new() };
+        let first = TokenOut { token: 0, logprob: None, top: Vec::new(), ends: false };
         let ready = (0..layers).map(|layer| SendCommand::Ready { request, layer, first: 0, end });
         let commands = [announce, SendCommand::Begin(job)]
             .into_iter()

@@ -16,7 +16,7 @@ mod load;
 mod report;
 
 use super::ask::{Stay, Verdict, ask};
-use super::cases::{Case, Limits, answer_all};
+use super::cases::{Case, KvTypes, Limits, answer_all};
 use super::state::{State, settle};
 use super::verify::busiest;
 use super::{Logs, START_TIMEOUT, STREAM_TIMEOUT, TrialArgs, kill, wait_back};
@@ -119,7 +119,8 @@ pub fn run(args: &ChaosArgs) -> anyhow::Result<()> {
     let limits = Limits::read(&model, trial.max_model_len)?;
     let sketches = [limits.draw(trial.seed, REQUESTS.0), limits.draw_long(trial.seed, REQUESTS.1)].concat();
     eprintln!("the oracle answers");
-    let cases = answer_all(&model, &limits, KvCacheDtype::Auto, &sketches)?;
+    let kv = KvTypes { decode: KvCacheDtype::Auto, prefill: None };
+    let cases = answer_all(&model, &limits, kv, &sketches)?;
     let logs = Logs::new(trial);
     let mut flags = vec![
         format!("--prefill={}", args.prefill),

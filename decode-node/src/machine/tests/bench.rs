@@ -6,8 +6,8 @@ use ridge_protocol::stats::{BlockCounts, NodeStats};
 use ridge_protocol::transfer::{KvPeer, Outcome, ReceiveCommand, ReceiveEvent, SendCommand, SendEvent, TransferTimes};
 use ridge_protocol::wire::{DecodeRequest, NodeToRouter, Receipt, RouterToNode};
 use ridge_protocol::{
-    BatchPlan, BlockShape, CacheDtype, Duration, Instant, Machine, NodeName, PlanItem, RequestId, SamplingParams,
-    TokenId, TokenOut,
+    BatchPlan, BlockShape, CacheDtype, Duration, Instant, Machine, NoToken, NodeName, PlanItem, RequestId,
+    SamplingParams, TokenId, TokenOut,
 };
 
 /// Eight blocks of four tokens, a context that fills the pool, eight prompt tokens a pass, no headroom.
@@ -36,6 +36,7 @@ pub(super) fn local(id: u64, len: u32) -> DecodeRequest {
         tokens,
         salt: 0,
         params: SamplingParams::greedy(20),
+        last_resort: false,
     }
 }
 
@@ -55,7 +56,7 @@ pub(super) fn short(request: DecodeRequest, max_tokens: u32) -> DecodeRequest {
 }
 
 pub(super) fn out(token: TokenId) -> TokenOut {
-    TokenOut { token, logprob: None, top: vec![] }
+    TokenOut { token, logprob: None, top: vec![], ends: false }
 }
 
 pub(super) fn show_item(item: &PlanItem) -> String {
@@ -211,9 +212,14 @@ impl Bench {
 
     /// The same after so much time.
     pub fn step_in(&mut self, busy: Duration) {
+        self.step_gives(busy, &Ok(out(42)));
+    }
+
+    /// The running pass ends, and gives everybody who samples this.
+    pub fn step_gives(&mut self, busy: Duration, given: &Result<TokenOut, NoToken>) {
         let plan = self.pass.take().expect("a pass runs");
         let sampled = plan.items.iter().filter(|item| item.sample.is_some());
-        let outputs = sampled.map(|item| (item.request, out(42))).collect();
+        let outputs = sampled.map(|item| (item.request, given.clone())).collect();
         self.feed(DecodeInput::StepDone { step: plan.step, outputs, busy });
     }
 

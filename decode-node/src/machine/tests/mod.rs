@@ -8,9 +8,9 @@ mod moves;
 use super::{DecodeConfig, DecodeInput, DecodeOutput};
 use bench::*;
 use ridge_protocol::stats::NodeStats;
-use ridge_protocol::transfer::ReceiveCommand;
-use ridge_protocol::wire::{DecodeRequest, PrefillRequest, RouterToNode};
-use ridge_protocol::{Duration, Machine, SamplingParams, TokenId};
+use ridge_protocol::transfer::{ReceiveCommand, ReceiveEvent};
+use ridge_protocol::wire::{DecodeRequest, NodeError, NodeToRouter, PrefillRequest, RouterToNode};
+use ridge_protocol::{Duration, Machine, NoToken, RequestId, SamplingParams, TokenId, TokenOut};
 
 // The hand-off.
 
@@ -382,6 +382,51 @@ fn an_answer_ends() {
     check_ends(short(local(1, 5), 1), "token r1 #0 42, Length");
 }
 
+/// What constrains an answer is the engine's business: it says that a token is the last, or that there is none.
+#[test]
+fn a_grammar_ends_an_answer() {
+    let busy = Duration::from_micros(5);
+    let mut bench = Bench::new(config());
+    let ignoring = SamplingParams { ignore_eos: true, ..SamplingParams::greedy(9) };
+    bench.send(DecodeRequest { params: ignoring, ..local(1, 5) });
+    bench.step();
+    bench.seen.clear();
+    bench.step_gives(busy, &Ok(TokenOut { ends: true, ..out(42) }));
+    bench.says(&["token r1 #1 42, Stop"]);
+    assert!(bench.node.is_idle());
+
+    bench.send(local(2, 5));
+    bench.step();
+    bench.seen.clear();
+    bench.step_gives(busy, &Err(NoToken("nothing is allowed".into())));
+    let failed = NodeToRouter::Failed { request: RequestId(2), error: NodeError::Invalid("nothing is allowed".into()) };
+    let told = |output: &DecodeOutput| matches!(output, DecodeOutput::ToRouter(message) if *message == failed);
+    assert!(bench.seen.iter().any(told), "{:?}", bench.seen);
+    assert!(bench.node.is_idle(), "its blocks are free");
+
+    // One that was given up during the pass owes nobody an answer.
+    bench.send(local(3, 5));
+    bench.step();
+    bench.router(RouterToNode::Cancel { request: RequestId(3) });
+    bench.seen.clear();
+    bench.step_gives(busy, &Err(NoToken("nothing is allowed".into())));
+    bench.says(&[]);
+    assert!(bench.node.is_idle());
+}
+
+/// A first token that came by transfer may be the last.
+#[test]
+fn a_grammar_may_end_with_the_token_that_came() {
+    let mut bench = Bench::new(config());
+    bench.send(remote(1, 5));
+    bench.seen.clear();
+    let first = TokenOut { ends: true, ..out(41) };
+    bench.feed(DecodeInput::Transfer(ReceiveEvent::Landed { request: RequestId(1), first, pages: 4, bytes: 99 }));
+    let lines: Vec<String> = bench.seen.drain(..).filter_map(show).collect();
+    assert!(lines.contains(&"token r1 #0 41, Stop".to_owned()), "{lines:?}");
+    assert!(bench.node.is_idle());
+}
+
 #[test]
 fn the_context_ends_an_answer() {
     check_ends(remote(1, 31), "token r1 #0 41, Length");
@@ -572,7 +617,28 @@ fn a_draining_node_finishes_what_it_has() {
     bench.report();
     bench.seen.clear();
     bench.lands(2);
-    bench.says(&["receipt r2: 3 transferred, 99 bytes", "token r2 #0 41, Length", "drained"]);
+    bench.says(&["receipt r2: 3 transferred, 99 bytes", "token r2 #0 41, Length"]);
+    // A moment later: what the router has called off elsewhere may come here yet.
+    bench.report();
+    bench.says(&["drained"]);
+}
+
+/// Of a sequence that has no other node left, the router says so.
+#[test]
+fn a_draining_node_takes_what_has_no_other_node() {
+    let mut bench = Bench::new(config());
+    bench.send(short(local(1, 3), 1));
+    bench.feed(DecodeInput::Shutdown);
+    bench.step();
+    bench.seen.clear();
+    bench.send(DecodeRequest { last_resort: true, prompt_len: 3, ..short(local(2, 5), 3) });
+    bench.says(&["run r2 0..5*"]);
+    bench.report();
+    bench.says(&[]);
+    bench.step();
+    bench.says(&["receipt r2: 5 computed", "token r2 #2 42, Length"]);
+    bench.report();
+    bench.says(&["drained"]);
 }
 
 #[test]
@@ -600,6 +666,7 @@ fn no_router_calls_off_a_shutdown() {
     bench.send(remote(3, 3));
     bench.says(&["failed r3: draining"]);
     bench.step();
+    bench.report();
     bench.says(&["drained"]);
     bench.router(RouterToNode::Drain);
     bench.feed(DecodeInput::RouterLost);

@@ -6,8 +6,8 @@ use ridge_protocol::stats::{BlockCounts, NodeStats};
 use ridge_protocol::transfer::{KvPeer, Outcome, SendCommand, SendEvent, TransferTimes};
 use ridge_protocol::wire::{NodeToRouter, PrefillRequest, RouterToNode};
 use ridge_protocol::{
-    BatchPlan, BlockShape, CacheDtype, Duration, Instant, Machine, NodeName, PlanItem, RequestId, SamplingParams,
-    TokenId, TokenOut,
+    BatchPlan, BlockShape, CacheDtype, Duration, Instant, Machine, NoToken, NodeName, PlanItem, RequestId,
+    SamplingParams, TokenId, TokenOut,
 };
 
 /// Eight blocks of four tokens, two layers, a context that fills the pool, eight tokens a pass.
@@ -59,7 +59,7 @@ pub(super) fn alone(request: PrefillRequest) -> PrefillRequest {
 }
 
 pub(super) fn out(token: TokenId) -> TokenOut {
-    TokenOut { token, logprob: None, top: vec![] }
+    TokenOut { token, logprob: None, top: vec![], ends: false }
 }
 
 pub(super) fn show_item(item: &PlanItem) -> String {
@@ -160,9 +160,14 @@ impl Bench {
 
     /// The running pass ends.
     pub fn step(&mut self) {
+        self.step_gives(&Ok(out(42)));
+    }
+
+    /// The running pass ends, and gives everybody who samples this.
+    pub fn step_gives(&mut self, given: &Result<TokenOut, NoToken>) {
         let plan = self.pass.take().expect("a pass runs");
         let sampled = plan.items.iter().filter(|item| item.sample.is_some());
-        let outputs = sampled.map(|item| (item.request, out(42))).collect();
+        let outputs = sampled.map(|item| (item.request, given.clone())).collect();
         self.feed(PrefillInput::StepDone { step: plan.step, outputs, busy: Duration::from_micros(5) });
     }
 

@@ -7,8 +7,9 @@ mod blocks;
 use super::{PrefillConfig, PrefillInput, PrefillOutput};
 use bench::*;
 use ridge_protocol::stats::NodeStats;
-use ridge_protocol::wire::{DecodeRequest, NodeToRouter, PrefillRequest, RouterToNode};
-use ridge_protocol::{Duration, Machine, RequestId, SamplingParams};
+use ridge_protocol::transfer::SendCommand;
+use ridge_protocol::wire::{DecodeRequest, FinishReason, NodeError, NodeToRouter, PrefillRequest, RouterToNode};
+use ridge_protocol::{Duration, Machine, NoToken, RequestId, SamplingParams, TokenOut};
 
 // Chunks.
 
@@ -110,6 +111,37 @@ fn blocks_that_come_back_during_a_pass_are_given_at_once() {
     bench.says(&["shipped r1", "begin r3 to d1: 16 tokens in [5, 6, 7, 3], 4 hashes, 2 layers"]);
     bench.queues(0, 2, 20);
     assert_eq!(bench.passes(), ["r2 0..4*", "r3 0..8", "r3 8..16*"]);
+}
+
+/// What constrains an answer is the engine's business: it says that the first token is the last, or that there is none.
+#[test]
+fn a_grammar_may_end_an_answer_at_once() {
+    let mut bench = Bench::new(config());
+    bench.send(prompt(1, 6));
+    bench.step_gives(&Ok(TokenOut { ends: true, ..out(7) }));
+    let first = |output: &PrefillOutput| match output {
+        PrefillOutput::ToRouter(NodeToRouter::Token { out, finish, .. }) => Some((out.ends, *finish)),
+        _ => None,
+    };
+    assert_eq!(bench.seen.iter().find_map(first), Some((true, Some(FinishReason::Stop))));
+    // The decode node hears the same token, and ends with it too.
+    bench.committed(1);
+    assert!(bench.node.is_idle());
+
+    for request in [prompt(2, 6), alone(prompt(3, 6))] {
+        let (id, sends) = (request.request, request.to.is_some());
+        bench.send(request);
+        bench.seen.clear();
+        bench.step_gives(&Err(NoToken("nothing is allowed".into())));
+        let cancelled = bench.seen.iter().any(
+            |output| matches!(output, PrefillOutput::Transfer(SendCommand::Cancel { request, .. }) if *request == id),
+        );
+        assert_eq!(cancelled, sends, "the decode node's wait ends: {:?}", bench.seen);
+        let failed = NodeToRouter::Failed { request: id, error: NodeError::Invalid("nothing is allowed".into()) };
+        let told = |output: &PrefillOutput| matches!(output, PrefillOutput::ToRouter(message) if *message == failed);
+        assert!(bench.seen.iter().any(told), "{:?}", bench.seen);
+        assert!(bench.node.is_idle(), "its blocks are free");
+    }
 }
 
 #[test]
@@ -587,7 +619,15 @@ fn a_full_queue_refuses() {
 fn a_decode_request_is_refused() {
     let PrefillRequest { request, tokens, prompt_len, salt, params, .. } = prompt(1, 3);
     let mut bench = Bench::new(config());
-    bench.router(RouterToNode::Decode(DecodeRequest { request, from: None, tokens, prompt_len, salt, params }));
+    bench.router(RouterToNode::Decode(DecodeRequest {
+        request,
+        from: None,
+        tokens,
+        prompt_len,
+        salt,
+        params,
+        last_resort: false,
+    }));
     bench.says(&["failed r1: a prefill node cannot take a decode request"]);
 }
 

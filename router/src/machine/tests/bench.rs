@@ -61,7 +61,8 @@ pub(super) fn show_message(message: RouterToNode) -> String {
         }
         RouterToNode::Decode(it) => {
             let from = it.from.map_or(String::new(), |from| format!(" from {from}"));
-            format!("decode {}{from}: {:?} of {}", it.request, it.tokens, it.prompt_len)
+            let how = if it.last_resort { ", as a last resort" } else { "" };
+            format!("decode {}{from}{how}: {:?} of {}", it.request, it.tokens, it.prompt_len)
         }
         RouterToNode::Cancel { request } => format!("cancel {request}"),
         RouterToNode::Welcome { node } => format!("welcome {}", name(node)),
@@ -156,7 +157,7 @@ impl Bench {
     }
 
     pub fn token_ends(&mut self, node: &str, request: u64, index: u32, token: TokenId, finish: Option<FinishReason>) {
-        let out = TokenOut { token, logprob: None, top: vec![] };
+        let out = TokenOut { token, logprob: None, top: vec![], ends: false };
         self.node(node, NodeToRouter::Token { request: RequestId(request), index, out, finish });
     }
 

@@ -156,6 +156,53 @@ fn when_the_next_node_dies_before_it_the_sequence_starts_anew() {
     ]);
 }
 
+/// Nobody else is left: the draining node goes on, rather than that the client waits for a node that may never come.
+#[test]
+fn when_no_other_node_is_left_a_sequence_goes_on_where_it_drains() {
+    let mut bench = running();
+    bench.drains("d1");
+    bench.says(&["d1 <- drain", "d1 <- move r1 to d2 as r2"]);
+    bench.lost("d2");
+    bench.moving("d1", 1, 5);
+    let again = [
+        "p1 <- cancel r1",
+        "d1 <- cancel r1",
+        "d1 <- cancel r2",
+        "d1 <- decode r3 from p1, as a last resort: [7, 8, 9, 10, 11] of 3",
+        "p1 <- prefill r3 to d1: [7, 8, 9, 10, 11] of 3",
+    ];
+    bench.says(&again);
+    // What is new is not for a node that drains.
+    bench.submit(2, &[5, 6], 4);
+    bench.says(&[]);
+    // When a node comes, both go there: one with its KV.
+    bench.token("p1", 3, 2, 12);
+    bench.token("d1", 3, 2, 12);
+    bench.seen.clear();
+    bench.joins("d3");
+    bench.says(&[
+        "d3 <- welcome d3",
+        "d3 <- decode r4 from p1: [5, 6] of 2",
+        "p1 <- prefill r4 to d3: [5, 6] of 2",
+        "d1 <- move r3 to d3 as r5",
+    ]);
+}
+
+/// The next node dies with the KV on its way: back to where it comes from.
+#[test]
+fn a_move_into_a_dying_node_ends_where_it_began() {
+    let mut bench = running();
+    bench.drains("d1");
+    bench.moving("d1", 1, 5);
+    bench.seen.clear();
+    bench.lost("d2");
+    bench.says(&[
+        "d1 <- cancel r2",
+        "d1 <- decode r3 from p1, as a last resort: [7, 8, 9, 10, 11] of 3",
+        "p1 <- prefill r3 to d1: [7, 8, 9, 10, 11] of 3",
+    ]);
+}
+
 #[test]
 fn a_client_that_leaves_ends_both_numbers() {
     let mut bench = running();

@@ -16,6 +16,7 @@ mod edge;
 mod error;
 mod fields;
 mod generate;
+mod grammar;
 mod health;
 mod logprobs;
 mod messages;

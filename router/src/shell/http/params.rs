@@ -2,6 +2,7 @@
 
 use super::error::ApiError;
 use super::fields::Fields;
+use super::grammar::Constraint;
 use super::text_model::TextModel;
 use ridge_protocol::{SamplingParams, TokenId, limits};
 use serde::Deserialize;
@@ -22,6 +23,8 @@ pub(super) struct GenerateOptions {
     pub(super) n: u32,
     /// Leave special tokens out of the text.
     pub(super) skip_special: bool,
+    /// What every answer must match, and who says so; the grammar is in `params` too.
+    pub(super) constraint: Option<Constraint>,
     /// Told apart from other salts in the prefix cache.
     pub(super) cache_salt: Option<String>,
 }
@@ -42,7 +45,10 @@ impl GenerateOptions {
         logprobs: Option<u8>,
         max_tokens: Option<u32>,
     ) -> Result<Self, ApiError> {
-        refuse_constraints(fields)?;
+        if fields.take("use_beam_search")?.unwrap_or(false) {
+            return Err(ApiError::invalid("use_beam_search", "'use_beam_search' is not supported"));
+        }
+        let constraint = Constraint::take(fields)?;
         let defaults = model.defaults();
         let stop = take_stop(fields)?;
         let stop_token_ids = take_stop_tokens(fields, model)?;
@@ -67,6 +73,7 @@ impl GenerateOptions {
             ignore_eos: ignore_eos && stop_tokens.is_empty(),
             stop_tokens,
             max_tokens: max_tokens.unwrap_or(0),
+            grammar: constraint.as_ref().map(|constraint| Box::new(constraint.grammar.clone())),
         };
         if max_tokens == Some(0) {
             return Err(ApiError::invalid("max_tokens", "'max_tokens' must be at least 1"));
@@ -83,6 +90,7 @@ impl GenerateOptions {
             params,
             stop,
             n,
+            constraint,
             skip_special: fields.take("skip_special_tokens")?.unwrap_or(true),
             cache_salt: fields.take("cache_salt")?,
         })
@@ -97,24 +105,6 @@ impl GenerateOptions {
         let seed = self.params.seed.wrapping_add(u64::from(choice));
         SamplingParams { max_tokens, seed, ..self.params.clone() }
     }
-}
-
-/// A constraint that is silently dropped gives wrong answers with HTTP 200.
-fn refuse_constraints(fields: &mut Fields) -> Result<(), ApiError> {
-    for name in ["guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "grammar"] {
-        fields.refuse(name, "constrained decoding is not available")?;
-    }
-    if fields.take("use_beam_search")?.unwrap_or(false) {
-        return Err(ApiError::invalid("use_beam_search", "'use_beam_search' is not supported"));
-    }
-    if let Some(format) = fields.take::<Map<String, Value>>("response_format")? {
-        let kind = format.get("type").and_then(Value::as_str).unwrap_or("");
-        if kind != "text" {
-            let message = format!("'response_format' of type '{kind}' is not supported; only 'text' is");
-            return Err(ApiError::invalid("response_format", message));
-        }
-    }
-    Ok(())
 }
 
 fn take_stop(fields: &mut Fields) -> Result<Arc<[String]>, ApiError> {

@@ -63,6 +63,9 @@ pub(super) fn check_prompt(app: &App, param: &str, tokens: usize) -> Result<(), 
 /// Submits a request and answers it, whole or as a stream.
 pub(super) async fn respond(app: &Shared, caller: &Caller, prepared: Prepared) -> Result<Response, ApiError> {
     let Prepared { dialect, model, prompts, options, delivery } = prepared;
+    if let Some(constraint) = &options.constraint {
+        constraint.check(app).await?;
+    }
     let grace = app.streams.grace(caller.resumable.as_ref())?;
     let salt = caller.tenant.salt(options.cache_salt.as_deref());
     let generation = Generation::start(app, prompts, &options, salt, caller.arrived)?;

@@ -2,7 +2,7 @@
 //!
 //! Implemented by `shell::served` for checkpoints and by a byte-level model in the tests.
 
-use ridge_protocol::TokenId;
+use ridge_protocol::{Grammar, TokenId};
 use serde_json::{Map, Value};
 
 /// Tokenizer, chat template and generation defaults of the served model.
@@ -27,6 +27,8 @@ pub trait TextModel: Send + Sync + 'static {
         add_generation_prompt: bool,
         extra: &Map<String, Value>,
     ) -> Result<String, String>;
+    /// Says what is wrong with a grammar, if anything. It may take a good part of a second.
+    fn check_grammar(&self, grammar: &Grammar) -> Result<(), String>;
     /// What a request gets that does not say otherwise.
     fn defaults(&self) -> &Defaults;
 }
