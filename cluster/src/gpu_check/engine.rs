@@ -116,7 +116,12 @@ mod tests {
 
     #[test]
     fn answers_are_compared_as_far_as_they_agree() {
-        let out = |token: u32, logprob: f32| TokenOut { token, logprob: Some(logprob), top: vec![(token, logprob)] };
+        let out = |token: u32, logprob: f32| TokenOut {
+            token,
+            logprob: Some(logprob),
+            top: vec![(token, logprob)],
+            ends: false,
+        };
         let near = |a: f32, b: f32| (a - b).abs() < 1e-6;
         assert!(near(difference(&[out(1, -0.5), out(2, -1.0)], &[out(1, -0.4), out(2, -1.3)]), 0.3));
         assert!(near(difference(&[out(1, -0.5), out(2, -1.0)], &[out(3, -0.4), out(2, -9.0)]), 0.1));
