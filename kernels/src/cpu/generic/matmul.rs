@@ -28,7 +28,7 @@ use std::ops::Range;
 const WIDEN_ROWS: usize = 24;
 /// Elements of k per chunk of float weights that are widened in registers: 16 KiB of 16-bit weights.
 const FLOATS_WIDENED: usize = 128;
-/// Elements of k per chunk of unpacked floats: half of the strip's columns (32 KiB) stay in L1.
+/// Elements of k per chunk of unpacked floats: a panel of two registers of columns (16 KiB) and a tile of x (6 KiB) stay in L1.
 const FLOATS: usize = 128;
 /// Elements of k per chunk of bytes: whole blocks of every type; few rows, then many.
 const BYTES_ONCE: usize = 256;
@@ -337,8 +337,9 @@ struct Part {
 }
 
 impl Part {
-    /// Asks for `N` lines at every step, as many as a tile of `N` registers reads: some of them once more, but without a branch,
-    /// for which a loop over more registers than there are would have to be cut.
+    /// Asks for `N` lines at every step, as many as a tile of `N` registers reads: where many tiles share the weights, for most of
+    /// them again and again. But it is no branch: around the loop of [`Part::step`] the compiler keeps a tile's sums on the stack,
+    /// which costs a third of the time.
     #[inline(always)]
     fn lines<V: Vector, const N: usize>(&mut self) {
         for line in 0..N {
