@@ -107,27 +107,16 @@ fn check_pet(text: &str) {
 
 /// Streams an answer, and does something when `after` pieces have come.
 fn stream(client: &Client, request: &Value, after: usize, act: impl FnOnce()) -> String {
-    let mut request = request.clone();
-    request["stream"] = json!(true);
     let (mut text, mut pieces, mut act) = (String::new(), 0, Some(act));
-    let events = client.stream("/v1/completions", &request).expect("a stream");
-    events
-        .for_each(|data| {
-            if data == "[DONE]" {
-                return true;
-            }
-            let event: Value = serde_json::from_str(data).expect("an event is JSON");
-            assert!(event["error"].is_null(), "{event}");
-            text.push_str(event["choices"][0]["text"].as_str().unwrap_or_default());
-            pieces += 1;
-            if pieces >= after
-                && let Some(act) = act.take()
-            {
-                act();
-            }
-            true
-        })
-        .expect("the stream ends well");
+    client.stream_completion(request, |_, piece| {
+        text.push_str(piece);
+        pieces += 1;
+        if pieces >= after
+            && let Some(act) = act.take()
+        {
+            act();
+        }
+    });
     assert!(act.is_none(), "the answer was over too soon: {text:?}");
     text
 }

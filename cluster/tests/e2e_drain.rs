@@ -45,29 +45,18 @@ fn check_streams(cluster: &Cluster, model: &Path, act: impl FnOnce()) {
 
 /// An answer's text, and the receipt at its end.
 fn stream(cluster: &Cluster, prompt: &[u32], begun: &AtomicUsize) -> (String, Value) {
-    let mut request = completion(prompt, TOKENS);
-    request["stream"] = json!(true);
     let (mut text, mut pieces, mut receipt) = (String::new(), 0, Value::Null);
     let client = cluster.client.with_header("X-Ridge-Receipt", "1");
-    let events = client.stream("/v1/completions", &request).expect("a stream");
-    events
-        .for_each(|data| {
-            if data == "[DONE]" {
-                return true;
-            }
-            let event: Value = serde_json::from_str(data).expect("an event is JSON");
-            assert!(event["error"].is_null(), "{event}");
-            text.push_str(event["choices"][0]["text"].as_str().unwrap_or_default());
-            if !event["ridge"].is_null() {
-                receipt = event["ridge"]["receipt"].clone();
-            }
-            pieces += 1;
-            if pieces == 3 {
-                begun.fetch_add(1, Ordering::Relaxed);
-            }
-            true
-        })
-        .expect("the stream ends well");
+    client.stream_completion(&completion(prompt, TOKENS), |event, piece| {
+        text.push_str(piece);
+        if !event["ridge"].is_null() {
+            receipt = event["ridge"]["receipt"].clone();
+        }
+        pieces += 1;
+        if pieces == 3 {
+            begun.fetch_add(1, Ordering::Relaxed);
+        }
+    });
     (text, receipt)
 }
 

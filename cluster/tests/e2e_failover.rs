@@ -5,7 +5,6 @@ mod support;
 use ridge_tests::cluster::{Cluster, within};
 use ridge_tests::model::prompt;
 use ridge_tests::process::{Kill, signal};
-use serde_json::{Value, json};
 use std::time::Duration;
 use support::{binary, completion, oracle, tiny_llama};
 
@@ -21,25 +20,14 @@ fn stream_and_signal(
     after: usize,
     kill: Kill,
 ) -> String {
-    let mut request = completion(prompt, max_tokens);
-    request["stream"] = json!(true);
     let (mut text, mut pieces) = (String::new(), 0);
-    let events = cluster.client.stream("/v1/completions", &request).expect("a stream");
-    events
-        .for_each(|data| {
-            if data == "[DONE]" {
-                return true;
-            }
-            let event: Value = serde_json::from_str(data).expect("an event is JSON");
-            assert!(event["error"].is_null(), "{event}");
-            text.push_str(event["choices"][0]["text"].as_str().unwrap_or_default());
-            pieces += 1;
-            if pieces == after {
-                signal(cluster.process(node).pid, kill);
-            }
-            true
-        })
-        .expect("the stream ends well");
+    cluster.client.stream_completion(&completion(prompt, max_tokens), |_, piece| {
+        text.push_str(piece);
+        pieces += 1;
+        if pieces == after {
+            signal(cluster.process(node).pid, kill);
+        }
+    });
     assert!(pieces > after, "the answer was over before {node} got its signal");
     text
 }

@@ -75,6 +75,23 @@ impl Client {
         Self::events(self.send("POST", path, &body.to_string())?)
     }
 
+    /// Streams a completion to its end, and calls `each` with every event and the text it brings. An event that is an error fails
+    /// the test.
+    pub fn stream_completion(&self, request: &Value, mut each: impl FnMut(&Value, &str)) {
+        let mut request = request.clone();
+        request["stream"] = Value::Bool(true);
+        let events = self.stream("/v1/completions", &request).expect("a stream");
+        let read = events.for_each(|data| {
+            if data != "[DONE]" {
+                let event: Value = serde_json::from_str(data).expect("an event is JSON");
+                assert!(event["error"].is_null(), "{event}");
+                each(&event, event["choices"][0]["text"].as_str().unwrap_or_default());
+            }
+            true
+        });
+        read.expect("the stream ends well");
+    }
+
     /// `GET path`, answer to be read as server-sent events.
     pub fn get_stream(&self, path: &str) -> std::io::Result<Events> {
         Self::events(self.send("GET", path, "")?)

@@ -57,7 +57,7 @@ mod tests {
     fn commands_name_no_folders() {
         let check = |argument, want| assert_eq!(without_folders(argument), want);
         check("target/release/cluster", "cluster");
-        check("/home/someone/models/llama-1b/", "llama-1b");
+        check("/somewhere/models/llama-1b/", "llama-1b");
         check("--model=/models/a.gguf", "--model=a.gguf");
         check("--json", "--json");
         check("1,4,8", "1,4,8");
