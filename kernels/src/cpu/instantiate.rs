@@ -89,6 +89,23 @@ macro_rules! instantiate {
                 from.recast(page, to, out, moved);
             }
 
+            impl matmul::ByteTiles<$vector> for $bytes {
+                #[$($attribute)*]
+                unsafe fn tile<
+                    const BITS: usize,
+                    const LEVELS: bool,
+                    const G: usize,
+                    const MINIMA: bool,
+                    const M: usize,
+                    const R: usize,
+                >(
+                    t: &matmul::ByteTile<'_>,
+                ) {
+                    // SAFETY: passed on.
+                    unsafe { matmul::byte_tile::<$vector, $bytes, BITS, LEVELS, G, MINIMA, M, R>(t) }
+                }
+            }
+
             impl products::Strips for $vector {
                 #[$($attribute)*]
                 unsafe fn score_strip<E: Element, const N: usize>(

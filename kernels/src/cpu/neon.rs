@@ -28,7 +28,7 @@ impl Quad {
 impl Vector for Quad {
     const LANES: usize = 4;
     // As with AVX-512, which has as many registers.
-    const FLOAT_ROWS: usize = 12;
+    const FLOAT_ROWS: usize = 6;
     const BYTE_ROWS: usize = 6;
     const FOUR: bool = true;
     const TILE_QUERIES: usize = 6;

@@ -10,11 +10,11 @@
 pub(crate) trait Vector: Copy {
     /// Lanes per register.
     const LANES: usize;
-    /// Most rows of x in the register tile of a product of floats, at most 12; its columns are two registers.
+    /// Most rows of x in the register tile of a product of floats, at most 6; its columns are four registers or two.
     const FLOAT_ROWS: usize;
-    /// The same for a product of bytes, at most 6.
+    /// The same for a product of bytes, whose tile has two registers of columns, or four for half as many rows.
     const BYTE_ROWS: usize;
-    /// Whether tiles of half as many rows have four registers of columns instead of two.
+    /// Whether tiles have four registers of columns, if their sums fit, or never more than two.
     const FOUR: bool;
     /// Queries in the register tiles of attention (against four registers of keys, or of a value): at most 6.
     const TILE_QUERIES: usize;

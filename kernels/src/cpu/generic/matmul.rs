@@ -3,9 +3,9 @@
 //! ```text
 //! for each chunk of k:
 //!     if many rows are to pass: unpack the strip's weights of the chunk to a tile of f32 or of bytes
-//!     for each pair (or four) of registers of columns:             the tile's columns stay in L1
-//!         for each tile of rows:                                    up to 12 rows of x, in L1
-//!             sums[rows][columns] += x · w, all sums in registers
+//!     for each four (or pair) of registers of columns:             the tile's columns stay in L1
+//!         for each tile of rows:                                    up to 6 rows of x, in L1
+//!             sums[rows][columns] += x · w, sums of floats in registers
 //! finish: bias, residual or gate, and store
 //! ```
 //!
@@ -28,14 +28,18 @@ use std::ops::Range;
 const WIDEN_ROWS: usize = 24;
 /// Elements of k per chunk of float weights that are widened in registers: 16 KiB of 16-bit weights.
 const FLOATS_WIDENED: usize = 128;
-/// Elements of k per chunk of unpacked floats: a panel of two registers of columns (16 KiB) and a tile of x (6 KiB) stay in L1.
+/// Elements of k per chunk of unpacked floats: a panel of four registers of columns (32 KiB) and a tile of x (3 KiB) stay in L1.
 const FLOATS: usize = 128;
-/// Elements of k per chunk of bytes: whole blocks of every type; few rows, then many.
-const BYTES_ONCE: usize = 256;
+/// Elements of k per chunk of bytes, or a block if that is more: for one tile of rows, for two and for many.
+const BYTES_ONCE: usize = 64;
+const BYTES_TWICE: usize = 128;
 const BYTES: usize = 512;
-/// Rows of x up to which quants are unpacked in registers.
-const FUSED_ROWS: usize = 2;
-/// How far ahead of the weights being multiplied to ask for more, in bytes, when each is multiplied once.
+/// Rows of x up to which quants are unpacked in registers; those that are bytes have only scales to unpack.
+const FUSED_ROWS: usize = 4;
+const FUSED_ROWS_OF_BYTES: usize = 2;
+/// Rows of a tile up to which its neighbour's are not asked for: there is none, or they are near.
+const FEW_ROWS: usize = 3;
+/// How far ahead of the weights being multiplied to ask for more, in bytes, when memory is the limit.
 const AHEAD: usize = 8192;
 
 /// What becomes of a product.
@@ -103,7 +107,7 @@ fn fit(buffer: &mut Vec<Line>, floats: usize) -> *mut f32 {
 /// The CPU has the features of `V`, `B` and (if the operand is in pairs) `P`; y is writable at the job's rows and columns, and
 /// nobody else touches them. (x and w are checked by their types; that x is in a form that w can be multiplied with is asserted.)
 #[inline(always)]
-pub(crate) unsafe fn strip<V: Vector, P: WordsDot<V>, B: BytesDot<V>>(job: &Job<'_>, scratch: &mut Scratch) {
+pub(crate) unsafe fn strip<V: Vector, P: WordsDot<V>, B: ByteTiles<V>>(job: &Job<'_>, scratch: &mut Scratch) {
     let rows = job.x.rows_of(job.tiles.clone());
     let sums = fit(&mut scratch.sums, rows.len() * STRIP);
     let data = job.w.strip(job.strip);
@@ -151,7 +155,7 @@ pub(crate) unsafe fn strip<V: Vector, P: WordsDot<V>, B: BytesDot<V>>(job: &Job<
 /// # Safety
 /// As [`strip`], whose strip is `data`.
 #[inline(always)]
-unsafe fn quants<V: Vector, B: BytesDot<V>>(
+unsafe fn quants<V: Vector, B: ByteTiles<V>>(
     job: &Job<'_>,
     rows: &Range<usize>,
     layout: &Quants,
@@ -160,8 +164,14 @@ unsafe fn quants<V: Vector, B: BytesDot<V>>(
     sums: *mut f32,
 ) {
     let (k, dtype) = (job.w.cols(), job.w.dtype());
-    let chunk = if job.tiles.len() == 1 { BYTES_ONCE } else { BYTES };
-    let fused = V::FOUR && rows.len() <= FUSED_ROWS;
+    // With few tiles memory is the limit: they take turns often, so that it is asked all the time.
+    let (chunk, soon) = match job.tiles.len() {
+        1 => (BYTES_ONCE, true),
+        2 => (BYTES_TWICE, true),
+        _ => (BYTES, false),
+    };
+    let chunk = chunk.max(layout.block);
+    let fused = fused::<V>(rows.len(), layout.bits);
     let tile: *mut u8 = fit(&mut scratch.tile, chunk * STRIP / 4).cast();
     let scales = fit(&mut scratch.scales, chunk / layout.group * STRIP);
     let minima = fit(&mut scratch.minima, chunk / layout.group * STRIP);
@@ -174,8 +184,8 @@ unsafe fn quants<V: Vector, B: BytesDot<V>>(
             if !fused {
                 unpack::scales::<V>(dtype, layout, blocks, scales, minima);
             }
-            let distance = if fused { AHEAD } else { blocks.len() };
-            let ahead = Ahead { start: blocks.as_ptr().wrapping_add(distance), bytes: blocks.len(), soon: fused };
+            let distance = if soon { AHEAD } else { blocks.len() };
+            let ahead = Ahead { start: blocks.as_ptr().wrapping_add(distance), bytes: blocks.len(), soon };
             let mut w = Bytes { dtype, quants: blocks.as_ptr(), layout: *layout, scales, minima, ahead };
             if !fused && layout.bits != 8 {
                 unpack::quants::<V>(layout, blocks, tile);
@@ -201,6 +211,21 @@ unsafe fn quants<V: Vector, B: BytesDot<V>>(
         }
         at = end;
     }
+}
+
+/// Most rows in a tile of bytes of four registers of columns, or of two.
+const fn byte_rows<V: Vector>(four: bool) -> usize {
+    match (four, V::FOUR) {
+        (true, true) => V::BYTE_ROWS / 2,
+        (true, false) => 0,
+        (false, _) => V::BYTE_ROWS,
+    }
+}
+
+/// Whether quants are unpacked in registers.
+#[inline(always)]
+const fn fused<V: Vector>(rows: usize, bits: usize) -> bool {
+    V::FOUR && rows <= if bits == 8 { FUSED_ROWS_OF_BYTES } else { FUSED_ROWS }
 }
 
 /// Stands where an ISA has no dot product of pairs: operands in pairs are then never made.
@@ -291,15 +316,15 @@ unsafe fn widened<V: Vector, D: WordsDot<V>>(
     w: *const u8,
     sums: *mut f32,
 ) {
-    let chunk = if rows.len() <= V::FLOAT_ROWS / 2 { units.len() } else { FLOATS_WIDENED / D::STEPS };
+    let once = job.tiles.len() == 1 && columns::<V>() == STRIP;
+    let chunk = if once { units.len() } else { FLOATS_WIDENED / D::STEPS };
     for start in units.clone().step_by(chunk.max(1)) {
         let end = units.end.min(start + chunk);
         // SAFETY: passed on.
         unsafe {
             let w = w.add(start * STRIP * D::BYTES);
             let bytes = (end - start) * STRIP * D::BYTES;
-            let soon = chunk == units.len();
-            let ahead = Ahead { start: w.wrapping_add(if soon { AHEAD } else { bytes }), bytes, soon };
+            let ahead = Ahead { start: w.wrapping_add(if once { AHEAD } else { bytes }), bytes, soon: once };
             float_tiles::<V, D>(job, rows, start..end, &Columns::of_strip(w, D::BYTES), ahead, sums);
         }
     }
@@ -311,8 +336,8 @@ unsafe fn widened<V: Vector, D: WordsDot<V>>(
 struct Ahead {
     start: *const u8,
     bytes: usize,
-    /// Whether they are soon to be multiplied, once each: then the first-level cache asks. What many rows pass over has that
-    /// cache to itself, and more weights wait in the second level.
+    /// Whether they are soon to be multiplied, once or twice each: then the first-level cache asks. What many rows pass over has
+    /// that cache to itself, and more weights wait in the second level.
     soon: bool,
 }
 
@@ -337,17 +362,6 @@ struct Part {
 }
 
 impl Part {
-    /// Asks for `N` lines at every step, as many as a tile of `N` registers reads: where many tiles share the weights, for most of
-    /// them again and again. But it is no branch: around the loop of [`Part::step`] the compiler keeps a tile's sums on the stack,
-    /// which costs a third of the time.
-    #[inline(always)]
-    fn lines<V: Vector, const N: usize>(&mut self) {
-        for line in 0..N {
-            V::prefetch_far(self.next.wrapping_add(64 * line));
-        }
-        self.next = self.next.wrapping_add(self.per_step);
-    }
-
     #[inline(always)]
     fn step<V: Vector>(&mut self) {
         self.due = self.due.wrapping_add(self.per_step);
@@ -361,36 +375,30 @@ impl Part {
     }
 }
 
-/// Runs `$f::<.., rows, registers>` for a tile of `$m` rows: four registers of columns if their sums fit, else two.
+/// Runs `f::<.., rows, registers>` for a tile of `$m` rows and four registers of columns, or two.
 macro_rules! by_rows {
-    ($m:expr, $f:ident, [$($type:tt)*], $four:expr, $arguments:tt) => {
+    ($m:expr, [$($f:tt)*], [$($type:tt)*], $four:expr, $arguments:tt) => {
         match ($m, $four) {
-            (1, true) => $f::<$($type)*, 1, 4> $arguments,
-            (2, true) => $f::<$($type)*, 2, 4> $arguments,
-            (3, true) => $f::<$($type)*, 3, 4> $arguments,
-            (4, true) => $f::<$($type)*, 4, 4> $arguments,
-            (5, true) => $f::<$($type)*, 5, 4> $arguments,
-            (6, true) => $f::<$($type)*, 6, 4> $arguments,
-            (1, _) => $f::<$($type)*, 1, 2> $arguments,
-            (2, _) => $f::<$($type)*, 2, 2> $arguments,
-            (3, _) => $f::<$($type)*, 3, 2> $arguments,
-            (4, _) => $f::<$($type)*, 4, 2> $arguments,
-            (5, _) => $f::<$($type)*, 5, 2> $arguments,
-            (6, _) => $f::<$($type)*, 6, 2> $arguments,
-            (7, _) => $f::<$($type)*, 7, 2> $arguments,
-            (8, _) => $f::<$($type)*, 8, 2> $arguments,
-            (9, _) => $f::<$($type)*, 9, 2> $arguments,
-            (10, _) => $f::<$($type)*, 10, 2> $arguments,
-            (11, _) => $f::<$($type)*, 11, 2> $arguments,
-            _ => $f::<$($type)*, 12, 2> $arguments,
+            (1, true) => $($f)*::<$($type)*, 1, 4> $arguments,
+            (2, true) => $($f)*::<$($type)*, 2, 4> $arguments,
+            (3, true) => $($f)*::<$($type)*, 3, 4> $arguments,
+            (4, true) => $($f)*::<$($type)*, 4, 4> $arguments,
+            (5, true) => $($f)*::<$($type)*, 5, 4> $arguments,
+            (_, true) => $($f)*::<$($type)*, 6, 4> $arguments,
+            (1, false) => $($f)*::<$($type)*, 1, 2> $arguments,
+            (2, false) => $($f)*::<$($type)*, 2, 2> $arguments,
+            (3, false) => $($f)*::<$($type)*, 3, 2> $arguments,
+            (4, false) => $($f)*::<$($type)*, 4, 2> $arguments,
+            (5, false) => $($f)*::<$($type)*, 5, 2> $arguments,
+            (_, false) => $($f)*::<$($type)*, 6, 2> $arguments,
         }
     };
 }
 
-/// Whether an ISA uses tiles of this size, of at most `rows` rows; what it does not use is then not compiled.
+/// Columns of a register tile of floats.
 #[inline(always)]
-const fn fits<V: Vector>(rows: usize, m: usize, r: usize) -> bool {
-    if r == 4 { V::FOUR && m <= rows / 2 } else { m <= rows }
+pub(super) const fn columns<V: Vector>() -> usize {
+    if V::FOUR { 4 * V::LANES } else { 2 * V::LANES }
 }
 
 /// Where the weights of some columns lie, unit by unit of k.
@@ -400,22 +408,20 @@ struct Columns {
     unit: usize,
     /// Bytes from one column to the next, for the columns that tiles begin with.
     column: usize,
-    /// Whether tiles may have four registers of columns, or two at most.
-    four: bool,
 }
 
 impl Columns {
     /// As they are packed: `[units][64]` weights of so many bytes.
     #[inline(always)]
     fn of_strip(start: *const u8, bytes: usize) -> Columns {
-        Columns { start, unit: STRIP * bytes, column: bytes, four: true }
+        Columns { start, unit: STRIP * bytes, column: bytes }
     }
 
-    /// As floats are unpacked for many rows: `[64 / c][units][c]`, where `c` columns are two registers. What a tile passes over
-    /// again and again then is contiguous: every other pair of lines of a larger block would meet in half of a cache's sets.
+    /// As floats are unpacked for many rows: `[64 / c][units][c]`, where `c` columns are a tile's. What a tile passes over again
+    /// and again then is contiguous: parts of the rows of a larger block would meet in some of a cache's sets.
     #[inline(always)]
     fn of_panels<V: Vector>(start: *const u8, units: usize) -> Columns {
-        Columns { start, unit: 2 * V::LANES * 4, column: units * 4, four: false }
+        Columns { start, unit: columns::<V>() * 4, column: units * 4 }
     }
 }
 
@@ -434,8 +440,7 @@ unsafe fn float_tiles<V: Vector, D: WordsDot<V>>(
 ) {
     let fresh = units.start == 0;
     let mut call = 0;
-    let four = V::FOUR && w.four && rows.len() <= V::FLOAT_ROWS / 2;
-    let columns = if four { 4 * V::LANES } else { 2 * V::LANES };
+    let columns = columns::<V>();
     let calls = STRIP / columns * job.tiles.len();
     for column in (0..STRIP).step_by(columns) {
         for tile in job.tiles.clone() {
@@ -445,9 +450,20 @@ unsafe fn float_tiles<V: Vector, D: WordsDot<V>>(
             // SAFETY: the tile's words of x start at its first row times the words of a row; everything else is as by contract.
             unsafe {
                 let x = job.x.words(span.start).add(units.start * D::STEPS * span.len());
+                let next = if tile + 1 < job.tiles.end {
+                    job.x.words(span.end).add(units.start * D::STEPS * span.len())
+                } else {
+                    x
+                };
                 let start = w.start.add(column * w.column);
                 let sums = sums.add((span.start - rows.start) * STRIP + column);
-                by_rows!(span.len(), float_tile, [V, D], four, (x, start, w.unit, units.len(), ahead, sums, fresh));
+                by_rows!(
+                    span.len(),
+                    [float_tile],
+                    [V, D],
+                    V::FOUR,
+                    (x, next, start, w.unit, units.len(), ahead, sums, fresh)
+                );
             }
         }
     }
@@ -457,10 +473,12 @@ unsafe fn float_tiles<V: Vector, D: WordsDot<V>>(
 ///
 /// # Safety
 /// The CPU has the features; `x` leads to `[units][steps][M]` words, `w` to `units` times `R` registers of weights, `unit` bytes
-/// apart, `sums` to `M` rows of 64 floats, of which the first `R` registers are used.
+/// apart, `sums` to `M` rows of 64 floats, of which the first `R` registers are used. `next` is where the next tile's words are:
+/// they are asked for, because the hardware's prefetcher sees no way from tile to tile.
 #[inline(always)]
 unsafe fn float_tile<V: Vector, D: WordsDot<V>, const M: usize, const R: usize>(
     x: *const u32,
+    next: *const u32,
     w: *const u8,
     unit: usize,
     units: usize,
@@ -468,7 +486,7 @@ unsafe fn float_tile<V: Vector, D: WordsDot<V>, const M: usize, const R: usize>(
     sums: *mut f32,
     fresh: bool,
 ) {
-    if !fits::<V>(V::FLOAT_ROWS, M, R) {
+    if M > V::FLOAT_ROWS || V::FOUR != (R == 4) {
         unreachable!("the operand's tiles have at most as many rows");
     }
     // SAFETY: by contract.
@@ -481,9 +499,13 @@ unsafe fn float_tile<V: Vector, D: WordsDot<V>, const M: usize, const R: usize>(
                 }
             }
         }
-        let (mut x, mut w) = (x, w);
+        let (mut x, mut next, mut w) = (x, next, w);
         for _ in 0..units {
             ahead.step::<V>();
+            if M > FEW_ROWS {
+                V::prefetch(next.cast());
+                next = next.wrapping_add(M * D::STEPS);
+            }
             for step in 0..D::STEPS {
                 let mut b = [D::load(w, step); R];
                 for r in 1..R {
@@ -529,7 +551,7 @@ struct Bytes {
 #[inline(always)]
 unsafe fn byte_tiles<
     V: Vector,
-    B: BytesDot<V>,
+    B: ByteTiles<V>,
     const BITS: usize,
     const LEVELS: bool,
     const G: usize,
@@ -544,9 +566,12 @@ unsafe fn byte_tiles<
     if BITS != 8 && !V::FOUR {
         unreachable!("this instruction set unpacks to memory");
     }
-    let four = V::FOUR && rows.len() <= V::BYTE_ROWS / 2;
+    let four = rows.len() <= byte_rows::<V>(true);
     let columns = if four { 4 * V::LANES } else { 2 * V::LANES };
     let calls = STRIP / columns * job.tiles.len();
+    // A tile asks for more with every word of x if nothing else is to be kept, else with every 32 elements: around the loop that
+    // asks, the compiler keeps sums and dots on the stack, which costs a third of the time.
+    let step = if fused::<V>(rows.len(), BITS) { 4 } else { QUANT_BLOCK };
     let mut call = 0;
     for column in (0..STRIP).step_by(columns) {
         for tile in job.tiles.clone() {
@@ -554,28 +579,51 @@ unsafe fn byte_tiles<
             // SAFETY: the tile's words, scales and sums of x start at its first row times those of a row.
             unsafe {
                 let first = groups.start * span.len();
+                let words = job.x.words(span.start).add(first * G / 4);
                 let t = ByteTile {
-                    words: job.x.words(span.start).add(first * G / 4),
+                    words,
+                    next: if tile + 1 < job.tiles.end { job.x.words(span.end).add(first * G / 4) } else { words },
                     x_scales: job.x.scales(span.start).add(first * G / QUANT_BLOCK),
                     x_sums: if G == 16 { job.x.sums_16(span.start) } else { job.x.sums_32(span.start) }.add(first),
                     w,
                     column,
-                    ahead: w.ahead.part(call, calls, groups.len() * G / 4),
+                    ahead: w.ahead.part(call, calls, groups.len() * G / step),
                     groups: groups.len(),
                     sums: sums.add((span.start - rows.start) * STRIP + column),
                     fresh: groups.start == 0,
                 };
                 call += 1;
-                by_rows!(span.len(), byte_tile, [V, B, BITS, LEVELS, G, MINIMA], four, (&t));
+                by_rows!(span.len(), [B::tile], [BITS, LEVELS, G, MINIMA], four, (&t));
             }
         }
     }
 }
 
+/// The register tiles of bytes, each compiled as a function of its own: inlined, two hundred of them (types by rows) would make
+/// one function that takes the compiler many minutes.
+pub(crate) trait ByteTiles<V: Vector>: BytesDot<V> {
+    /// [`byte_tile`].
+    ///
+    /// # Safety
+    /// As [`byte_tile`].
+    unsafe fn tile<
+        const BITS: usize,
+        const LEVELS: bool,
+        const G: usize,
+        const MINIMA: bool,
+        const M: usize,
+        const R: usize,
+    >(
+        t: &ByteTile<'_>,
+    );
+}
+
 /// Arguments of [`byte_tile`], of `M` rows.
-struct ByteTile<'a> {
+pub(crate) struct ByteTile<'a> {
     /// `[k / 4][M]`
     words: *const u32,
+    /// Where the next tile's words are, which are asked for; nothing is read.
+    next: *const u32,
     /// `[k / 32][M]`
     x_scales: *const f32,
     /// `[k / group][M]`
@@ -595,7 +643,7 @@ struct ByteTile<'a> {
 /// # Safety
 /// The CPU has the features; the pointers of the arguments lead to what their types say for all groups.
 #[inline(always)]
-unsafe fn byte_tile<
+pub(crate) unsafe fn byte_tile<
     V: Vector,
     B: BytesDot<V>,
     const BITS: usize,
@@ -607,7 +655,7 @@ unsafe fn byte_tile<
 >(
     t: &ByteTile<'_>,
 ) {
-    if !fits::<V>(V::BYTE_ROWS, M, R) || BITS != 8 && M > FUSED_ROWS {
+    if M > byte_rows::<V>(R == 4) || BITS != 8 && M > FUSED_ROWS {
         unreachable!("the operand's tiles have at most as many rows");
     }
     // SAFETY: by contract.
@@ -627,10 +675,10 @@ unsafe fn byte_tile<
         let mut x = t.words;
         let mut group = 0;
         let mut sub_of_block = 0;
-        let fused = R == 4 && M <= FUSED_ROWS;
+        let fused = fused::<V>(M, BITS);
         let mut supers = Supers::default();
         let (mut sub, mut sub_minima): ([Lanes; 2], [Lanes; 2]) = ([[0.0; STRIP]; 2], [[0.0; STRIP]; 2]);
-        let mut ahead = t.ahead;
+        let (mut ahead, mut next) = (t.ahead, t.next);
         while group < t.groups {
             if sub_of_block == 0 {
                 if fused {
@@ -649,6 +697,15 @@ unsafe fn byte_tile<
                 );
                 (scales, minima) = (sub.as_ptr().cast(), sub_minima.as_ptr().cast());
             }
+            if !fused {
+                ahead.step::<V>();
+                if M > FEW_ROWS {
+                    for line in 0..(M * QUANT_BLOCK).div_ceil(64) {
+                        V::prefetch(next.cast::<u8>().wrapping_add(64 * line));
+                    }
+                    next = next.wrapping_add(M * QUANT_BLOCK / 4);
+                }
+            }
             let w = quants.add(layout.sub_head + t.column * 4);
             for half in 0..QUANT_BLOCK / G {
                 let x_sums = t.x_sums.add(group * M);
@@ -659,9 +716,8 @@ unsafe fn byte_tile<
                     }
                 }
                 for u in half * G / 4..(half + 1) * G / 4 {
-                    match fused {
-                        true => ahead.step::<V>(),
-                        false => ahead.lines::<V, R>(),
+                    if fused {
+                        ahead.step::<V>();
                     }
                     let mut b = [unpack_word::<V, B, BITS>(w, u); R];
                     for r in 1..R {
@@ -681,17 +737,18 @@ unsafe fn byte_tile<
                     x = x.add(M);
                 }
                 let x_scales = t.x_scales.add(group * G / QUANT_BLOCK * M);
-                for r in 0..R {
-                    let of = if fused { half } else { group };
-                    let at = of * STRIP + t.column + r * V::LANES;
-                    let scale = V::load(scales.add(at));
-                    for i in 0..M {
-                        let mut value = B::floats(dots[i][r]).mul(scale);
+                let at = if fused { half } else { group } * STRIP + t.column;
+                for i in 0..M {
+                    let x_scale = V::splat(*x_scales.add(i));
+                    let x_sum =
+                        if MINIMA { V::splat(0.0).sub(B::floats(B::broadcast(x_sums.add(i).cast()))) } else { x_scale };
+                    for r in 0..R {
+                        let at = at + r * V::LANES;
+                        let mut value = B::floats(dots[i][r]).mul(V::load(scales.add(at)));
                         if MINIMA {
-                            let sum = V::splat(-(*x_sums.add(i) as f32));
-                            value = V::load(minima.add(at)).fma(sum, value);
+                            value = V::load(minima.add(at)).fma(x_sum, value);
                         }
-                        acc[i][r] = value.fma(V::splat(*x_scales.add(i)), acc[i][r]);
+                        acc[i][r] = value.fma(x_scale, acc[i][r]);
                     }
                 }
                 group += 1;

@@ -1,20 +1,21 @@
 //! From packed weights to what the register tiles read. Loops over bytes are plain, so that each ISA's compiler vectorises them.
 
+use super::matmul::columns;
 use crate::DType;
 use crate::cpu::vector::Vector;
 use crate::packed::{QUANT_BLOCK, Quants, STRIP};
 use crate::quant::e8m0_half;
 
-/// Pairs of bf16 `[pairs][64][2]` to f32 `[64 / c][2 pairs][c]`, where `c` columns are two registers.
+/// Pairs of bf16 `[pairs][64][2]` to f32 `[64 / c][2 pairs][c]`, where `c` columns are a register tile's.
 ///
 /// # Safety
 /// The CPU has `V`'s features; `src` leads to `pairs * 64` words, `tile` to twice as many writable floats, elsewhere.
 #[inline(always)]
 pub(crate) unsafe fn bf16<V: Vector>(src: *const u32, pairs: usize, tile: *mut f32) {
-    let columns = 2 * V::LANES;
+    let columns = columns::<V>();
     for pair in 0..pairs {
         for lane in (0..STRIP).step_by(V::LANES) {
-            // SAFETY: by contract; 64 is a multiple of two registers.
+            // SAFETY: by contract; 64 is a multiple of a tile's columns.
             unsafe {
                 let src = src.add(pair * STRIP + lane);
                 let row = lane / columns * 2 * pairs + 2 * pair;
@@ -26,16 +27,16 @@ pub(crate) unsafe fn bf16<V: Vector>(src: *const u32, pairs: usize, tile: *mut f
     }
 }
 
-/// f16 `[steps][64]` to f32 `[64 / c][s][c]`, where `c` columns are two registers and `s` is `steps`, made even.
+/// f16 `[steps][64]` to f32 `[64 / c][s][c]`, where `c` columns are a register tile's and `s` is `steps`, made even.
 ///
 /// # Safety
 /// The CPU has `V`'s features; `src` leads to `steps * 64` halves, `tile` to `s * 64` writable floats.
 #[inline(always)]
 pub(crate) unsafe fn f16<V: Vector>(src: *const u16, steps: usize, tile: *mut f32) {
-    let (columns, rows) = (2 * V::LANES, steps.next_multiple_of(2));
+    let (columns, rows) = (columns::<V>(), steps.next_multiple_of(2));
     for step in 0..steps {
         for lane in (0..STRIP).step_by(V::LANES) {
-            // SAFETY: by contract; 64 is a multiple of two registers.
+            // SAFETY: by contract; 64 is a multiple of a tile's columns.
             unsafe {
                 let to = tile.add((lane / columns * rows + step) * columns + lane % columns);
                 V::load_f16(src.add(step * STRIP + lane).cast()).store(to);
