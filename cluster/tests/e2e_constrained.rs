@@ -174,3 +174,52 @@ fn bad_grammars_are_refused_by_name() {
     let error = fails(&mut command);
     assert!(error.contains("--regex"), "{error}");
 }
+
+#[test]
+fn calls_that_are_asked_for_match_their_schemas() {
+    let cluster = Cluster::start(binary(), &tiny_llama(), &[]);
+    // A schema with a definition of its own, which must be found wherever the schema ends up.
+    let pet = json!({"type": "object", "properties": {"pet": {"$ref": "#/$defs/pet"}}, "required": ["pet"],
+        "additionalProperties": false, "$defs": {"pet": short_schema()}});
+    let tools = json!([
+        {"type": "function", "function": {"name": "now"}},
+        {"type": "function", "function": {"name": "buy", "parameters": pet}},
+    ]);
+    let ask = |choice: &Value, stream: bool| {
+        json!({"messages": [{"role": "user", "content": "Buy a pet."}], "tools": tools, "tool_choice": choice,
+            "parallel_tool_calls": false, "temperature": 1.0, "seed": 4, "stream": stream})
+    };
+    let check = |call: &Value| {
+        let function = &call["function"];
+        let arguments: Value = serde_json::from_str(function["arguments"].as_str().expect("text")).expect("JSON");
+        match function["name"].as_str() {
+            Some("now") => assert_eq!(arguments, json!({})),
+            Some("buy") => check_pet(&arguments["pet"].to_string()),
+            _ => panic!("{call}"),
+        }
+    };
+    let named = json!({"type": "function", "function": {"name": "buy"}});
+    for (choice, reason) in [(json!("required"), "tool_calls"), (named, "stop")] {
+        let answer = cluster.client.post("/v1/chat/completions", &ask(&choice, false)).expect("an answer").ok();
+        let answer = &answer["choices"][0];
+        assert_eq!((&answer["finish_reason"], &answer["message"]["content"]), (&json!(reason), &Value::Null));
+        let call = &answer["message"]["tool_calls"][0];
+        check(call);
+
+        let mut streamed = json!({"name": "", "arguments": ""});
+        let events = cluster.client.stream("/v1/chat/completions", &ask(&choice, true)).expect("a stream");
+        let add = |data: &str| {
+            let event: Value = serde_json::from_str(data).unwrap_or_default();
+            let part = &event["choices"][0]["delta"]["tool_calls"][0]["function"];
+            for key in ["name", "arguments"] {
+                let text = [&streamed[key], &part[key]].map(|text| text.as_str().unwrap_or_default()).concat();
+                streamed[key] = json!(text);
+            }
+            true
+        };
+        events.for_each(add).expect("the stream ends well");
+        for key in ["name", "arguments"] {
+            assert_eq!(streamed[key], call["function"][key]);
+        }
+    }
+}

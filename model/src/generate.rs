@@ -83,12 +83,62 @@ pub fn generate_handed_over(
     max_model_len: usize,
     on_token: &mut dyn FnMut(&TokenOut) -> bool,
 ) -> Result<Vec<TokenOut>, GenerateError> {
-    let first = check(prefill, prompt, params, params.max_tokens.min(1), max_model_len)?;
+    let begin = Turn { at: 0, by: Computes::Prefill };
+    generate_in_turns(prefill, decode, prompt, params, chunk, max_model_len, &[begin], on_token)
+}
+
+/// Who computes all that there is of a sequence.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Computes {
+    /// The prefill engine, which draws the next token and hands over.
+    Prefill,
+    /// The decode engine by itself.
+    Decode,
+}
+
+/// A point of an answer at which nothing is left of the sequence's KV.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Turn {
+    /// Tokens of the answer before it.
+    pub at: usize,
+    /// Prompt and answer so far are computed by this engine.
+    pub by: Computes,
+}
+
+/// As [`generate_handed_over`], with KV that is lost and computed again at every turn but the first, which is at 0: an answer whose
+/// nodes died. Where the engines keep KV in one type, turns change nothing.
+///
+/// # Panics
+///
+/// As there; if there is no turn at 0, or turns do not ascend.
+#[expect(clippy::too_many_arguments, reason = "as many as a hand-over has, and the turns")]
+pub fn generate_in_turns(
+    prefill: &mut dyn Engine,
+    decode: &mut dyn Engine,
+    prompt: &[TokenId],
+    params: &SamplingParams,
+    chunk: usize,
+    max_model_len: usize,
+    turns: &[Turn],
+    on_token: &mut dyn FnMut(&TokenOut) -> bool,
+) -> Result<Vec<TokenOut>, GenerateError> {
+    assert!(turns.first().is_some_and(|first| first.at == 0) && turns.is_sorted_by_key(|turn| turn.at), "{turns:?}");
+    let drawn = turns.iter().filter(|turn| turn.by == Computes::Prefill).map(|turn| turn.at as u32 + 1).max();
+    check(prefill, prompt, params, params.max_tokens.min(drawn.unwrap_or(0)), max_model_len)?;
     let limit = check(decode, prompt, params, params.max_tokens, max_model_len)?;
     let mut sequence = Sequence::new(prompt, params);
-    if sequence.run(prefill, first, chunk, on_token)? && limit > first {
-        hand_over(prefill.kv(), decode.kv(), prompt.len());
-        sequence.run(decode, limit, chunk, on_token)?;
+    for (turn, next) in turns.iter().zip(turns.iter().skip(1).map(Some).chain([None])) {
+        let until = next.map_or(limit, |next| next.at.min(limit));
+        sequence.computed = 0;
+        if turn.by == Computes::Prefill && turn.at < until {
+            if !sequence.run(prefill, turn.at + 1, chunk, on_token)? {
+                break;
+            }
+            hand_over(prefill.kv(), decode.kv(), sequence.computed);
+        }
+        if !sequence.run(decode, until, chunk, on_token)? {
+            break;
+        }
     }
     Ok(sequence.out)
 }

@@ -7,7 +7,7 @@ use common::tiny::{Random, checkpoint, item, memory, prompts, spec};
 use ridge_kernels::{Cpu, DType, KvDtype, KvFormat};
 use ridge_model::engine::{CpuEngine, Engine, EngineError, identity};
 use ridge_model::forward::{Forward, Weights};
-use ridge_model::generate::{GenerateError, generate, generate_handed_over};
+use ridge_model::generate::{Computes, GenerateError, Turn, generate, generate_handed_over, generate_in_turns};
 use ridge_model::kv::KvMemory;
 use ridge_model::memory::{PassLimits, activation_bytes};
 use ridge_protocol::{BatchPlan, BlockId, ModelIdentity, SamplingParams, TokenId};
@@ -255,6 +255,38 @@ fn a_hand_over_into_other_blocks_changes_no_token() {
             }
         }
     }
+}
+
+/// KV of one type may be lost and computed again at any token, by either engine.
+#[test]
+fn turns_change_no_token_of_one_type() {
+    let params = SamplingParams { logprobs: Some(1), ..SamplingParams::greedy(12) };
+    let [mut prefill, mut decode] = [8, 16].map(|size| engine_in(KvDtype::Int8, size, 10));
+    let prompt = &prompts()[0];
+    let want = generate(&mut decode, prompt, &params, 24, 256, &mut |_| true).expect("it fits");
+    for first in [Computes::Prefill, Computes::Decode] {
+        for (at, by) in [(0, first), (1, Computes::Prefill), (5, Computes::Decode), (12, Computes::Prefill)] {
+            let turns = [Turn { at: 0, by: first }, Turn { at, by }];
+            let got = generate_in_turns(&mut prefill, &mut decode, prompt, &params, 24, 256, &turns, &mut |_| true);
+            assert_eq!(got.as_ref(), Ok(&want), "{turns:?}");
+        }
+    }
+}
+
+/// Where the types differ, a turn rounds what was generated once more: log-probabilities before it are the same, and not after it.
+#[test]
+fn a_turn_into_another_type_is_seen_from_there_on() {
+    let params = SamplingParams { logprobs: Some(0), ..SamplingParams::greedy(12) };
+    let (mut prefill, mut decode) = (engine_in(KvDtype::F32, 16, 10), engine_in(KvDtype::Int8, 16, 10));
+    let prompt = &prompts()[0];
+    let mut answer = |turns: &[Turn]| {
+        generate_in_turns(&mut prefill, &mut decode, prompt, &params, 24, 256, turns, &mut |_| true).expect("it fits")
+    };
+    let begin = Turn { at: 0, by: Computes::Prefill };
+    let whole = answer(&[begin]);
+    let again = answer(&[begin, Turn { at: 5, by: Computes::Prefill }]);
+    assert_eq!(again[..5], whole[..5]);
+    assert_ne!(again[5..], whole[5..]);
 }
 
 #[test]

@@ -32,7 +32,7 @@ pub enum Verdict {
 
 /// What has come so far.
 #[derive(Debug, Default)]
-struct Heard {
+pub struct Heard {
     text: String,
     tokens: u64,
     scores: Vec<(String, f32)>,
@@ -72,7 +72,39 @@ pub fn ask(client: &Client, case: &Case, body: &Value, stay: Stay, on_piece: &mu
     }
 }
 
+/// As [`ask`], to the end, for an answer that is compared only until `on_piece` says that it was struck; from the beginning if
+/// `certain`. What came is for the caller to judge.
+pub fn hear(
+    client: &Client,
+    case: &Case,
+    mut certain: bool,
+    on_piece: &mut dyn FnMut(u64) -> bool,
+) -> Result<Heard, String> {
+    let mut heard = Heard::default();
+    let ended = client.stream("/v1/completions", &case.body, STREAM_TIMEOUT, &mut |event, _| {
+        let before = heard.tokens;
+        heard.take(&event)?;
+        if certain {
+            heard.compare_any(case)?;
+        }
+        certain &= heard.tokens == before || !on_piece(heard.tokens);
+        Ok(ControlFlow::Continue(()))
+    });
+    let (what, tokens) = (&case.what, heard.tokens);
+    match ended {
+        Ok(End::Done) => Ok(heard),
+        Ok(End::Timeout) => Err(format!("{what}: hangs: {tokens} tokens after {} s", STREAM_TIMEOUT.as_secs())),
+        Ok(End::HungUp | End::Closed) => Err(format!("{what}: the stream broke off after {tokens} tokens")),
+        Err(error) => Err(format!("{what}: {error:#}, after {tokens} tokens")),
+    }
+}
+
 impl Heard {
+    /// Whether it is this answer, from the first token to the last.
+    pub fn is(&self, expected: &Expected) -> bool {
+        self.compare_whole(expected).is_ok()
+    }
+
     fn take(&mut self, event: &Value) -> anyhow::Result<()> {
         if let Some(message) = error_message(event) {
             bail!("the server reports: {message}");

@@ -11,7 +11,7 @@ use ridge_kernels::sync::pool::Placement;
 use ridge_model::checkpoint::{LoadOptions, ModelSource, load};
 use ridge_model::detokenize::StreamDecoder;
 use ridge_model::device::DeviceChoice;
-use ridge_model::generate::{generate, generate_handed_over};
+use ridge_model::generate::{Computes, Turn, generate, generate_in_turns};
 use ridge_model::grammar::Grammars;
 use ridge_model::memory::PassLimits;
 use ridge_model::worker::{LoadedEngine, load_engine};
@@ -237,27 +237,34 @@ impl Oracle {
     pub fn answer(&mut self, sketch: &Sketch) -> anyhow::Result<Case> {
         let params = params(sketch, &self.eos);
         let both = self.prefill.is_some();
-        let mut expected = self.run(&sketch.prompt, &params, None, both)?;
+        let alone = [Turn { at: 0, by: Computes::Decode }];
+        let usual = if both { [Turn { at: 0, by: Computes::Prefill }] } else { alone };
+        let mut expected = self.run(&sketch.prompt, &params, None, &usual)?;
         let mut stop = None;
         if sketch.kind == Kind::StopString {
             stop = stop_in(&expected.text);
             if let Some(stop) = &stop {
-                expected = self.run(&sketch.prompt, &params, Some(stop), both)?;
+                expected = self.run(&sketch.prompt, &params, Some(stop), &usual)?;
             }
         }
-        let instead = both.then(|| self.run(&sketch.prompt, &params, stop.as_deref(), false)).transpose()?;
+        let instead = both.then(|| self.run(&sketch.prompt, &params, stop.as_deref(), &alone)).transpose()?;
         let Sketch { kind, prompt, max_tokens, .. } = sketch;
         let what = format!("{kind:?}, prompt of {} tokens, at most {max_tokens} generated", prompt.len());
         Ok(Case { what, body: body(prompt, &params, stop.as_deref()), prompt: prompt.clone(), expected, instead })
     }
 
-    /// What is answered, by both engines or by the decode nodes' alone.
+    /// What is answered if the sequence's KV is lost at these turns, and computed again.
+    pub fn interrupted(&mut self, sketch: &Sketch, turns: &[Turn]) -> anyhow::Result<Expected> {
+        self.run(&sketch.prompt, &params(sketch, &self.eos), None, turns)
+    }
+
+    /// What is answered; with one engine, turns change nothing.
     fn run(
         &mut self,
         prompt: &[u32],
         params: &SamplingParams,
         stop: Option<&str>,
-        both: bool,
+        turns: &[Turn],
     ) -> anyhow::Result<Expected> {
         let tokenizer = self.loaded.checkpoint.tokenizer.clone();
         let mut decoder = StreamDecoder::after(&tokenizer, false, prompt);
@@ -272,11 +279,11 @@ impl Oracle {
         };
         let (limit, decode) = (self.loaded.max_model_len, self.loaded.engine.as_mut());
         let out = match &mut self.prefill {
-            Some(prefill) if both => {
+            Some(prefill) => {
                 let prefill = prefill.engine.as_mut();
-                generate_handed_over(prefill, decode, prompt, params, CHUNK, limit, &mut on_token)?
+                generate_in_turns(prefill, decode, prompt, params, CHUNK, limit, turns, &mut on_token)?
             }
-            _ => generate(decode, prompt, params, CHUNK, limit, &mut on_token)?,
+            None => generate(decode, prompt, params, CHUNK, limit, &mut on_token)?,
         };
         text.push_str(&decoder.flush().unwrap_or_default());
         // The last character may be the one that completes it.

@@ -9,15 +9,16 @@
 //!
 //! Read [`SHAPES`] and [`try_out`].
 
-use super::ask::{Stay, Verdict, ask};
-use super::cases::{Case, KvTypes, Limits, answer_all};
+use super::ask::{Heard, Stay, Verdict, ask, hear};
+use super::cases::{Case, KvTypes, Limits, Oracle, Sketch, answer_all};
 use super::state::{State, settle};
 use super::{Logs, START_TIMEOUT, STREAM_TIMEOUT, TrialArgs, kill, on_threads, wait_back};
 use crate::cli::KvCacheDtype;
 use crate::client::Client;
-use crate::up::{Embedded, Embedding, find_model};
+use crate::up::{Embedded, Embedding, Model, find_model};
 use anyhow::bail;
 use clap::{Args, ValueEnum};
+use ridge_model::generate::{Computes, Turn};
 use ridge_protocol::Role;
 use ridge_sim::Random;
 use serde_json::{Value, json};
@@ -144,12 +145,35 @@ struct Outcome {
     left: usize,
     /// Nodes that were killed under a stream.
     killed: usize,
+    /// Interrupted streams that rounded otherwise from the interruption on, as the oracle does when its KV is lost there.
+    rounded: usize,
+    /// Interrupted streams of a converting cluster, to be judged when it is gone.
+    unjudged: Vec<Interrupted>,
     /// Dispatches after the first of a sequence.
     redispatched: u64,
     took: Duration,
     /// Everything that was wrong.
     wrong: Vec<String>,
 }
+
+/// An answer whose node died where KV is rounded on its way.
+#[derive(Debug)]
+struct Interrupted {
+    /// Which of the long cases.
+    case: usize,
+    /// Tokens that had come by then, at least.
+    at: u64,
+    heard: Heard,
+}
+
+/// What came of a stream whose node was killed.
+enum Answer {
+    Judged(Verdict),
+    Open(Interrupted),
+}
+
+/// Tokens that the router may have had of an answer, and its client not yet, when a node died.
+const AHEAD: usize = 24;
 
 /// Runs the command.
 pub fn run(args: &VerifyArgs) -> anyhow::Result<()> {
@@ -161,12 +185,12 @@ pub fn run(args: &VerifyArgs) -> anyhow::Result<()> {
     let shapes = if args.short { &SHAPES[..SHORT] } else { &SHAPES[..] };
     // What a cluster is asked, and then what it is asked while nodes die.
     let sketches = limits.draw(trial.seed, requests);
-    let long = limits.draw_long(trial.seed, 4);
+    let long_sketches = limits.draw_long(trial.seed, 4);
     let mut oracles: BTreeMap<KvTypes, (Vec<Case>, Vec<Case>)> = BTreeMap::new();
     for shape in shapes {
         if let Entry::Vacant(entry) = oracles.entry(shape.types()) {
             eprintln!("the oracle answers, kv {}", shape.kv());
-            let all = [&sketches[..], &long].concat();
+            let all = [&sketches[..], &long_sketches].concat();
             let mut cases = answer_all(&model, &limits, shape.types(), &all)?;
             let long = cases.split_off(sketches.len());
             entry.insert((cases, long));
@@ -185,6 +209,7 @@ pub fn run(args: &VerifyArgs) -> anyhow::Result<()> {
         if let Err(error) = try_out(trial, shape, &flags, cases, long, &mut outcome) {
             outcome.wrong.push(format!("{error:#}"));
         }
+        judge(&model, &limits, shape.types(), &long_sketches, long, &mut outcome)?;
         outcome.took = begun.elapsed();
         outcomes.push((shape, outcome));
     }
@@ -216,11 +241,10 @@ fn try_out(
     crowd(args, &client, cases, outcome)?;
     let nodes = [cluster.names(Role::Prefill), cluster.names(Role::Decode)].concat();
     settle(&client, &nodes)?;
-    if shape.prefill_kv.is_none() {
-        interrupt(&cluster, &client, long, outcome)?;
-    } else {
-        // What is computed again rounds otherwise from there on (docs/protocol.md), so no oracle knows how an interrupted answer
-        // goes on. That a prompt was converted at all must be seen, or the comparison said nothing.
+    let converts = shape.prefill_kv.is_some();
+    interrupt(&cluster, &client, long, converts, outcome)?;
+    if converts {
+        // That a prompt was converted at all must be seen, or the comparison said nothing.
         let converted = settle(&client, &nodes)?.sum("ridge_kv_converted_pages_total", &nodes);
         if converted == 0.0 {
             outcome.wrong.push("no page was converted".into());
@@ -270,10 +294,16 @@ fn crowd(args: &TrialArgs, client: &Client, cases: &[Case], outcome: &mut Outcom
 }
 
 /// A stream each while a decode node dies, a prefill node after it sent the first token, one before, and a decode node again,
-/// under a constrained answer.
-fn interrupt(cluster: &Embedded, client: &Client, long: &[Case], outcome: &mut Outcome) -> anyhow::Result<()> {
+/// under a constrained answer. Where KV is rounded on its way, what came after that is judged later.
+fn interrupt(
+    cluster: &Embedded,
+    client: &Client,
+    long: &[Case],
+    converts: bool,
+    outcome: &mut Outcome,
+) -> anyhow::Result<()> {
     let plans = [(Role::Decode, 3), (Role::Prefill, 1), (Role::Prefill, 0), (Role::Decode, 5)];
-    for ((role, after), case) in plans.into_iter().zip(long) {
+    for (index, ((role, after), case)) in plans.into_iter().zip(long).enumerate() {
         let names = cluster.names(role);
         if names.is_empty() {
             continue;
@@ -282,31 +312,96 @@ fn interrupt(cluster: &Embedded, client: &Client, long: &[Case], outcome: &mut O
         let before: Vec<(String, u32)> = names.iter().map(|name| (name.clone(), restarts(name))).collect();
         let mut killed = Vec::new();
         let mut strike = |name: &str| killed.extend(kill(cluster, name).map(|_| name.to_owned()));
-        let verdict = if after == 0 {
+        // `on_piece` says of so many tokens whether a node may be dead by now.
+        let follow = |on_piece: &mut dyn FnMut(u64) -> bool| -> Answer {
+            if converts {
+                return match hear(client, case, after > 0, on_piece) {
+                    Ok(heard) => Answer::Open(Interrupted { case: index, at: after, heard }),
+                    Err(why) => Answer::Judged(Verdict::Different(why)),
+                };
+            }
+            let mut on_piece = |tokens, _| {
+                on_piece(tokens);
+            };
+            Answer::Judged(ask(client, case, &case.body, Stay::ToTheEnd, &mut on_piece))
+        };
+        let answer = if after == 0 {
             std::thread::scope(|scope| {
-                let stream = scope.spawn(|| ask(client, case, &case.body, Stay::ToTheEnd, &mut |_, _| {}));
+                let stream = scope.spawn(|| follow(&mut |_| false));
                 // All of them: one has the prompt, and none is left to take it over before it is back.
                 std::thread::sleep(Duration::from_millis(4));
                 names.iter().for_each(|name| strike(name));
                 stream.join().expect("a client does not panic")
             })
         } else {
-            ask(client, case, &case.body, Stay::ToTheEnd, &mut |tokens, _| {
+            follow(&mut |tokens| {
                 if tokens == after
                     && let Some(name) = busiest(client, &names)
                 {
                     strike(&name);
                 }
+                tokens >= after
             })
         };
         outcome.killed += killed.len();
-        outcome.count(verdict);
+        match answer {
+            Answer::Judged(verdict) => outcome.count(verdict),
+            Answer::Open(interrupted) => outcome.unjudged.push(interrupted),
+        }
         for name in &killed {
             let restarts = before.iter().find(|(other, _)| other == name).map_or(0, |(_, restarts)| *restarts);
             wait_back(cluster, name, restarts)?;
         }
     }
     Ok(())
+}
+
+/// Compares interrupted answers with what the oracle answers if its KV is lost somewhere after the tokens that had come, and computed
+/// again by either of its engines.
+fn judge(
+    model: &Model,
+    limits: &Limits,
+    types: KvTypes,
+    sketches: &[Sketch],
+    cases: &[Case],
+    outcome: &mut Outcome,
+) -> anyhow::Result<()> {
+    let mut oracle = None;
+    for Interrupted { case: index, at, heard } in std::mem::take(&mut outcome.unjudged) {
+        let (case, sketch) = (&cases[index], &sketches[index]);
+        if heard.is(&case.expected) || case.instead.as_ref().is_some_and(|instead| heard.is(instead)) {
+            outcome.same += 1;
+            continue;
+        }
+        let oracle = match &mut oracle {
+            Some(oracle) => oracle,
+            empty => empty.insert(Oracle::load(model, limits, types)?),
+        };
+        if rounds_so(oracle, sketch, at as usize, &heard)? {
+            outcome.same += 1;
+            outcome.rounded += 1;
+        } else {
+            let what = &case.what;
+            outcome
+                .wrong
+                .push(format!("{what}: no loss of its KV after {at} to {} tokens explains it", at as usize + AHEAD));
+        }
+    }
+    Ok(())
+}
+
+/// Whether some loss of its KV gives this answer.
+fn rounds_so(oracle: &mut Oracle, sketch: &Sketch, at: usize, heard: &Heard) -> anyhow::Result<bool> {
+    let engines = [Computes::Prefill, Computes::Decode];
+    for lost in at..=at + AHEAD {
+        for (first, then) in engines.into_iter().flat_map(|first| engines.map(|then| (first, then))) {
+            let turns = [Turn { at: 0, by: first }, Turn { at: lost, by: then }];
+            if heard.is(&oracle.interrupted(sketch, &turns)?) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// The node with the most sequences, as the router counts them; the first one if none has any.
@@ -331,10 +426,11 @@ fn report(args: &VerifyArgs, model: &str, requests: usize, outcomes: &[(&Shape, 
     let mut line = |text: String| writeln!(out, "{text}").expect("a string takes everything");
     line(format!("{model}: {requests} different requests per cluster, seed {}", args.trial.seed));
     for (shape, outcome) in outcomes {
-        let Outcome { same, left, killed, redispatched, took, wrong } = outcome;
+        let Outcome { same, left, killed, rounded, redispatched, took, wrong, unjudged: _ } = outcome;
         line(format!(
-            "  {}  {same:>4} streams the same, {left:>3} hang-ups, {killed} kills, {redispatched} moved: {} ({:.1} s)",
+            "  {}  {same:>4} streams the same, {left:>3} hang-ups, {killed} kills, {redispatched} moved{}: {} ({:.1} s)",
             shape.name(),
+            if *rounded > 0 { format!(", {rounded} rounded once more") } else { String::new() },
             if wrong.is_empty() { "right, no block lost" } else { "WRONG" },
             took.as_secs_f64()
         ));
@@ -351,7 +447,7 @@ fn report_json(args: &VerifyArgs, model: &str, outcomes: &[(&Shape, Outcome)], t
         json!({
             "prefill": shape.prefill, "decode": shape.decode, "kv_cache_dtype": name_of(shape.kv), "prefill_kv_cache_dtype": shape.prefill_kv.map(name_of),
             "block_size": shape.block_size, "prefill_block_size": shape.prefill_block_size, "chunk": shape.chunk, "streams": outcome.same, "hang_ups": outcome.left,
-            "kills": outcome.killed, "redispatched": outcome.redispatched, "seconds": outcome.took.as_secs_f64(),
+            "kills": outcome.killed, "rounded_once_more": outcome.rounded, "redispatched": outcome.redispatched, "seconds": outcome.took.as_secs_f64(),
             "wrong": outcome.wrong,
         })
     };

@@ -221,3 +221,21 @@ async fn one_failed_answer_fails_the_request_and_frees_the_others() {
     expect(post(&server, CHAT, &ask(json!({ "n": 3 }))).await, 500, json!({ "error": { "message": "oops" } }));
     server.wait_gone(2).await;
 }
+
+#[tokio::test]
+async fn calls_that_were_asked_for_are_taken_apart() {
+    let tools = json!([{ "type": "function", "function": { "name": "f" } }]);
+    let server = Server::start(say(r#"[{"name": "f", "arguments": {"a":1}}]"#)).await;
+    let (status, answer) = post(&server, CHAT, &ask(json!({ "tools": tools, "tool_choice": "required" }))).await;
+    let id = format!("call-{}-0-0", answer["id"].as_str().unwrap());
+    let call = json!({ "id": id, "type": "function", "function": { "name": "f", "arguments": "{\"a\":1}" } });
+    let message = json!({ "role": "assistant", "content": null, "tool_calls": [call] });
+    expect((status, answer), 200, json!({ "choices": [{ "message": message, "finish_reason": "tool_calls" }] }));
+
+    let server = Server::start(say(r#"{"a": [1]}"#)).await;
+    let named = json!({ "type": "function", "function": { "name": "f" } });
+    let answer = post(&server, CHAT, &ask(json!({ "tools": tools, "tool_choice": named }))).await;
+    let call = json!({ "type": "function", "function": { "name": "f", "arguments": "{\"a\": [1]}" } });
+    let message = json!({ "content": null, "tool_calls": [call] });
+    expect(answer, 200, json!({ "choices": [{ "message": message, "finish_reason": "stop" }] }));
+}

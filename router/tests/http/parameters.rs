@@ -88,6 +88,42 @@ async fn constraints_reach_the_cluster() {
 }
 
 #[tokio::test]
+async fn calls_that_are_asked_for_are_constrained() {
+    let server = Server::start(say("x")).await;
+    let function = |name: &str, parameters: Value| json!({ "type": "function", "function": { "name": name, "parameters": parameters } });
+    let schema = json!({ "type": "object", "properties": { "b": {}, "a": {} } });
+    let tools = json!([function("f", schema), function("g", json!(null)), function("not a name", json!({}))]);
+    let check = async |choice: Value, tools: &Value, several: Value, kind: GrammarKind, text: &str| {
+        server.log.lock().unwrap().submitted.clear();
+        let body = json!({
+            "messages": [{ "role": "user", "content": "q" }], "tools": tools, "tool_choice": choice,
+            "parallel_tool_calls": several,
+        });
+        expect(post(&server, CHAT, &body).await, 200, json!({}));
+        let grammar = server.params(0).grammar.expect("a constraint");
+        assert_eq!((grammar.kind, grammar.text.as_str()), (kind, text));
+    };
+    let named = json!({ "type": "function", "function": { "name": "f" } });
+    let text = r#"{"type":"object","properties":{"b":{},"a":{}}}"#;
+    check(named, &tools, json!(null), GrammarKind::JsonSchema, text).await;
+    let rules = |more: &str| {
+        let lines = [
+            &format!(r#"start: "[" call{more} "]""#),
+            "call: call_0 | call_1",
+            r#"call_0: "{\"name\": \"f\", \"arguments\": " arguments_call_0 "}""#,
+            r#"arguments_call_0: %json {"type":"object","properties":{"b":{},"a":{}},"x-guidance":{"whitespace_flexible":false}}"#,
+            r#"call_1: "{\"name\": \"g\", \"arguments\": " arguments_call_1 "}""#,
+            r#"arguments_call_1: %json {"type":"object","properties":{},"additionalProperties":false,"x-guidance":{"whitespace_flexible":false}}"#,
+            "",
+        ];
+        lines.join("\n")
+    };
+    let two = json!(tools.as_array().unwrap()[..2]);
+    check(json!("required"), &two, json!(true), GrammarKind::Lark, &rules(r#" (", " call)*"#)).await;
+    check(json!("required"), &two, json!(false), GrammarKind::Lark, &rules("")).await;
+}
+
+#[tokio::test]
 async fn a_grammar_that_is_too_large_is_refused() {
     let config = HttpConfig { max_body_bytes: 1 << 20, ..config() };
     let server = Server::with(config, Defaults::default(), say("x")).await;
@@ -221,6 +257,18 @@ async fn mistakes_in_a_chat_name_the_parameter() {
     check(both, "structured_outputs").await;
     check(json!({ "logprobs": true, "top_logprobs": 21 }), "top_logprobs").await;
     check(json!({ "continue_final_message": true, "add_generation_prompt": true }), "continue_final_message").await;
+    let tools = json!([{ "type": "function", "function": { "name": "a b", "parameters": {} } }]);
+    check(json!({ "tools": tools, "tool_choice": "required" }), "tools[0].function.name").await;
+    let tools = json!([{ "type": "function", "function": { "name": "f", "parameters": 5 } }]);
+    check(json!({ "tools": tools, "tool_choice": "required" }), "tools[0].function.parameters").await;
+    let tools = json!([{ "type": "function", "function": { "name": "f", "parameters": { "bad": 1 } } }]);
+    check(json!({ "tools": tools, "tool_choice": "required" }), "tools").await;
+    check(json!({ "tools": tools, "tool_choice": { "type": "allowed_tools" } }), "tool_choice").await;
+    let named = json!({ "type": "function", "function": { "name": "g" } });
+    check(json!({ "tools": tools, "tool_choice": named }), "tool_choice").await;
+    check(json!({ "tools": tools, "tool_choice": "required", "stop": "a" }), "stop").await;
+    let object = json!({ "type": "json_object" });
+    check(json!({ "tools": tools, "tool_choice": "required", "response_format": object }), "response_format").await;
     let call = json!([{ "function": { "arguments": "{" } }]);
     let called = json!([{ "role": "assistant", "tool_calls": call }]);
     check(json!({ "messages": called }), "messages[0].tool_calls[0].function.arguments").await;

@@ -123,3 +123,28 @@ async fn a_receipt_comes_at_the_end() {
     assert_eq!(tail["choices"], json!([]));
     assert_eq!(tail["ridge"]["receipt"]["transferred"], 3);
 }
+
+#[tokio::test]
+async fn calls_stream_as_parts() {
+    let tools = json!([{ "type": "function", "function": { "name": "f" } }]);
+    let calls = async |text: &str, choice: Value| {
+        let server = Server::start(say(text)).await;
+        let events = stream(&server, CHAT, &ask(json!({ "tools": tools, "tool_choice": choice }))).await;
+        let chunks: Vec<Value> = events.iter().filter(|event| event.is_object()).cloned().collect();
+        let content = chunks.iter().any(|chunk| chunk["choices"][0]["delta"].get("content").is_some());
+        assert!(!content, "{chunks:?}");
+        let part = |chunk: &Value| chunk["choices"][0]["delta"]["tool_calls"].as_array().cloned();
+        let finish = chunks.last().unwrap()["choices"][0]["finish_reason"].clone();
+        (chunks.iter().filter_map(part).flatten().collect::<Vec<_>>(), finish)
+    };
+    let (parts, finish) = calls(r#"[{"name": "f", "arguments": {}}]"#, json!("required")).await;
+    check(&parts, &[json!({ "index": 0, "type": "function", "function": { "name": "f", "arguments": "{}" } })]);
+    assert_eq!(finish, "tool_calls");
+
+    let named = json!({ "type": "function", "function": { "name": "f" } });
+    let (parts, finish) = calls("{é}", named).await;
+    let next = |text: &str| json!({ "index": 0, "function": { "arguments": text } });
+    check(&parts, &[json!({ "index": 0, "function": { "name": "f", "arguments": "{" } }), next("é"), next("}")]);
+    assert!(parts[0]["id"].is_string() && parts[1].get("id").is_none(), "{parts:?}");
+    assert_eq!(finish, "stop");
+}

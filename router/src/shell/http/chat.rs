@@ -33,6 +33,7 @@ fn prepare(app: &App, body: &[u8]) -> Result<Prepared, ApiError> {
         model,
         prompts: vec![PromptTokens { tokens, echo: None }],
         options: request.options,
+        calls: request.calls,
         delivery: request.delivery,
     })
 }

@@ -39,5 +39,12 @@ fn prepare(app: &App, body: &[u8]) -> Result<Prepared, ApiError> {
         check_prompt(app, "prompt", tokens.len())?;
         prompts.push(PromptTokens { tokens, echo });
     }
-    Ok(Prepared { dialect: Dialect::Completion, model, prompts, options: request.options, delivery: request.delivery })
+    Ok(Prepared {
+        dialect: Dialect::Completion,
+        model,
+        prompts,
+        options: request.options,
+        calls: None,
+        delivery: request.delivery,
+    })
 }

@@ -45,11 +45,16 @@ impl Constraint {
                 return Err(ApiError::invalid("structured_outputs", message));
             }
         };
+        Self::new(param, grammar).map(Some)
+    }
+
+    /// What this parameter asks for.
+    pub(super) fn new(param: &'static str, grammar: Grammar) -> Result<Self, ApiError> {
         if grammar.text.len() > limits::MAX_GRAMMAR_BYTES {
             let (len, most) = (grammar.text.len(), limits::MAX_GRAMMAR_BYTES);
             return Err(ApiError::invalid(param, format!("'{param}' has {len} bytes, the limit is {most}")));
         }
-        Ok(Some(Self { param, grammar }))
+        Ok(Self { param, grammar })
     }
 
     /// Compiles it where that holds up nobody, and says what is wrong with it: no node hears of a request whose grammar is no

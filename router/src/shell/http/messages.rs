@@ -3,13 +3,15 @@
 use super::error::ApiError;
 use super::fields::Fields;
 use super::text_model::TextModel;
+use super::tools::{Calls, Tools};
+use ridge_protocol::Grammar;
 use serde_json::{Map, Value};
 
 /// The parts of a request that the chat template sees.
 #[derive(Debug)]
 pub(super) struct Conversation {
     messages: Value,
-    tools: Option<Value>,
+    tools: Tools,
     add_generation_prompt: bool,
     /// The last message is the beginning of the answer: the prompt ends inside it.
     continue_final_message: bool,
@@ -35,19 +37,25 @@ impl Conversation {
         }
         Ok(Self {
             messages,
-            tools: take_tools(fields)?,
+            tools: Tools::take(fields)?,
             add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
             continue_final_message,
             extra: fields.take("chat_template_kwargs")?.unwrap_or_default(),
         })
     }
 
+    /// How the answer spells the calls that it must be, and what makes it do so.
+    pub(super) fn take_forced(&mut self) -> Option<(Calls, Grammar)> {
+        self.tools.forced.take()
+    }
+
     /// The prompt.
     pub(super) fn render(&self, model: &dyn TextModel) -> Result<String, ApiError> {
-        let mut prompt =
-            model.render_chat(&self.messages, self.tools.as_ref(), self.add_generation_prompt, &self.extra).map_err(
-                |error| ApiError::invalid("messages", format!("The chat template refused the messages: {error}")),
-            )?;
+        let mut prompt = model
+            .render_chat(&self.messages, self.tools.offered.as_ref(), self.add_generation_prompt, &self.extra)
+            .map_err(|error| {
+                ApiError::invalid("messages", format!("The chat template refused the messages: {error}"))
+            })?;
         if self.continue_final_message {
             let last = self.messages.as_array().and_then(|all| all.last()).and_then(|last| last.get("content"));
             let content = last.and_then(Value::as_str).unwrap_or_default().trim();
@@ -57,30 +65,6 @@ impl Conversation {
         }
         Ok(prompt)
     }
-}
-
-/// Tools go to the template. What the model then says comes back as plain content, so a request that needs a call to
-/// be recognised is refused rather than answered wrongly.
-fn take_tools(fields: &mut Fields) -> Result<Option<Value>, ApiError> {
-    let tools: Option<Vec<Map<String, Value>>> = fields.take("tools")?;
-    let mut offered = tools.as_ref().is_some_and(|tools| !tools.is_empty());
-    match fields.take::<Value>("tool_choice")? {
-        None => {}
-        Some(Value::String(choice)) if choice == "auto" => {}
-        Some(Value::String(choice)) if choice == "none" => offered = false,
-        Some(choice) => {
-            let message = format!("'tool_choice' {choice} is not supported; 'none' and 'auto' are");
-            return Err(ApiError::invalid("tool_choice", message));
-        }
-    }
-    for (at, tool) in tools.iter().flatten().enumerate() {
-        if tool.get("type").and_then(Value::as_str) != Some("function") || !tool.contains_key("function") {
-            let param = format!("tools[{at}]");
-            let message = format!("'{param}' must be an object with \"type\": \"function\" and a \"function\"");
-            return Err(ApiError::invalid(&param, message));
-        }
-    }
-    Ok(tools.filter(|_| offered).map(|tools| tools.into_iter().map(Value::Object).collect()))
 }
 
 /// One message: its role checked, its content flattened, the rest as it was.

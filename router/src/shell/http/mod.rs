@@ -33,6 +33,7 @@ mod sse;
 mod stop;
 mod text_model;
 mod tokenize;
+mod tools;
 
 pub use error::ApiError;
 pub use resume::ResumeConfig;

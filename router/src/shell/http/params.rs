@@ -96,6 +96,21 @@ impl GenerateOptions {
         })
     }
 
+    /// Makes every answer match `forced`, which nothing else may constrain or cut.
+    pub(super) fn force(&mut self, forced: Constraint) -> Result<(), ApiError> {
+        if let Some(Constraint { param, .. }) = self.constraint {
+            let message = format!("'{param}' cannot be combined with a 'tool_choice' that asks for a call");
+            return Err(ApiError::invalid(param, message));
+        }
+        if !self.stop.is_empty() {
+            let message = "'stop' cannot be combined with a 'tool_choice' that asks for a call: it might cut it";
+            return Err(ApiError::invalid("stop", message));
+        }
+        self.params.grammar = Some(Box::new(forced.grammar.clone()));
+        self.constraint = Some(forced);
+        Ok(())
+    }
+
     /// The parameters of answer `choice` to a prompt: what is left of the context bounds the answer, and each choice
     /// draws its own random numbers.
     pub(super) fn fit(&self, choice: u32, prompt_tokens: usize, max_model_len: u32) -> SamplingParams {

@@ -5,6 +5,7 @@ use super::fields::Fields;
 use super::messages::Conversation;
 use super::params::{GenerateOptions, check_vocabulary};
 use super::text_model::TextModel;
+use super::tools::Calls;
 use ridge_protocol::{TokenId, limits};
 use serde::Deserialize;
 
@@ -31,6 +32,8 @@ pub(super) struct ChatRequest {
     pub(super) conversation: Conversation,
     /// How to generate.
     pub(super) options: GenerateOptions,
+    /// What the answer must be, if it must be calls.
+    pub(super) calls: Option<Calls>,
     /// How to answer.
     pub(super) delivery: Delivery,
 }
@@ -86,12 +89,17 @@ impl ChatRequest {
         // The newer name wins, as it does at OpenAI.
         let old = fields.take("max_tokens")?;
         let max_tokens = fields.take("max_completion_tokens")?.or(old);
-        let request = Self {
-            model: fields.take("model")?,
-            conversation: Conversation::take(&mut fields)?,
-            options: GenerateOptions::take(&mut fields, model, logprobs, max_tokens)?,
-            delivery: Delivery::take(&mut fields)?,
+        let mut conversation = Conversation::take(&mut fields)?;
+        let mut options = GenerateOptions::take(&mut fields, model, logprobs, max_tokens)?;
+        let calls = match conversation.take_forced() {
+            None => None,
+            Some((calls, grammar)) => {
+                options.force(Calls::constraint(grammar)?)?;
+                Some(calls)
+            }
         };
+        let request =
+            Self { model: fields.take("model")?, conversation, options, calls, delivery: Delivery::take(&mut fields)? };
         fields.ignore_rest();
         Ok(request)
     }

@@ -8,6 +8,7 @@ use super::params::GenerateOptions;
 use super::request::Delivery;
 use super::response::{Dialect, Head, RidgeBody};
 use super::sse::EventStream;
+use super::tools::Calls;
 use super::{App, Shared};
 use axum::Json;
 use axum::response::{IntoResponse, Response};
@@ -27,6 +28,8 @@ pub(super) struct Prepared {
     pub(super) prompts: Vec<PromptTokens>,
     /// How to generate.
     pub(super) options: GenerateOptions,
+    /// What every answer must be, if it must be calls.
+    pub(super) calls: Option<Calls>,
     /// How to answer.
     pub(super) delivery: Delivery,
 }
@@ -62,7 +65,7 @@ pub(super) fn check_prompt(app: &App, param: &str, tokens: usize) -> Result<(), 
 
 /// Submits a request and answers it, whole or as a stream.
 pub(super) async fn respond(app: &Shared, caller: &Caller, prepared: Prepared) -> Result<Response, ApiError> {
-    let Prepared { dialect, model, prompts, options, delivery } = prepared;
+    let Prepared { dialect, model, prompts, options, calls, delivery } = prepared;
     if let Some(constraint) = &options.constraint {
         constraint.check(app).await?;
     }
@@ -77,6 +80,7 @@ pub(super) async fn respond(app: &Shared, caller: &Caller, prepared: Prepared) -
         model,
         fingerprint: app.fingerprint.clone(),
         scored: options.params.logprobs.is_some(),
+        calls,
     };
     if delivery.stream {
         stream(app, caller, generation, head, delivery, grace).await

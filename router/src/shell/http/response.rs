@@ -3,6 +3,7 @@
 use super::answer::{Delta, Finish, Scored, StopReason};
 use super::logprobs::{ChatLogprobs, TextLogprobs};
 use super::text_model::TextModel;
+use super::tools::{CallPart, Calls};
 use ridge_protocol::wire::{FinishReason, Receipt};
 use serde::Serialize;
 
@@ -30,6 +31,8 @@ pub(super) struct Head {
     pub(super) fingerprint: String,
     /// Log-probabilities were asked for.
     pub(super) scored: bool,
+    /// What every answer is, if it is calls.
+    pub(super) calls: Option<Calls>,
 }
 
 /// A response or a chunk of one.
@@ -105,13 +108,38 @@ struct ChatDelta<'a> {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCall>,
 }
 
 #[derive(Serialize)]
 struct ChatMessage<'a> {
     role: &'static str,
-    content: &'a str,
+    /// `null` if the answer is calls.
+    content: Option<&'a str>,
     refusal: Option<&'static str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<ToolCall>,
+}
+
+/// A call, or in a chunk the next part of one.
+#[derive(Serialize)]
+struct ToolCall {
+    /// In chunks only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    r#type: Option<&'static str>,
+    function: ToolFunction,
+}
+
+#[derive(Serialize)]
+struct ToolFunction {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    arguments: String,
 }
 
 impl Head {
@@ -138,28 +166,34 @@ impl Head {
 
     /// The chunk before a choice's first text; completions have none.
     pub(super) fn opening(&self, index: usize, usage: Option<Option<UsageBody>>) -> Option<Body<'_>> {
-        let delta = ChatDelta { role: Some("assistant"), content: Some("") };
-        (self.dialect == Dialect::Chat).then(|| self.chunk(vec![chat_delta(index, delta, None, None)], usage))
+        let content = self.calls.is_none().then_some("");
+        let delta = ChatDelta { role: Some("assistant"), content, tool_calls: Vec::new() };
+        (self.dialect == Dialect::Chat).then(|| self.chunk(vec![self.chat_delta(index, delta, None, None)], usage))
     }
 
-    /// The chunks of one part of an answer: text, then (in chat) the end on its own.
+    /// The chunks of one part of an answer: text or parts of calls, then (in chat) the end on its own.
     pub(super) fn parts<'a>(
         &'a self,
         model: &dyn TextModel,
         index: usize,
         delta: &'a Delta,
+        calls: Vec<CallPart>,
         usage: Option<Option<UsageBody>>,
     ) -> impl Iterator<Item = Body<'a>> {
         let finish = delta.finish.as_ref();
         let choices = match self.dialect {
             Dialect::Completion => vec![self.text_choice(model, index, &delta.text, &delta.scored, finish)],
             Dialect::Chat => {
-                let shown = (!delta.text.is_empty() || !delta.scored.is_empty()).then(|| {
+                let content = self.calls.is_none().then_some(delta.text.as_str());
+                let said = content.is_some_and(|text| !text.is_empty()) || !calls.is_empty();
+                let shown = (said || !delta.scored.is_empty()).then(|| {
                     let logprobs = self.scored.then(|| ChatLogprobs::new(model, &delta.scored));
-                    chat_delta(index, ChatDelta { role: None, content: Some(&delta.text) }, logprobs, None)
+                    let call = |part: CallPart| ToolCall { index: Some(part.index), ..self.tool_call(index, part) };
+                    let tool_calls = calls.into_iter().map(call).collect();
+                    self.chat_delta(index, ChatDelta { role: None, content, tool_calls }, logprobs, None)
                 });
-                let end =
-                    finish.map(|finish| chat_delta(index, ChatDelta { role: None, content: None }, None, Some(finish)));
+                let nothing = ChatDelta { role: None, content: None, tool_calls: Vec::new() };
+                let end = finish.map(|finish| self.chat_delta(index, nothing, None, Some(finish)));
                 shown.into_iter().chain(end).collect()
             }
         };
@@ -185,9 +219,9 @@ impl Head {
                 Dialect::Completion => self.text_choice(model, index, &answer.text, &answer.scored, finish),
                 Dialect::Chat => ChoiceBody::Chat {
                     index,
-                    part: ChatPart::Message(ChatMessage { role: "assistant", content: &answer.text, refusal: None }),
+                    part: ChatPart::Message(self.message(index, &answer.text)),
                     logprobs: self.scored.then(|| ChatLogprobs::new(model, &answer.scored)),
-                    finish_reason: finish.map(name),
+                    finish_reason: finish.map(|finish| self.finish_reason(finish)),
                     stop_reason: finish.and_then(|finish| finish.stop_reason.as_ref()),
                 },
             }
@@ -197,6 +231,49 @@ impl Head {
             Dialect::Completion => "text_completion",
         };
         Body { usage: Some(Some(usage)), ridge, ..self.body(object, choices.collect()) }
+    }
+
+    fn message<'a>(&self, choice: usize, text: &'a str) -> ChatMessage<'a> {
+        let parts = self.calls.as_ref().map(|calls| calls.read(text));
+        let content = parts.is_none().then_some(text);
+        let tool_calls = parts.into_iter().flatten().map(|part| self.tool_call(choice, part)).collect();
+        ChatMessage { role: "assistant", content, refusal: None, tool_calls }
+    }
+
+    /// Its id is the answer's and its place there, so that it is the same in every reading of a stream.
+    fn tool_call(&self, choice: usize, part: CallPart) -> ToolCall {
+        let CallPart { index, name, arguments } = part;
+        ToolCall {
+            index: None,
+            id: name.as_ref().map(|_| format!("call-{}-{choice}-{index}", self.id)),
+            r#type: name.as_ref().map(|_| "function"),
+            function: ToolFunction { name, arguments },
+        }
+    }
+
+    fn chat_delta<'a>(
+        &self,
+        index: usize,
+        delta: ChatDelta<'a>,
+        logprobs: Option<ChatLogprobs>,
+        finish: Option<&'a Finish>,
+    ) -> ChoiceBody<'a> {
+        ChoiceBody::Chat {
+            index,
+            part: ChatPart::Delta(delta),
+            logprobs,
+            finish_reason: finish.map(|finish| self.finish_reason(finish)),
+            stop_reason: finish.and_then(|finish| finish.stop_reason.as_ref()),
+        }
+    }
+
+    /// As OpenAI has it: `tool_calls` where the model chose among tools, `stop` where the request named one.
+    fn finish_reason(&self, finish: &Finish) -> &'static str {
+        match (finish.reason, &self.calls) {
+            (FinishReason::Length, _) => "length",
+            (FinishReason::Stop, Some(Calls::Required)) => "tool_calls",
+            (FinishReason::Stop, _) => "stop",
+        }
     }
 
     fn text_choice<'a>(
@@ -211,30 +288,8 @@ impl Head {
             index,
             text,
             logprobs: self.scored.then(|| TextLogprobs::new(model, scored)),
-            finish_reason: finish.map(name),
+            finish_reason: finish.map(|finish| self.finish_reason(finish)),
             stop_reason: finish.and_then(|finish| finish.stop_reason.as_ref()),
         }
-    }
-}
-
-fn chat_delta<'a>(
-    index: usize,
-    delta: ChatDelta<'a>,
-    logprobs: Option<ChatLogprobs>,
-    finish: Option<&'a Finish>,
-) -> ChoiceBody<'a> {
-    ChoiceBody::Chat {
-        index,
-        part: ChatPart::Delta(delta),
-        logprobs,
-        finish_reason: finish.map(name),
-        stop_reason: finish.and_then(|finish| finish.stop_reason.as_ref()),
-    }
-}
-
-fn name(finish: &Finish) -> &'static str {
-    match finish.reason {
-        FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
     }
 }

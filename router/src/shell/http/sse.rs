@@ -6,6 +6,7 @@ use super::generate::Generation;
 use super::request::Delivery;
 use super::response::{Head, RidgeBody, UsageBody};
 use super::text_model::TextModel;
+use super::tools::CallReader;
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::Response;
@@ -40,6 +41,8 @@ struct Writer {
     stream: EventStream,
     /// Which choices have had their opening chunk.
     opened: Vec<bool>,
+    /// One for each choice if answers are calls.
+    readers: Vec<CallReader>,
     over: bool,
 }
 
@@ -51,8 +54,10 @@ impl EventStream {
 
     /// The events, some at a time, each complete. Dropping them drops the generation.
     pub(super) fn into_events(self) -> impl Stream<Item = Bytes> + Send + 'static {
-        let opened = vec![false; self.generation.len()];
-        let writer = Writer { stream: self, opened, over: false };
+        let choices = self.generation.len();
+        let calls = self.head.calls.iter();
+        let readers = calls.flat_map(|calls| (0..choices).map(|_| CallReader::new(calls.clone()))).collect();
+        let writer = Writer { stream: self, opened: vec![false; choices], readers, over: false };
         stream::unfold(writer, |mut writer| async move { Some((writer.next().await?, writer)) })
     }
 }
@@ -117,7 +122,8 @@ impl Writer {
         {
             write_event(out, &opening);
         }
-        for part in head.parts(model.as_ref(), index, delta, usage) {
+        let calls = self.readers.get_mut(index).map(|reader| reader.push(&delta.text)).unwrap_or_default();
+        for part in head.parts(model.as_ref(), index, delta, calls, usage) {
             write_event(out, &part);
         }
     }
