@@ -125,8 +125,8 @@ pub enum Arg {
     Bytes128([u8; 128]),
 }
 
-/// A matrix in device memory as Hopper's copy engine is told of it: row-major, fetched a box at a time into shared memory with its
-/// 128-byte swizzle; what lies outside is zero.
+/// A matrix in device memory, or several at equal distances, as Hopper's copy engine is told of it: row-major, fetched a box at a time
+/// into shared memory, swizzled over the bytes of a box's rows; what lies outside is zero.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TensorMap {
     /// Where it begins; a multiple of 16.
@@ -139,7 +139,11 @@ pub struct TensorMap {
     pub rows: u64,
     /// Distance between rows; a multiple of 16.
     pub row_bytes: u64,
-    /// Elements of a row of a box: at most 128 bytes of them.
+    /// How many matrices; 0 is one, whose boxes have two coordinates and not three.
+    pub planes: u64,
+    /// Distance between them; a multiple of 16.
+    pub plane_bytes: u64,
+    /// Elements of a row of a box: 128, 64 or 32 bytes of them.
     pub box_cols: u32,
     /// Rows of a box, at most 256.
     pub box_rows: u32,

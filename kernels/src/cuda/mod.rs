@@ -5,6 +5,7 @@
 //! here knows models, sequences or block tables.
 //!
 //! ```text
+//! planes    how quantised matrices lie on a device                       (no device)
 //! plan      pure launch plans: shapes in, tiles and grids out            (no device)
 //! reference the kernels' algorithms, walking the same tiles              (no device)
 //! ops       one safe function per operation: checks, plan, launch        (any device)
@@ -20,6 +21,7 @@ pub mod emulated;
 pub mod nvml;
 pub mod ops;
 pub mod plan;
+pub mod planes;
 pub mod reference;
 pub mod selftest;
 pub mod source;

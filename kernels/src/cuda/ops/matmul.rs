@@ -18,7 +18,7 @@ use crate::{DType, Gate};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// A weight `[n, k]` on the device, row-major, its bytes as stored.
+/// A weight `[n, k]` on the device: row-major if it is plain, in planes ([`crate::cuda::planes`]) if it is quantised.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Weight {
     /// Storage type.
@@ -281,7 +281,7 @@ impl Products {
                 let to = self.scratch.at(i * each, each);
                 // SAFETY: `from` is a whole matrix of this type; the scratch has room, and the stream's order keeps an
                 // earlier product that reads it apart from this.
-                unsafe { dequantize(&*self.device, dtype, n * k, *from, DType::BF16, to)? };
+                unsafe { dequantize(&*self.device, dtype, (n, k), *from, DType::BF16, to)? };
                 *from = to;
             }
         }

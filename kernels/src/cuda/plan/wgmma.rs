@@ -25,7 +25,8 @@ pub fn tensor_map(element: DType, address: u64, rows: usize, cols: usize) -> Ten
     let row_bytes = 2 * cols as u64;
     assert!(address.is_multiple_of(16) && row_bytes.is_multiple_of(16), "{row_bytes} bytes at {address:#x}");
     let box_cols = ROW_BYTES as u32 / 2;
-    TensorMap { address, element, cols: cols as u64, rows: rows as u64, row_bytes, box_cols, box_rows: BOX_ROWS }
+    let (cols, rows) = (cols as u64, rows as u64);
+    TensorMap { address, element, cols, rows, row_bytes, planes: 0, plane_bytes: 0, box_cols, box_rows: BOX_ROWS }
 }
 
 /// Plans a product of 16-bit x and w, or says why it cannot be.
@@ -191,7 +192,7 @@ mod tests {
                 out[8 * i..][..8].copy_from_slice(&value.to_le_bytes());
             }
             for (i, value) in [128u32, BOX_ROWS, 1].into_iter().enumerate() {
-                out[32 + 4 * i..][..4].copy_from_slice(&value.to_le_bytes());
+                out[48 + 4 * i..][..4].copy_from_slice(&value.to_le_bytes());
             }
             Arg::Bytes128(out)
         };
