@@ -17,6 +17,15 @@ RIDGE_INLINE void dequantize(const unsigned char* w, unsigned n, unsigned k, Sto
     }
 }
 
+// With a factor per row.
+extern "C" __global__ void __launch_bounds__(256)
+    dequant_nvfp4_bf16(const unsigned char* w, const float* factors, uint2* out, unsigned n, unsigned k) {
+    const float factor = factors[blockIdx.x];
+    dequantize<quant::NVFP4>(w, n, k, [=](size_t i, const float(&v)[4]) {
+        out[i] = make_uint2(bf16_pair(v[0] * factor, v[1] * factor), bf16_pair(v[2] * factor, v[3] * factor));
+    });
+}
+
 #define RIDGE_DEQUANT(name, Q)                                                                                             \
     extern "C" __global__ void __launch_bounds__(256)                                                                      \
         dequant_##name##_bf16(const unsigned char* w, uint2* out, unsigned n, unsigned k) {                                \

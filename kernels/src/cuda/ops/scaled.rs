@@ -1,8 +1,8 @@
 //! Products with fp8 and fp4 weights that have f32 factors: read as they are for few rows, by bf16 rows of x; and for
 //! many rows fp8 by fp8 on tensor cores (compute capability 8.9 and later), with rows of x rounded to fp8 first.
 //!
-//! fp8 weights are Hugging Face's (`compressed-tensors`, `fp8`) with a factor per row, or per block of 128 rows and columns; no format that Ridge reads has such fp4 weights
-//! yet. Batch invariance is that of [`super::matmul`]; a row's fp8 scale comes from that row alone.
+//! fp8 weights are Hugging Face's (`compressed-tensors`, `fp8`) with a factor per row, or per block of 128 rows and columns; fp4
+//! weights are those of `nvfp4-pack-quantized`. Batch invariance is that of [`super::matmul`]; a row's fp8 scale comes from that row alone.
 //!
 //! fp4 weights (`NVFP4`'s values, with an e4m3 scale for each 16) lie in planes ([`crate::cuda::planes`]). A tensor-wide factor goes
 //! into the factors of the rows.
@@ -152,6 +152,19 @@ pub unsafe fn norm_rows(
     unsafe { device.launch(Kernel { source: "gemm_fp8.cu", name: "rms_norm_e4m3" }, &launch, &args) }
 }
 
+/// Decodes an fp4 matrix to bf16, factors and all.
+///
+/// # Safety
+///
+/// `to` is memory of the device with room for the matrix.
+pub unsafe fn decode_fp4(device: &dyn Device, w: &ScaledWeight, to: u64) -> Result<(), CudaError> {
+    assert_eq!(w.dtype, ScaledType::NvFp4, "fp4 weights");
+    let launch = Launch { grid: [w.n as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 };
+    let args = [Arg::Ptr(w.address), Arg::Ptr(w.scales), Arg::Ptr(to), Arg::U32(w.n as u32), Arg::U32(w.k as u32)];
+    // SAFETY: passed on; a block per row, and the kernel's parameters.
+    unsafe { device.launch(Kernel { source: "dequant.cu", name: "dequant_nvfp4_bf16" }, &launch, &args) }
+}
+
 /// `y = finish(x · wᵀ)` of fp8 rows and fp8 weights.
 ///
 /// # Errors
@@ -270,6 +283,44 @@ mod tests {
         let mut y = vec![0.0; x.len() / k * n];
         reference::matmul(x, &Matrix::new(DType::F32, n, k, &bytes).unwrap(), None, &mut y);
         y
+    }
+
+    /// Many rows by fp4 weights, plain and gated.
+    #[test]
+    fn cuda_fp4_products_of_many_rows_are_the_reference() {
+        in_every_order(|device| {
+            let mut random = Random::new(73);
+            let (m, n, k) = (random.within(20, 90), random.within(1, 90), 64 * random.within(1, 5));
+            let x = read(&Buffer::of(device, &encode(DType::BF16, &random.vector(m * k))).unwrap(), DType::BF16);
+            let x_on = Buffer::of(device, &encode(DType::BF16, &x)).unwrap();
+            let parts = [(); 2].map(|()| weight(&mut random, ScaledType::NvFp4, n, k));
+            let on_device =
+                parts.each_ref().map(|p| (stored(device, ScaledType::NvFp4, (n, k), &p.0), on(device, &p.2)));
+            let [gate, up] = on_device.each_ref().map(|(w, scales)| ScaledWeight {
+                dtype: ScaledType::NvFp4,
+                n,
+                k,
+                address: w.address(),
+                scales: scales.address(),
+            });
+            let products = parts.each_ref().map(|p| product(&x, &p.1, &p.2, n, k));
+            let largest = products.each_ref().map(|p| p.iter().fold(1.0f32, |most, v| most.max(v.abs())));
+            let ours = crate::cuda::ops::matmul::Products::new(device, 4 * n * k).unwrap();
+            let rows = X { address: x_on.address(), dtype: DType::BF16, rows: m };
+            let y = poisoned(device, DType::F32, m * n);
+            let plain = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
+            let gated = ScaledFinish::Gated { up: &up, activation: Gate::Silu, to: DType::F32 };
+            // Weights are rounded to bf16.
+            for (finish, slack) in [(plain, largest[0]), (gated, largest[0] * largest[1])] {
+                // SAFETY: the buffers have the sizes of the shape.
+                unsafe { ours.fp4(rows, &gate, finish, y.address()).unwrap() };
+                let mut want = products[0].clone();
+                if matches!(finish, ScaledFinish::Gated { .. }) {
+                    reference::silu_mul(&mut want, &products[1]);
+                }
+                assert_close(&read(&y, DType::F32), &want, 1e-2, 1e-2 * slack, &format!("{m} {n} {k}"));
+            }
+        });
     }
 
     #[test]
