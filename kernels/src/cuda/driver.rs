@@ -8,9 +8,10 @@
 //! without a driver gets an error.
 
 use super::compile;
-use super::device::{Arg, ArgValue, CudaError, Device, Kernel, Launch, Properties, Recorded, Recorder, TensorMap};
+use super::device::{
+    Arg, ArgValue, CudaError, Device, Element, Kernel, Launch, Properties, Recorded, Recorder, TensorMap,
+};
 use super::lock;
-use crate::DType;
 use cudarc::driver::{DriverError, result, sys};
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_void};
@@ -493,11 +494,11 @@ impl Device for Driver {
         }
         self.enter()?;
         let element = match map.element {
-            DType::BF16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            DType::F16 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            other => panic!("no tensor map of {}", other.name()),
+            Element::Bf16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            Element::F16 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            Element::Byte => Type::CU_TENSOR_MAP_DATA_TYPE_UINT8,
         };
-        let swizzle = match map.box_cols as usize * map.element.block_bytes() {
+        let swizzle = match map.box_cols as usize * map.element.bytes() {
             128 => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
             64 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
             32 => Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,

@@ -319,7 +319,7 @@ impl Device for Emulated {
         for (field, value) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(wide) {
             *field = value.to_le_bytes();
         }
-        let narrow = [map.box_cols, map.box_rows, map.element.block_bytes() as u32];
+        let narrow = [map.box_cols, map.box_rows, map.element.bytes() as u32];
         for (field, value) in bytes[48..].as_chunks_mut::<4>().0.iter_mut().zip(narrow) {
             *field = value.to_le_bytes();
         }

@@ -26,7 +26,9 @@ pub mod reference;
 pub mod selftest;
 pub mod source;
 
-pub use device::{Arg, Buffer, CudaError, Device, Fetch, Graph, Kernel, Launch, Pinned, Plain, Properties, TensorMap};
+pub use device::{
+    Arg, Buffer, CudaError, Device, Element, Fetch, Graph, Kernel, Launch, Pinned, Plain, Properties, TensorMap,
+};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Nothing behind the locks of this module is left half changed by a panic.

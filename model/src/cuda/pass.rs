@@ -41,6 +41,8 @@ pub struct Pass {
     graphs: Graphs,
     /// Whether pages of prompts go to the host as they are computed.
     ship: bool,
+    /// Whether kernels may be used that no device has run.
+    experimental: bool,
 }
 
 /// Most rows of the products that are measured: times of more are those of several times as many tiles.
@@ -74,6 +76,8 @@ struct Step<'a> {
     weights: &'a DeviceWeights,
     scratch: &'a Scratch,
     products: &'a Products,
+    /// Whether fp8 may be multiplied by the kernel that no device has run.
+    experimental: bool,
     /// Type of queries.
     query: DType,
     /// Where the pass's numbers lie, and the block tables among them.
@@ -159,6 +163,7 @@ impl Pass {
             prefill: prefill.chosen,
             graphs: Graphs::new(options.graphs),
             ship: options.ship,
+            experimental: options.kernels == KernelSet::Experimental,
         })
     }
 
@@ -206,6 +211,7 @@ impl Pass {
             weights,
             scratch: &self.scratch,
             products: &self.products,
+            experimental: self.experimental,
             query: attention::query_dtype(format.dtype),
             numbers: base,
             tables: base + tables,
@@ -533,7 +539,7 @@ impl Step<'_> {
                     if !rounded {
                         scaled::quantize_rows(self.device, x, weight.k, &to)?;
                     }
-                    scaled::gemm(self.device, &to, weight, finish, y)
+                    scaled::gemm(self.device, &to, weight, finish, y, self.experimental)
                 }
             }
         }

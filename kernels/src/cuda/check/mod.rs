@@ -122,6 +122,7 @@ pub fn run(
         Group::Scaled => scaled::run(&mut checks),
         Group::Experimental => {
             matmul::run_experimental(&mut checks);
+            scaled::run_experimental(&mut checks);
             attention::run_experimental(&mut checks);
         }
     }
@@ -271,7 +272,13 @@ mod tests {
             ),
             (
                 Group::Experimental,
-                &["wgmma matmul BF16", "wgmma matmul F16", "wgmma attention bf16", "wgmma attention f16"],
+                &[
+                    "wgmma matmul BF16",
+                    "wgmma matmul F16",
+                    "wgmma matmul fp8",
+                    "wgmma attention bf16",
+                    "wgmma attention f16",
+                ],
             ),
         ] {
             let checks = run(&device, group, 3, Effort::Small, Some(Instant::now()), &mut |_| {}).expect("it works");

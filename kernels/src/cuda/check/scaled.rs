@@ -26,10 +26,21 @@ pub(super) fn run(checks: &mut Checks<'_>) {
     if checks.device.properties().sm >= 89 {
         for (dtype, name) in &types[..2] {
             let name = format!("matmul {name} gemm");
-            checks.check(name, cases, |device, draw| many(device, draw, *dtype, rows_max, size_max));
+            checks.check(name, cases, |device, draw| many(device, draw, (*dtype, false), rows_max, size_max));
         }
         checks.check("rms_norm to fp8".into(), cases, |device, draw| norm(device, draw, rows_max, size_max));
     }
+}
+
+/// Hopper's kernel, where it is.
+pub(super) fn run_experimental(checks: &mut Checks<'_>) {
+    if checks.device.properties().sm != 90 {
+        return;
+    }
+    let (rows_max, size_max) = (checks.size(20, 700), checks.size(2, 40));
+    checks.check("wgmma matmul fp8".into(), checks.size(2, 5), |device, draw| {
+        many(device, draw, (ScaledType::E4M3, true), rows_max, size_max)
+    });
 }
 
 /// A random weight `[n, k]`: its bytes, its values without the factors, and the factors.
@@ -94,7 +105,7 @@ fn few(device: &Arc<dyn Device>, draw: &mut Draw, dtype: ScaledType, size_max: u
 fn many(
     device: &Arc<dyn Device>,
     draw: &mut Draw,
-    dtype: ScaledType,
+    (dtype, experimental): (ScaledType, bool),
     rows_max: usize,
     size_max: usize,
 ) -> Result<f64, CudaError> {
@@ -114,7 +125,7 @@ fn many(
     unsafe {
         let rows = X { address: x_on.address(), dtype: DType::BF16, rows: m };
         quantize_rows(&**device, rows, k, &to)?;
-        gemm(&**device, &to, &w, finish, y.address())?;
+        gemm(&**device, &to, &w, finish, y.address(), experimental)?;
     }
     // Rounding is judged by itself, and the product by what was rounded.
     let (codes, scales) = (codes.to_vec::<u8>(m * k)?, scales.to_vec::<f32>(m)?);

@@ -18,6 +18,7 @@ use crate::cuda::plan::attention::{
     Decode, ITEM_WORDS, Prefill, PrefillKernel, Span, experimental_prefill_kernel, prefill_kernel,
 };
 use crate::cuda::plan::gemm::Shape;
+use crate::cuda::plan::wgmma;
 use crate::cuda::planes::Blocks;
 use crate::kv::f32_to_e4m3;
 use crate::quant::quantize_row;
@@ -239,10 +240,16 @@ impl Clock<'_> {
                 unsafe { scaled::quantize_rows(&*device, rows, k, &to) }
             })?;
             let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
-            self.time(name("own"), cost, || {
-                // SAFETY: as above.
-                unsafe { scaled::gemm(&*device, &to, &w, finish, y.address()) }
-            })?;
+            let hopper = wgmma::plan_fp8(self.device.properties(), Shape { m, n, k }, false).is_ok();
+            for (experimental, by) in [(false, "own"), (true, "wgmma")] {
+                if experimental && !hopper {
+                    continue;
+                }
+                self.time(name(by), cost, || {
+                    // SAFETY: as above.
+                    unsafe { scaled::gemm(&*device, &to, &w, finish, y.address(), experimental) }
+                })?;
+            }
             let shape = Shape { m, n, k };
             let offered = blas.and_then(|blas| Some((blas, blas.fp8_variant(shape).ok()?)));
             if let Some((blas, variant)) = offered {

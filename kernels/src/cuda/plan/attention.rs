@@ -5,8 +5,8 @@
 //! launches has.
 
 use super::Choice;
-use crate::cuda::TensorMap;
-use crate::{DType, KvDtype, KvFormat};
+use crate::cuda::{Element, TensorMap};
+use crate::{KvDtype, KvFormat};
 
 /// Keys per split, at absolute positions: the CPU's cut.
 pub const SPLIT: usize = 512;
@@ -198,8 +198,8 @@ const PIECE: usize = 16;
 /// block_stride`, and boxes are those of the kernel.
 pub fn page_maps(format: &KvFormat, base: u64, block_stride: u64) -> [TensorMap; 2] {
     let element = match format.dtype {
-        KvDtype::F16 => DType::F16,
-        KvDtype::BF16 => DType::BF16,
+        KvDtype::F16 => Element::F16,
+        KvDtype::BF16 => Element::Bf16,
         other => panic!("no tensor map of a cache of {}", other.name()),
     };
     let (heads, dim, tokens) = (format.kv_heads as u64, format.head_dim as u64, format.block_size as u64);

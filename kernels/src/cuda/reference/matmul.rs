@@ -175,7 +175,7 @@ mod tests {
         let weight = ScaledWeight { dtype: ScaledType::E4M3Blocks, n, k, address, scales };
         let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
         // SAFETY: the buffers have these shapes.
-        unsafe { scaled::gemm(&*device, &rows, &weight, finish, y.address()).unwrap() };
+        unsafe { scaled::gemm(&*device, &rows, &weight, finish, y.address(), false).unwrap() };
         let mut want = every(&x, &w, k, |x, w, row| {
             let of_row = &factors[row / SCALED_BLOCK * across..][..across];
             gemm(x, w, DEPTH_8, Some(of_row))
