@@ -355,7 +355,7 @@ fn random_llama(quantised: Quantised) -> tempfile::TempDir {
         ] {
             let name = format!("model.layers.{layer}.{name}.weight");
             if quantised == Quantised::NvFp4 {
-                let codes: Vec<u8> = normal(n * k / 2, 60.0).into_iter().map(|v| v as i32 as u8).collect();
+                let codes: Vec<u8> = normal(n * k / 2, 1e5).into_iter().map(|v| v.abs() as u32 as u8).collect();
                 let scales = normal(n * k / 16, 40.0);
                 let scales: Vec<u8> = scales.into_iter().map(|v| ridge_kernels::f32_to_e4m3(v.abs() + 40.0)).collect();
                 // Elements come to about 2.5 and scales to 75.

@@ -265,6 +265,7 @@ mod tests {
                     "matmul fp8 skinny",
                     "matmul fp8 by blocks skinny",
                     "matmul nvfp4 skinny",
+                    "matmul nvfp4 gemm",
                     "matmul fp8 gemm",
                     "matmul fp8 by blocks gemm",
                     "rms_norm to fp8",

@@ -3,7 +3,7 @@
 use super::{Checks, Draw, error, poisoned, precision, product_of, read, rounded};
 use crate::DType;
 use crate::cuda::device::{Buffer, CudaError, Device};
-use crate::cuda::ops::matmul::{Finish, X};
+use crate::cuda::ops::matmul::{Finish, Products, X};
 use crate::cuda::ops::pack::blocks_on_device;
 use crate::cuda::ops::rows;
 use crate::cuda::ops::scaled::{
@@ -23,6 +23,7 @@ pub(super) fn run(checks: &mut Checks<'_>) {
     for (dtype, name) in types {
         checks.check(format!("matmul {name} skinny"), cases, |device, draw| few(device, draw, dtype, size_max));
     }
+    checks.check("matmul nvfp4 gemm".into(), cases, |device, draw| decoded(device, draw, rows_max, size_max));
     if checks.device.properties().sm >= 89 {
         for (dtype, name) in &types[..2] {
             let name = format!("matmul {name} gemm");
@@ -100,6 +101,26 @@ fn few(device: &Arc<dyn Device>, draw: &mut Draw, dtype: ScaledType, size_max: u
     unsafe { skinny(&**device, operand, &w, finish, y.address())? };
     let loss = 1e-5 * (k as f64).sqrt();
     Ok(error(&read(&y, DType::F32)?, &want, precision(DType::F32), loss))
+}
+
+/// Many rows by fp4 weights, which are decoded first.
+fn decoded(device: &Arc<dyn Device>, draw: &mut Draw, rows_max: usize, size_max: usize) -> Result<f64, CudaError> {
+    let (m, n, k) = (draw.within(1, rows_max), draw.within(1, 100 * size_max), 64 * draw.within(1, size_max));
+    let (x_bytes, x) = rounded(DType::BF16, &draw.vector(m * k));
+    let (bytes, values, factors) = weight(draw, ScaledType::NvFp4, n, k);
+    let want = reference(&x, ScaledType::NvFp4, (&values, &factors), k);
+    let w_on = blocks_on_device(device, Blocks::NvFp4, (n, k), &bytes)?;
+    let (x_on, factors_on) = (Buffer::of(device, &x_bytes)?, Buffer::of(device, &factors)?);
+    let y = poisoned(device, DType::F32, m * n)?;
+    let operand = X { address: x_on.address(), dtype: DType::BF16, rows: m };
+    let w = ScaledWeight { dtype: ScaledType::NvFp4, n, k, address: w_on.address(), scales: factors_on.address() };
+    let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
+    // SAFETY: every operand has the size that its shape says.
+    unsafe { Products::new(device, 4 * n * k)?.fp4(operand, &w, finish, y.address())? };
+    let got = read(&y, DType::F32)?;
+    // Weights are rounded to bf16.
+    let loss = precision(DType::BF16) * (k as f64).sqrt();
+    Ok(error(&got, &want, precision(DType::BF16), loss))
 }
 
 fn many(
