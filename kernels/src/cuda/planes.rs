@@ -251,7 +251,7 @@ mod tests {
         let mut bytes = Vec::new();
         for block in 0..4u8 {
             bytes.extend([0xaa, block]);
-            bytes.extend((0..16).map(|i| (i + block) % 16 | (i * 3 + block) % 16 << 4));
+            bytes.extend((0..16).map(|i| ((i + block) % 16) | (((i * 3 + block) % 16) << 4)));
         }
         let packed = blocks.pack((1, 128), &bytes);
         for (lane, word, byte) in [(0, 0, 0), (3, 2, 1), (1, 3, 3)] {

@@ -131,7 +131,7 @@ mod tests {
     fn elements_are_what_their_codes_scales_and_the_factor_say() {
         // Two rows of 32: codes count up in the one and down in the other; scales are 1, 2, -0.5 and 0 in e4m3.
         let codes: Vec<u8> =
-            (0..16u8).map(|i| (2 * i % 16) | (2 * i + 1) % 16 << 4).chain((0..16).map(|_| 0x9f)).collect();
+            (0..16u8).map(|i| ((2 * i) % 16) | (((2 * i + 1) % 16) << 4)).chain((0..16).map(|_| 0x9f)).collect();
         let scales = [0x38, 0x40, 0xb0, 0x00];
         let mut out = vec![0.0; 64];
         ridge_kernels::quant::dequantize_row(DType::BF16, &dequantize(&codes, &scales, 32, 0.25), &mut out);
