@@ -6,6 +6,7 @@ mod support;
 use ridge_tests::cluster::Cluster;
 use ridge_tests::model::prompt;
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 use support::{binary, complete, oracle, tiny_llama};
 
 /// (prompt length, tokens to generate): chunks of several blocks, a single block, a single token.
@@ -18,16 +19,21 @@ fn generate(flags: &[&str]) -> Output {
     command.args(flags).output().expect("the binary starts")
 }
 
-/// Whether kernels can be emulated here; says so if not. Compiles them too, which a cluster's first request need not wait for.
+/// Whether kernels can be emulated here; says so if not. Compiles them too, once for all tests, which a cluster's first request need
+/// not wait for.
 fn can_emulate() -> bool {
-    let output = generate(&["--device", "emulated"]);
-    let error = String::from_utf8_lossy(&output.stderr);
-    if error.contains("needs a C++ compiler") {
+    static WITHOUT: OnceLock<Option<String>> = OnceLock::new();
+    let without = WITHOUT.get_or_init(|| {
+        let output = generate(&["--device", "emulated"]);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        let missing = error.contains("needs a C++ compiler");
+        assert!(missing || output.status.success(), "{error}");
+        missing.then_some(error)
+    });
+    if let Some(error) = without {
         println!("skipped: {error}");
-        return false;
     }
-    assert!(output.status.success(), "{error}");
-    true
+    without.is_none()
 }
 
 #[test]

@@ -42,6 +42,52 @@ RIDGE_INLINE void fetch(const Cache<C>& cache, const unsigned* table, unsigned b
         cp_async_16(value_at(row, column), from + column, used);
 }
 
+// The type that tensor cores multiply in: the cache's own, or bf16, which holds every element of 8 bits.
+template <class C> struct Compute { using Type = BF16; };
+template <> struct Compute<KvF16> { using Type = F16; };
+
+// As `fetch`, of a cache of 8-bit elements: widened on their way, which is done when it returns. Scales stay apart.
+template <int DIM, class C, class KeyAt, class ValueAt>
+RIDGE_INLINE void fetch_widened(const Cache<C>& cache, const unsigned* table, unsigned begin, unsigned first, unsigned end,
+                                KeyAt key_at, ValueAt value_at, float* key_scales, float* value_scales) {
+    const unsigned block_size = cache.block_size;
+    const auto widened = [](const Pack<C, 8>& pack) {
+        return make_uint4(bf16_pair(pack[0], pack[1]), bf16_pair(pack[2], pack[3]), bf16_pair(pack[4], pack[5]),
+                          bf16_pair(pack[6], pack[7]));
+    };
+    const auto put = [&](unsigned short* to, const typename C::Stored* from, bool used) {
+        Pack<C, 8> pack;
+        if (used) pack.load(from);
+        *reinterpret_cast<uint4*>(to) = used ? widened(pack) : make_uint4(0, 0, 0, 0);
+    };
+    if (block_size % 8 == 0) {
+        const unsigned column = threadIdx.x % (TILE / 8) * 8, key = begin + column;
+        const bool used = key + 8 > first && key < end;
+        const typename C::Stored* const from = used ? cache.key(table[key / block_size], key % block_size) : cache.key(0, 0);
+#pragma unroll 4
+        for (unsigned d = threadIdx.x / (TILE / 8); d < DIM; d += TILE_THREADS / (TILE / 8))
+            put(key_at(d, column), from + d * block_size, used);
+    } else {
+        for (unsigned at = threadIdx.x; at < TILE * DIM; at += TILE_THREADS) {
+            const unsigned column = at % TILE, d = at / TILE, key = begin + column;
+            const bool used = key >= first && key < end;
+            *key_at(d, column) =
+                used ? f32_to_bf16(C::load(cache.key(table[key / block_size], key % block_size)[d * block_size])) : 0;
+        }
+    }
+    const unsigned row = threadIdx.x / 2, key = begin + row;
+    const bool used = key >= first && key < end;
+    const unsigned block = used ? table[key / block_size] : 0, slot = used ? key % block_size : 0;
+    const typename C::Stored* const from = cache.value(block, slot);
+#pragma unroll 4
+    for (unsigned column = threadIdx.x % 2 * 8; column < DIM; column += 16) put(value_at(row, column), from + column, used);
+    if constexpr (C::SCALED)
+        if (threadIdx.x % 2 == 0) {
+            key_scales[row] = used ? cache.key_scale(block, slot) : 0.0f;
+            value_scales[row] = used ? cache.value_scale(block, slot) : 0.0f;
+        }
+}
+
 // A tile of queries of one head, and this thread's two rows of it.
 struct Queries {
     Item item;
@@ -49,7 +95,7 @@ struct Queries {
 
     __device__ Queries(const Item& item, unsigned first)
         : item(item), rows(min(QUERIES, item.rows - first)), start(item.start + first),
-          row(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4), pair(threadIdx.x % 4 * 2) {}
+          row(threadIdx.x % TILE_THREADS / 32 * 16 + threadIdx.x % 32 / 4), pair(threadIdx.x % 4 * 2) {}
 
     // Keys that some row sees.
     __device__ unsigned first() const { return item.first_key(start); }
@@ -67,6 +113,15 @@ struct Queries {
             a[i] = r < rows ? *reinterpret_cast<const unsigned*>(q + r * stride + c) : 0u;
         }
     }
+    // Of queries in f32, rounded to bf16.
+    RIDGE_INLINE void load(unsigned (&a)[4], const float* q, unsigned long long stride, unsigned column) const {
+#pragma unroll
+        for (unsigned i = 0; i < 4; ++i) {
+            const unsigned r = row + i % 2 * 8, c = column + pair + i / 2 * 8;
+            const float2 both = r < rows ? *reinterpret_cast<const float2*>(q + r * stride + c) : make_float2(0.0f, 0.0f);
+            a[i] = bf16_pair(both.x, both.y);
+        }
+    }
 };
 
 // The softmax of this thread's two rows, kept as it goes.
@@ -74,10 +129,11 @@ struct Softmax {
     float largest[2] = {negative_infinity(), negative_infinity()}, total[2] = {0.0f, 0.0f};
 
     // Takes in the scores of the tile at `begin` (times `factor`, as powers of two) and rescales the outputs so far; leaves the
-    // weights, rounded, as the first operand of the product with the values.
-    template <class Weight, int OUTPUTS>
+    // weights, each times the scale of its value (`of_value(column)`) and rounded, as the first operand of the product with the
+    // values.
+    template <class Weight, int OUTPUTS, class OfValue>
     RIDGE_INLINE void take(const Queries& queries, unsigned begin, float factor, float (&scores)[TILE / 2],
-                           float (&output)[OUTPUTS], unsigned (&weights)[TILE / 8][2]) {
+                           float (&output)[OUTPUTS], unsigned (&weights)[TILE / 8][2], OfValue of_value) {
         const bool masked = queries.masks(begin);
 #pragma unroll
         for (unsigned half = 0; half < 2; ++half) {
@@ -106,7 +162,8 @@ struct Softmax {
                 const float right = exp2_approx(fmaf(scores[block * 4 + half * 2 + 1], factor, -shift));
                 sum += left;
                 sum += right;
-                weights[block][half] = Weight::pair(left, right);
+                const unsigned column = block * 8 + queries.pair;
+                weights[block][half] = Weight::pair(left * of_value(column), right * of_value(column + 1));
             }
             sum += __shfl_xor_sync(FULL_WARP, sum, 1);
             sum += __shfl_xor_sync(FULL_WARP, sum, 2);

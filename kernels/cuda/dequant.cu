@@ -1,33 +1,41 @@
 // Quantised matrices to bf16, for products of many rows, and to f32.
-#include "dequant.cuh"
+#include "planes.cuh"
 
-// `quads` groups of four elements; rows are whole numbers of blocks, so the matrix is one long row. Blocks of 256 threads,
-// a quad each, the grid as large as it needs to be or shorter.
+// Of a matrix [n, k]: a block of threads per row, a thread four elements at a time.
 template <class Q, class Store>
-RIDGE_INLINE void dequantize(const unsigned char* w, unsigned long long quads, Store store) {
-    const unsigned long long stride = static_cast<unsigned long long>(gridDim.x) * blockDim.x;
-    for (unsigned long long i = static_cast<unsigned long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < quads; i += stride) {
-        const unsigned char* block = w + i / (Q::BLOCK / 4) * Q::BYTES;
-        const unsigned at = static_cast<unsigned>(i % (Q::BLOCK / 4)), sixteen = at / 4, group = at * 4 / Q::GROUP;
-        const unsigned quad = Q::quad(block, sixteen, at % 4);
-        const float scale = Q::scale(block, group), minimum = Q::minimum(block, group);
+RIDGE_INLINE void dequantize(const unsigned char* w, unsigned n, unsigned k, Store store) {
+    const quant::Planes<Q> planes(n, k);
+    for (unsigned i = threadIdx.x; i < k / 4; i += blockDim.x) {
+        const unsigned unit = i * 4 / quant::UNIT, at = i % (quant::UNIT / 4), group = at * 4 / Q::GROUP;
+        const unsigned quad = planes.quad(w, blockIdx.x, unit, at / 4, at % 4);
+        const typename Q::Factors factors = planes.factors(w, blockIdx.x, unit);
+        const float scale = Q::scale(factors, group), minimum = Q::minimum(factors, group);
         float v[4];
 #pragma unroll
         for (unsigned e = 0; e < 4; ++e) v[e] = quant::value<Q>(quad, e, scale, minimum);
-        store(i, v);
+        store(static_cast<size_t>(blockIdx.x) * (k / 4) + i, v);
     }
+}
+
+// With a factor per row.
+extern "C" __global__ void __launch_bounds__(256)
+    dequant_nvfp4_bf16(const unsigned char* w, const float* factors, uint2* out, unsigned n, unsigned k) {
+    const float factor = factors[blockIdx.x];
+    dequantize<quant::NVFP4>(w, n, k, [=](size_t i, const float(&v)[4]) {
+        out[i] = make_uint2(bf16_pair(v[0] * factor, v[1] * factor), bf16_pair(v[2] * factor, v[3] * factor));
+    });
 }
 
 #define RIDGE_DEQUANT(name, Q)                                                                                             \
     extern "C" __global__ void __launch_bounds__(256)                                                                      \
-        dequant_##name##_bf16(const unsigned char* w, uint2* out, unsigned long long quads) {                              \
-        dequantize<quant::Q>(w, quads, [=](unsigned long long i, const float(&v)[4]) {                                     \
+        dequant_##name##_bf16(const unsigned char* w, uint2* out, unsigned n, unsigned k) {                                \
+        dequantize<quant::Q>(w, n, k, [=](size_t i, const float(&v)[4]) {                                                  \
             out[i] = make_uint2(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]));                                             \
         });                                                                                                                \
     }                                                                                                                      \
     extern "C" __global__ void __launch_bounds__(256)                                                                      \
-        dequant_##name##_f32(const unsigned char* w, float4* out, unsigned long long quads) {                              \
-        dequantize<quant::Q>(w, quads, [=](unsigned long long i, const float(&v)[4]) {                                     \
+        dequant_##name##_f32(const unsigned char* w, float4* out, unsigned n, unsigned k) {                                \
+        dequantize<quant::Q>(w, n, k, [=](size_t i, const float(&v)[4]) {                                                  \
             out[i] = make_float4(v[0], v[1], v[2], v[3]);                                                                  \
         });                                                                                                                \
     }

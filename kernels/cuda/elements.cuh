@@ -89,6 +89,19 @@ RIDGE_INLINE unsigned warp_max(unsigned v) {
     return v;
 }
 
+// 1 / sqrt(mean(x^2) + eps) of one row, by all threads of a block of at most 1024. `partial` holds a float per warp.
+RIDGE_INLINE float inverse_rms(unsigned width, float eps, const float* x, float* partial) {
+    const unsigned warps = blockDim.x / 32;
+    float sum = 0.0f;
+    for (unsigned i = threadIdx.x; i < width; i += blockDim.x) sum = fmaf(x[i], x[i], sum);
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0.0f;
+    for (unsigned warp = 0; warp < warps; ++warp) sum += partial[warp];
+    return 1.0f / sqrtf(sum / static_cast<float>(width) + eps);
+}
+
 // ---- outputs whose type is known when the kernel runs: the numbers that ops/mod.rs gives the types
 
 constexpr unsigned AS_F32 = 0, AS_F16 = 1;

@@ -11,6 +11,9 @@
 // Every output is one chain of mma instructions in ascending k, whatever the tile: the sums do not depend on m, on the row's
 // place or on the tile that was chosen.
 //
+// With a factor per block of w (BLOCKS: 128 rows by a step of k, which is 128 bytes) the chain is cut there: each step's sums are
+// multiplied by the block's factor and added up in f32, in ascending k too.
+//
 // A gated product takes half of a warp's columns from `w` and the other half, for the same outputs, from `up`.
 //
 // Rows of x and w are whole numbers of 16 bytes and aligned to them. Edges of m, n and k are filled with zeros.
@@ -22,19 +25,19 @@
 struct Bf16Product {
     using Element = BF16;
     using Compute = BF16;
-    static constexpr bool SCALED = false;
+    static constexpr bool SCALED = false, BLOCKS = false;
     static RIDGE_INLINE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_m16n8k16_bf16(d, a, b); }
 };
 struct F16Product {
     using Element = F16;
     using Compute = F16;
-    static constexpr bool SCALED = false;
+    static constexpr bool SCALED = false, BLOCKS = false;
     static RIDGE_INLINE void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) { mma_m16n8k16_f16(d, a, b); }
 };
 
 struct Product {
     const unsigned char *x, *w, *up;
-    // One factor per row of x, w and up, for fp8.
+    // For fp8: one factor per row of x; and one per row, or per block, of w and up.
     const float *x_scales, *w_scales, *up_scales;
     const float* bias;
     void* y;
@@ -43,7 +46,7 @@ struct Product {
 
 template <class P, unsigned BM, unsigned BN, unsigned WM, unsigned WN, unsigned STAGES, bool GATED>
 struct Gemm {
-    static constexpr unsigned ROW_BYTES = 128, CHUNKS = 8;
+    static constexpr unsigned ROW_BYTES = 128, CHUNKS = 8, BLOCK_ROWS = 128;
     static constexpr unsigned WARPS_N = BN / WN, THREADS = BM / WM * WARPS_N * 32;
     static constexpr unsigned STAGE_BYTES = (BM + BN) * ROW_BYTES;
     static constexpr unsigned BYTES = sizeof(typename P::Element::Stored);
@@ -54,6 +57,7 @@ struct Gemm {
     static_assert(BM / WM * WARPS_N * WM * PITCH * 4 <= STAGES * STAGE_BYTES, "the sums fit where the stages were");
     static_assert((BM + BN) * CHUNKS % THREADS == 0 && BM % (THREADS / CHUNKS) == 0, "copies are shared out evenly");
     static_assert(WM % 16 == 0 && WN % 16 == 0, "a warp takes whole fragments, columns by two");
+    static_assert(!P::BLOCKS || (BYTES == 1 && BLOCK_ROWS % COLS == 0), "a step is a block's columns, a tile within its rows");
 
     static RIDGE_INLINE unsigned place(unsigned row, unsigned chunk) {
         return row * ROW_BYTES + (chunk ^ row % CHUNKS) * 16;
@@ -91,6 +95,9 @@ struct Gemm {
         const unsigned warp_row = warp / WARPS_N * WM, warp_col = warp % WARPS_N * WN;
         const unsigned steps = (p.k * BYTES + ROW_BYTES - 1) / ROW_BYTES;
         float sums[WM / 16][WN / 8][4] = {};
+        float totals[P::BLOCKS ? WM / 16 : 1][P::BLOCKS ? WN / 8 : 1][4] = {};
+        // A warp's columns lie in one block of rows of w.
+        const unsigned block_row = min(blockIdx.y * COLS + warp_col / WN * WARP_COLS, p.n - 1) / BLOCK_ROWS * steps;
 
 #pragma unroll 1
         for (unsigned s = 0; s < STAGES - 1; ++s) {
@@ -124,7 +131,26 @@ struct Gemm {
                         P::mma(sums[i][j], a[i], pair);
                     }
             }
+            if constexpr (P::BLOCKS) {
+                const float factor = __ldg(p.w_scales + block_row + step), of_up = GATED ? __ldg(p.up_scales + block_row + step) : 0.0f;
+#pragma unroll
+                for (unsigned i = 0; i < WM / 16; ++i)
+#pragma unroll
+                    for (unsigned j = 0; j < WN / 8; ++j)
+#pragma unroll
+                        for (unsigned e = 0; e < 4; ++e) {
+                            totals[i][j][e] = fmaf(8 * j < WARP_COLS ? factor : of_up, sums[i][j][e], totals[i][j][e]);
+                            sums[i][j][e] = 0.0f;
+                        }
+            }
         }
+        if constexpr (P::BLOCKS)
+#pragma unroll
+            for (unsigned i = 0; i < WM / 16; ++i)
+#pragma unroll
+                for (unsigned j = 0; j < WN / 8; ++j)
+#pragma unroll
+                    for (unsigned e = 0; e < 4; ++e) sums[i][j][e] = totals[i][j][e];
 
         // The sums go through shared memory, each warp's own part of it: lanes then store whole rows, and the code that
         // finishes a pair is there once, not once per register.
@@ -149,16 +175,15 @@ struct Gemm {
             if (row >= p.m || col >= p.n) continue;
             const float* at = mine + pair / PAIRS * PITCH + in_warp;
             float2 out = *reinterpret_cast<const float2*>(at);
-            if constexpr (P::SCALED) {
-                out.x *= p.x_scales[row] * p.w_scales[col];
-                if (col + 1 < p.n) out.y *= p.x_scales[row] * p.w_scales[col + 1];
-            }
+            const auto scale = [&](float2& pair, const float* of_w) {
+                const float of_x = p.x_scales[row];
+                pair.x *= P::BLOCKS ? of_x : of_x * of_w[col];
+                if (col + 1 < p.n) pair.y *= P::BLOCKS ? of_x : of_x * of_w[col + 1];
+            };
+            if constexpr (P::SCALED) scale(out, p.w_scales);
             if constexpr (GATED) {
                 float2 up = *reinterpret_cast<const float2*>(at + WARP_COLS);
-                if constexpr (P::SCALED) {
-                    up.x *= p.x_scales[row] * p.up_scales[col];
-                    if (col + 1 < p.n) up.y *= p.x_scales[row] * p.up_scales[col + 1];
-                }
+                if constexpr (P::SCALED) scale(up, p.up_scales);
                 out.x = activate(p.activation, out.x) * up.x;
                 out.y = activate(p.activation, out.y) * up.y;
             }

@@ -181,5 +181,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                     const float* w_scales, const float* bias, void* y, unsigned m, unsigned n, unsigned k, unsigned finish) {
     wgmma::run<E4M3, BF16, true, false>({x, w, w, x_scales, w_scales, w_scales, bias, y, m, n, k, finish, 0});
 }
+extern "C" __global__ void __launch_bounds__(384, 1)
+    gemm_wgmma_e4m3_gated(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap gate,
+                          const __grid_constant__ TensorMap up, const float* x_scales, const float* gate_scales,
+                          const float* up_scales, void* y, unsigned m, unsigned n, unsigned k, unsigned finish, unsigned activation) {
+    wgmma::run<E4M3, BF16, true, true>({x, gate, up, x_scales, gate_scales, up_scales, 0, y, m, n, k, finish, activation});
+}
 
 #endif

@@ -29,12 +29,13 @@ RIDGE_INLINE void gemv_simt(const typename T::Stored* x, const typename T::Store
     const Finish<T> out{y, bias, n, finish};
 #pragma unroll
     for (unsigned r = 0; r < ROWS; ++r) {
+        if (r >= rows) continue;
 #pragma unroll
         for (unsigned bits = 16; bits > 0; bits /= 2) {
             sums[0][r] += __shfl_xor_sync(FULL_WARP, sums[0][r], bits);
-            sums[1][r] += __shfl_xor_sync(FULL_WARP, sums[1][r], bits);
+            if (gated) sums[1][r] += __shfl_xor_sync(FULL_WARP, sums[1][r], bits);
         }
-        if (lane == 0 && r < rows) out.put(row + r, col, gated ? activate(activation, sums[0][r]) * sums[1][r] : sums[0][r]);
+        if (lane == 0) out.put(row + r, col, gated ? activate(activation, sums[0][r]) * sums[1][r] : sums[0][r]);
     }
 }
 

@@ -88,34 +88,65 @@ RIDGE_INLINE void mbarrier_wait(unsigned long long* barrier, unsigned parity) {
 
 // ---- TMA
 
-// Begins to copy the box whose first element is (row, col) to shared memory, in the map's 128-byte swizzle: 16-byte chunk c
-// of row r lies at chunk c ^ (r % 8). What lies outside the tensor is zeros, and counts as bytes too. `to` is a multiple of
-// 1024 and gets box rows of 128 bytes each.
-RIDGE_INLINE void tma_load(void* to, const TensorMap& map, unsigned long long* barrier, unsigned col, unsigned row) {
+// Box rows are 128, 64 or 32 bytes in shared memory and swizzled over as many: bits 4-6, 4-5 or 4 of an address are xored with
+// those from bit 7 on. With 128 bytes, 16-byte chunk c of row r lies at chunk c ^ (r % 8). `to` is a multiple of eight rows. What
+// lies outside the tensor is zeros, and counts as bytes too.
+
 #ifdef RIDGE_EMULATED
-    struct Fields {
-        unsigned long long address, cols, rows, row_bytes;
-        unsigned box_cols, box_rows, element_bytes;
-    };
-    const Fields f = *reinterpret_cast<const Fields*>(map.bytes);
-    if (reinterpret_cast<uintptr_t>(to) % 1024) emulate::fail("a TMA box at an address that is not a multiple of 1024");
-    if (f.box_cols * f.element_bytes != 128) emulate::fail("a TMA box of %u bytes in a row", f.box_cols * f.element_bytes);
+namespace emulate {
+
+// `planes` is 0 in a map of a matrix.
+struct Map {
+    unsigned long long address, cols, rows, row_bytes, planes, plane_bytes;
+    unsigned box_cols, box_rows, element_bytes;
+};
+
+inline void copy_box(void* to, const TensorMap& map, unsigned long long* barrier, unsigned col, unsigned row, unsigned plane, bool three) {
+    const Map f = *reinterpret_cast<const Map*>(map.bytes);
+    const unsigned width = f.box_cols * f.element_bytes;
+    if (three != (f.planes > 0)) fail("a TMA box of another rank than its map");
+    if (width != 128 && width != 64 && width != 32) fail("a TMA box of %u bytes in a row", width);
+    if (reinterpret_cast<uintptr_t>(to) % (8 * width)) fail("a TMA box at an address that is not a multiple of %u", 8 * width);
+    if (three && plane >= f.planes) fail("a TMA box of plane %u", plane);
+    const unsigned char* from = reinterpret_cast<const unsigned char*>(f.address) + plane * f.plane_bytes;
     for (unsigned r = 0; r < f.box_rows; ++r)
         for (unsigned c = 0; c < f.box_cols; ++c) {
-            unsigned char* at = static_cast<unsigned char*>(to) + r * 128 + ((c * f.element_bytes) ^ (r % 8 * 16));
+            const unsigned offset = r * width + c * f.element_bytes;
+            unsigned char* at = static_cast<unsigned char*>(to) + (offset ^ (offset >> 7 & (width / 16 - 1)) << 4);
             memset(at, 0, f.element_bytes);
             if (row + r < f.rows && col + c < f.cols)
-                memcpy(at, reinterpret_cast<const unsigned char*>(f.address) + (row + r) * f.row_bytes + (col + c) * f.element_bytes,
-                       f.element_bytes);
+                memcpy(at, from + (row + r) * f.row_bytes + (col + c) * f.element_bytes, f.element_bytes);
         }
-    emulate::Mbarrier& b = emulate::mbarrier(barrier);
-    b.bytes -= static_cast<int>(f.box_rows * 128);
+    Mbarrier& b = mbarrier(barrier);
+    b.bytes -= static_cast<int>(f.box_rows * width);
     b.settle();
+}
+
+}  // namespace emulate
+#endif
+
+// Begins to copy the box of a matrix whose first element is (row, col) to shared memory.
+RIDGE_INLINE void tma_load(void* to, const TensorMap& map, unsigned long long* barrier, unsigned col, unsigned row) {
+#ifdef RIDGE_EMULATED
+    emulate::copy_box(to, map, barrier, col, row, 0, false);
 #else
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
             shared_address(to)),
         "l"(&map), "r"(col), "r"(row), "r"(shared_address(barrier))
+        : "memory");
+#endif
+}
+
+// The same of one of several matrices that lie at equal distances.
+RIDGE_INLINE void tma_load(void* to, const TensorMap& map, unsigned long long* barrier, unsigned col, unsigned row, unsigned plane) {
+#ifdef RIDGE_EMULATED
+    emulate::copy_box(to, map, barrier, col, row, plane, true);
+#else
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+            shared_address(to)),
+        "l"(&map), "r"(col), "r"(row), "r"(plane), "r"(shared_address(barrier))
         : "memory");
 #endif
 }
@@ -126,7 +157,16 @@ RIDGE_INLINE void tma_prefetch_map(const TensorMap& map) {
 #endif
 }
 
-// ---- registers of warpgroups
+// ---- warpgroups
+
+// Waits for the four warps of a warpgroup; each has an `id` of its own, from 1 on.
+RIDGE_INLINE void warpgroup_barrier(unsigned id) {
+#ifdef RIDGE_EMULATED
+    emulate::named_barrier(id, 128);
+#else
+    asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory");
+#endif
+}
 
 template <unsigned COUNT>
 RIDGE_INLINE void give_up_registers() {

@@ -139,73 +139,85 @@ extern "C" __global__ void copy_pages(unsigned long long bytes, unsigned char* f
     if (mine < bytes % 16) to[words * 16 + mine] = from[words * 16 + mine];
 }
 
-// What a key and a value are multiplied by in a slot; 1 without scales.
-template <class C>
-RIDGE_INLINE float scale_at(const float* scales, unsigned slot) {
-    if constexpr (C::SCALED) return scales[slot];
-    else return 1.0f;
-}
+// Consecutive tokens on their way from a page into a page of another shape, as ops/pages.rs writes them.
+struct Move {
+    unsigned from_block, from_slot, to_block, to_slot, tokens, unused[3];
+};
 
-// Reads pages of one type and writes them in another. A block of threads per page and head; shared memory: two floats per
-// slot.
+template <class A, class B> struct Same { static constexpr bool VALUE = false; };
+template <class A> struct Same<A, A> { static constexpr bool VALUE = true; };
+
+// Moves the tokens of one head: as they are, or read in one type and written in another. Shared memory: two floats per token.
 template <class From, class To>
-__device__ void convert_head(const Head<From>& from, const Head<To>& to, unsigned head_dim, unsigned block_size) {
+__device__ void move_head(const Head<From>& from, const Head<To>& to, const Move& move, unsigned head_dim,
+                          unsigned from_size, unsigned to_size) {
     RIDGE_DYNAMIC_SHARED(float, factors);
-    const auto key = [&](unsigned d, unsigned slot) {
-        return From::load(from.keys[d * block_size + slot]) * scale_at<From>(from.key_scales, slot);
-    };
-    const auto value = [&](unsigned d, unsigned slot) {
-        return From::load(from.values[slot * head_dim + d]) * scale_at<From>(from.value_scales, slot);
-    };
+    const auto key_at = [&](unsigned d, unsigned i) { return from.keys + d * from_size + move.from_slot + i; };
+    const auto value_at = [&](unsigned d, unsigned i) { return from.values + (move.from_slot + i) * head_dim + d; };
     if constexpr (To::SCALED) {
-        for (unsigned slot = threadIdx.x; slot < block_size; slot += blockDim.x) {
-            unsigned largest_key = 0, largest_value = 0;
-            for (unsigned d = 0; d < head_dim; ++d) {
-                largest_key = max(largest_key, __float_as_uint(key(d, slot)) & 0x7fffffffu);
-                largest_value = max(largest_value, __float_as_uint(value(d, slot)) & 0x7fffffffu);
+        for (unsigned i = threadIdx.x; i < move.tokens; i += blockDim.x) {
+            if constexpr (From::SCALED) {
+                to.key_scales[move.to_slot + i] = from.key_scales[move.from_slot + i];
+                to.value_scales[move.to_slot + i] = from.value_scales[move.from_slot + i];
+            } else {
+                unsigned largest_key = 0, largest_value = 0;
+                for (unsigned d = 0; d < head_dim; ++d) {
+                    largest_key = max(largest_key, __float_as_uint(From::load(*key_at(d, i))) & 0x7fffffffu);
+                    largest_value = max(largest_value, __float_as_uint(From::load(*value_at(d, i))) & 0x7fffffffu);
+                }
+                const float of_key = To::scale(largest_key), of_value = To::scale(largest_value);
+                to.key_scales[move.to_slot + i] = of_key;
+                to.value_scales[move.to_slot + i] = of_value;
+                factors[2 * i] = To::factor(of_key);
+                factors[2 * i + 1] = To::factor(of_value);
             }
-            const float of_key = To::scale(largest_key), of_value = To::scale(largest_value);
-            to.key_scales[slot] = of_key;
-            to.value_scales[slot] = of_value;
-            factors[2 * slot] = To::factor(of_key);
-            factors[2 * slot + 1] = To::factor(of_value);
         }
         __syncthreads();
     }
-    for (unsigned at = threadIdx.x; at < head_dim * block_size; at += blockDim.x) {
-        const unsigned key_slot = at % block_size, value_slot = at / head_dim;
-        const float key_factor = To::SCALED ? factors[2 * key_slot] : 1.0f;
-        const float value_factor = To::SCALED ? factors[2 * value_slot + 1] : 1.0f;
-        to.keys[at] = To::store(key(at / block_size, key_slot), key_factor);
-        to.values[at] = To::store(value(at % head_dim, value_slot), value_factor);
+    const auto moved = [&](const typename From::Stored* element, unsigned i, unsigned side) {
+        if constexpr (Same<From, To>::VALUE) return *element;
+        else return To::store(From::load(*element), To::SCALED ? factors[2 * i + side] : 1.0f);
+    };
+    // Neighbouring threads have neighbouring tokens of a key, and neighbouring elements of a value.
+    for (unsigned at = threadIdx.x; at < head_dim * move.tokens; at += blockDim.x) {
+        const unsigned i = at % move.tokens, d = at / move.tokens;
+        to.keys[d * to_size + move.to_slot + i] = moved(key_at(d, i), i, 0);
+    }
+    for (unsigned at = threadIdx.x; at < head_dim * move.tokens; at += blockDim.x) {
+        const unsigned d = at % head_dim, i = at / head_dim;
+        to.values[(move.to_slot + i) * head_dim + d] = moved(value_at(d, i), i, 1);
     }
 }
 
+// A block of threads per move and head. 8-bit types stay what they are.
 template <class From>
-__device__ void convert_from(unsigned to_type, unsigned char* from, unsigned char* to, unsigned kv_heads,
-                             unsigned head_dim, unsigned block_size) {
-    const Head<From> source(from, kv_heads, head_dim, block_size, blockIdx.y);
+__device__ void move_tokens(const Move* moves, unsigned kv_heads, unsigned head_dim, unsigned char* from,
+                            unsigned long long from_stride, unsigned from_size, unsigned to_type, unsigned char* to,
+                            unsigned long long to_stride, unsigned to_size) {
+    const Move move = moves[blockIdx.x];
+    const Head<From> source(from + move.from_block * from_stride, kv_heads, head_dim, from_size, blockIdx.y);
     const auto into = [&](auto type) {
         typedef decltype(type) To;
-        convert_head<From, To>(source, Head<To>(to, kv_heads, head_dim, block_size, blockIdx.y), head_dim, block_size);
+        const Head<To> target(to + move.to_block * to_stride, kv_heads, head_dim, to_size, blockIdx.y);
+        move_head<From, To>(source, target, move, head_dim, from_size, to_size);
     };
-    if (to_type == 0) into(KvF32());
+    if constexpr (sizeof(typename From::Stored) == 1) into(From());
+    else if (to_type == 0) into(KvF32());
     else if (to_type == 1) into(KvF16());
     else if (to_type == 2) into(KvBF16());
     else if (to_type == 3) into(KvFp8());
     else into(KvInt8());
 }
 
-#define RIDGE_CONVERT(name, Type)                                                                                     \
-    extern "C" __global__ void convert_pages_##name(                                                                  \
-        unsigned kv_heads, unsigned head_dim, unsigned block_size, unsigned char* from,                               \
-        unsigned long long from_stride, const unsigned* from_index, unsigned to_type, unsigned char* to,              \
-        unsigned long long to_stride, const unsigned* to_index) {                                                     \
-        convert_from<Type>(to_type, listed(from, from_stride, from_index), listed(to, to_stride, to_index), kv_heads, \
-                           head_dim, block_size);                                                                     \
+#define RIDGE_MOVE(name, Type)                                                                                        \
+    extern "C" __global__ void move_tokens_##name(const Move* moves, unsigned kv_heads, unsigned head_dim,            \
+                                                  unsigned char* from, unsigned long long from_stride,                \
+                                                  unsigned from_size, unsigned to_type, unsigned char* to,            \
+                                                  unsigned long long to_stride, unsigned to_size) {                   \
+        move_tokens<Type>(moves, kv_heads, head_dim, from, from_stride, from_size, to_type, to, to_stride, to_size);  \
     }
-RIDGE_CONVERT(f32, KvF32)
-RIDGE_CONVERT(f16, KvF16)
-RIDGE_CONVERT(bf16, KvBF16)
-RIDGE_CONVERT(fp8, KvFp8)
-RIDGE_CONVERT(int8, KvInt8)
+RIDGE_MOVE(f32, KvF32)
+RIDGE_MOVE(f16, KvF16)
+RIDGE_MOVE(bf16, KvBF16)
+RIDGE_MOVE(fp8, KvFp8)
+RIDGE_MOVE(int8, KvInt8)

@@ -98,29 +98,34 @@ template <class Element>
 inline void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const char* what) {
     struct Fragments {
         unsigned a[4], b[2];
+        float d[4];
     };
     using Stored = typename Element::Stored;
-    constexpr unsigned PER = 4 / sizeof(Stored);
-    const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-    const auto all = exchange(FULL_WARP, mine, what);
-    const unsigned g = lane() / 4, t = lane() % 4;
-    const auto element = [](unsigned word, unsigned i) {
+    constexpr unsigned PER = 4 / sizeof(Stored), K = 8 * PER;
+    const auto element = [](unsigned word, unsigned i) -> double {
         return Element::load(static_cast<Stored>(word >> (8 * sizeof(Stored) * i)));
     };
-    double sums[4] = {d[0], d[1], d[2], d[3]};
-    for (unsigned half = 0; half < 2; ++half)
-        for (unsigned from = 0; from < 4; ++from) {
-            const Fragments &row = all[4 * g + from], &left = all[8 * t + from], &right = all[8 * t + 4 + from];
-            for (unsigned i = 0; i < PER; ++i) {
-                const double low = element(row.a[2 * half], i), high = element(row.a[2 * half + 1], i);
-                const double x = element(left.b[half], i), y = element(right.b[half], i);
-                sums[0] += low * x;
-                sums[1] += low * y;
-                sums[2] += high * x;
-                sums[3] += high * y;
-            }
+    const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {d[0], d[1], d[2], d[3]}};
+    const auto all = exchange(mine, what, [&](Fragments* (&lanes)[32]) {
+        double left[16][K], right[K][8], sums[16][8];
+        for (unsigned l = 0; l < 32; ++l) {
+            const unsigned g = l / 4, t = l % 4;
+            for (unsigned half = 0; half < 2; ++half)
+                for (unsigned i = 0; i < PER; ++i) {
+                    const unsigned k = (4 * half + t) * PER + i;
+                    left[g][k] = element(lanes[l]->a[2 * half], i);
+                    left[g + 8][k] = element(lanes[l]->a[2 * half + 1], i);
+                    right[k][g] = element(lanes[l]->b[half], i);
+                }
+            for (unsigned i = 0; i < 4; ++i) sums[g + i / 2 * 8][2 * t + i % 2] = lanes[l]->d[i];
         }
-    for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(sums[i]);
+        for (unsigned row = 0; row < 16; ++row)
+            for (unsigned k = 0; k < K; ++k)
+                for (unsigned column = 0; column < 8; ++column) sums[row][column] += left[row][k] * right[k][column];
+        for (unsigned l = 0; l < 32; ++l)
+            for (unsigned i = 0; i < 4; ++i) lanes[l]->d[i] = static_cast<float>(sums[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2]);
+    });
+    for (unsigned i = 0; i < 4; ++i) d[i] = all[lane()].d[i];
 }
 
 }  // namespace emulate

@@ -2,19 +2,6 @@
 // alone, in an order of operations that depends on its width alone.
 #include "elements.cuh"
 
-// 1 / sqrt(mean(x^2) + eps) of one row, by all threads of a block of at most 1024. `partial` holds a float per warp.
-__device__ float inverse_rms(unsigned width, float eps, const float* x, float* partial) {
-    const unsigned warps = blockDim.x / 32;
-    float sum = 0.0f;
-    for (unsigned i = threadIdx.x; i < width; i += blockDim.x) sum = fmaf(x[i], x[i], sum);
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
-    __syncthreads();
-    sum = 0.0f;
-    for (unsigned warp = 0; warp < warps; ++warp) sum += partial[warp];
-    return 1.0f / sqrtf(sum / static_cast<float>(width) + eps);
-}
-
 // out[row] = x[row] / rms(x[row]) * weight. A block per row, of whole warps; shared memory: a float per warp.
 template <class Out>
 __device__ void rms_norm(unsigned width, float eps, const float* x, const float* weight, typename Out::Stored* out) {

@@ -1,26 +1,29 @@
 // Hopper's wgmma with its first operand in registers and its second turned over, as attention has them (hopper.cuh has the
 // products of a GEMM). PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions".
 //
-// The second operand b[k, n] lies with n contiguous, in panels of 64 elements of n: a row of 128 bytes per k, eight of them a
-// block of 1024 bytes in which the hardware expects 16-byte chunk c of row k at chunk c ^ (k % 8) (128-byte swizzle).
-// Panels begin at multiples of 1024 bytes.
+// The second operand b[k, n] lies with n contiguous, in panels of 64 or 16 elements of n: a row of 128 or 32 bytes per k, eight of
+// them a block, and 16-byte chunks swizzled within it as TMA has them (hopper.cuh). Panels begin at multiples of a block.
 #pragma once
 #include "hopper.cuh"
 
 #ifdef RIDGE_HOPPER
 
-// Where chunk `chunk` (of 8 elements) of row `row` of a panel lies, in elements.
+// Where chunk `chunk` (of 8 elements) of row `row` of a panel of 64 lies, in elements.
 RIDGE_INLINE unsigned swizzled(unsigned row, unsigned chunk) {
     return row * 64 + (chunk ^ row % 8) * 8;
 }
 
-// The descriptor of an operand whose panels are `panel_bytes` apart; its blocks of eight rows follow each other.
+// The descriptor of an operand whose panels of WIDTH elements are `panel_bytes` apart; its blocks of eight rows follow each other.
+template <unsigned WIDTH>
 RIDGE_INLINE unsigned long long wgmma_turned_operand(const void* shared, unsigned panel_bytes) {
-    // As hopper.cuh has it: in this direction bits 16-29 are the distance of panels, 32-45 that of blocks along k.
-    return (wgmma_operand(shared) & ~(0x3fffull << 16)) | static_cast<unsigned long long>(panel_bytes >> 4) << 16;
+    static_assert(WIDTH == 64 || WIDTH == 16, "panels of 128 or 32 bytes");
+    // As hopper.cuh has it: in this direction bits 16-29 are the distance of panels, 32-45 that of blocks along k; 62-63 are the
+    // swizzle: 1 of 128 bytes, 2 of 64, 3 of 32.
+    const unsigned long long address = wgmma_operand(shared) & 0x3fff, block = 8 * 2 * WIDTH;
+    return address | static_cast<unsigned long long>(panel_bytes >> 4) << 16 | block >> 4 << 32 | (WIDTH == 64 ? 1ull : 3ull) << 62;
 }
 
-// What this thread wrote to shared memory (cp.async and stores) is seen by matrix instructions after the next barrier.
+// What this thread wrote to shared memory is seen by matrix instructions after the next barrier.
 RIDGE_INLINE void fence_shared_for_async() {
 #ifndef RIDGE_EMULATED
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -47,12 +50,14 @@ inline void wgmma_turned(float (&d)[N / 2], const unsigned (&a)[4], unsigned lon
         unsigned a[4];
     };
     const auto all = exchange(FULL_WARP, Fragment{{a[0], a[1], a[2], a[3]}}, what);
-    if (descriptor >> 62 != 1) fail("%s with another swizzle than 128 bytes", what);
+    if (descriptor >> 62 == 0) fail("%s of an operand without a swizzle", what);
+    // Bytes of a row, and elements of a panel.
+    const unsigned width = 256u >> (descriptor >> 62), elements = width / 2;
     const size_t start = (descriptor & 0x3fff) << 4, panel = (descriptor >> 16 & 0x3fff) << 4, block = (descriptor >> 32 & 0x3fff) << 4;
     const auto b = [&](unsigned k, unsigned n) {
-        const size_t at = start + n / 64 * panel + k / 8 * block + k % 8 * 128 + n % 64 * 2;
+        const size_t at = start + n / elements * panel + k / 8 * block + k % 8 * width + n % elements * 2;
         unsigned short stored;
-        memcpy(&stored, dynamic_shared + (at ^ (at >> 7 & 7) << 4), 2);
+        memcpy(&stored, dynamic_shared + (at ^ (at >> 7 & (width / 16 - 1)) << 4), 2);
         return static_cast<double>(Element::load(stored));
     };
     const unsigned g = lane() / 4, t = lane() % 4;

@@ -85,11 +85,18 @@ pub struct KvMemory {
 pub trait FetchPage: Send + Sync {
     /// Reads a page, as the work asked of the device so far leaves it.
     fn fetch(&self, layer: usize, block: BlockId, page: &mut [u8]);
+
+    /// As [`KvFormat::convert`] of each of these moves from the device's pages of a layer into `page`, of format `to` and zero so far.
+    fn fetch_converted(&self, layer: usize, moves: &[(BlockId, KvMove)], to: &KvFormat, page: &mut [u8]);
 }
 
 impl<T: FetchPage + ?Sized> FetchPage for std::sync::Arc<T> {
     fn fetch(&self, layer: usize, block: BlockId, page: &mut [u8]) {
         (**self).fetch(layer, block, page);
+    }
+
+    fn fetch_converted(&self, layer: usize, moves: &[(BlockId, KvMove)], to: &KvFormat, page: &mut [u8]) {
+        (**self).fetch_converted(layer, moves, to, page);
     }
 }
 
@@ -198,6 +205,12 @@ impl KvMemory {
         {
             self.refresh(device, layer, block);
         }
+        self.lock_read(layer, block)
+    }
+
+    /// As [`KvMemory::read`], whoever has the newer copy.
+    fn lock_read(&self, layer: usize, block: BlockId) -> PageRead<'_> {
+        let page = self.page(layer, block);
         assert!(self.locks.try_read(page), "page of layer {layer}, block {} is read while it is written", block.0);
         PageRead { memory: self, page }
     }
@@ -218,13 +231,42 @@ impl KvMemory {
         }
         page.resize(to.page_bytes(), 0);
         let (mut from, mut filled) = (source.skip as usize, 0);
+        let mut moves = Vec::with_capacity(source.blocks.len());
         for block in &source.blocks {
             let tokens = (self.format.block_size - from).min(source.tokens as usize - filled);
-            let moved = KvMove { from, to: filled, tokens };
-            convert_kv(&self.format, &self.read(layer, *block), &to, page, moved);
+            moves.push((*block, KvMove { from, to: filled, tokens }));
             (from, filled) = (0, filled + tokens);
         }
         assert_eq!(filled, source.tokens as usize, "{source:?} does not hold its tokens");
+        if self.converted_by_the_device(layer, &moves, &to, page) {
+            return;
+        }
+        for (block, moved) in moves {
+            convert_kv(&self.format, &self.read(layer, block), &to, page, moved);
+        }
+    }
+
+    /// Has the device convert pages that it alone has, so that they cross once and as what they become. Whether it did.
+    fn converted_by_the_device(
+        &self,
+        layer: usize,
+        moves: &[(BlockId, KvMove)],
+        to: &KvFormat,
+        page: &mut [u8],
+    ) -> bool {
+        let Some(device) = self.device.get() else { return false };
+        let stale = |block: BlockId| device.stale[self.page(layer, block)].load(Ordering::Acquire);
+        if !moves.iter().all(|(block, _)| stale(*block)) {
+            return false;
+        }
+        // Nobody fetches, and so writes, these pages meanwhile.
+        let _one = device.fetching.lock().unwrap_or_else(PoisonError::into_inner);
+        if !moves.iter().all(|(block, _)| stale(*block)) {
+            return false;
+        }
+        let _reads: Vec<PageRead<'_>> = moves.iter().map(|(block, _)| self.lock_read(layer, *block)).collect();
+        device.source.fetch_converted(layer, moves, to, page);
+        true
     }
 
     /// The bytes of a page, for its only user.
@@ -492,6 +534,10 @@ mod tests {
         fn fetch(&self, layer: usize, _: BlockId, page: &mut [u8]) {
             page.fill(100 + layer as u8);
         }
+
+        fn fetch_converted(&self, _: usize, moves: &[(BlockId, KvMove)], _: &KvFormat, page: &mut [u8]) {
+            page.fill(200 + moves.len() as u8);
+        }
     }
 
     #[test]
@@ -525,6 +571,16 @@ mod tests {
         memory.mark_stale(1, block);
         assert_eq!((memory.read(1, block)[0], memory.read(0, block)[0]), (101, 0));
         memory.take_arrivals(block, |layer| panic!("layer {layer} did not arrive: it was fetched"));
+        // In other blocks, pages that the device alone has are its to convert; not if one of them is here.
+        let (shape, mut page) = (BlockShape::new(6, CacheDtype::F16).expect("a block holds a token"), Vec::new());
+        let source = PageSource { blocks: vec![block, BlockId(2)], skip: 0, tokens: 6 };
+        memory.mark_stale(1, block);
+        memory.page_in(shape, 1, &source, &mut page);
+        assert!(page.contains(&0), "slots of block 2 are here, and zero");
+        memory.mark_stale(1, block);
+        memory.mark_stale(1, BlockId(2));
+        memory.page_in(shape, 1, &source, &mut page);
+        assert!(page.iter().all(|byte| *byte == 202));
         memory.mark_stale(0, block);
         memory.write(0, block).fill(9);
         assert_eq!(memory.read(0, block)[0], 9, "what arrived since is newer");

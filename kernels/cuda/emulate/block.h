@@ -32,9 +32,10 @@ constexpr size_t EXCHANGE_BYTES = 64;
 enum class State : uint8_t { ready, at_barrier, in_exchange, until, ended };
 enum class Order : uint32_t { forward, backward, shuffled };
 
-// What an exchange left for its lanes, kept until the last of them comes to its next one.
+// What an exchange is given by its lanes and leaves for them, kept until the last of them comes to its next one. `given` are the
+// lanes that have come.
 struct Results {
-    unsigned readers;
+    unsigned readers, given;
     alignas(16) unsigned char values[32][EXCHANGE_BYTES];
 };
 
@@ -54,17 +55,15 @@ struct Thread {
     // At a barrier: which, and where in the source (0 if the source has no part in it).
     unsigned barrier;
     int line;
-    // In an exchange: with whom, for what, and what is given. `results` are those of the last one.
+    // In an exchange: with whom and for what. `results` are those of the last one, or of the one that it waits for.
     unsigned mask;
     const char* what;
-    alignas(16) unsigned char given[EXCHANGE_BYTES];
     Results* results;
     // Waiting until this holds.
     bool (*holds)(void*);
     void* holds_with;
     // Copies begun and not yet done; groups are numbered from the thread's start.
     unsigned copies, group;
-    Copy copy[COPIES_MAX];
 };
 
 struct Barrier {
@@ -73,12 +72,16 @@ struct Barrier {
 };
 
 static Thread threads[THREADS_MAX];
+// Apart from the threads, which the scheduler goes along all the time.
+static Copy copies[THREADS_MAX][COPIES_MAX];
 static unsigned thread_count;
 static Thread* current;
 static Fiber scheduler;
 static Barrier barriers[BARRIERS];
 // One lane may hold on to old results while the others go on: at most one set per lane, and one being made.
 static Results results[THREADS_MAX / 32][33];
+// Lanes of each warp that wait in an exchange, and that have ended.
+static unsigned exchanging[THREADS_MAX / 32], gone[THREADS_MAX / 32];
 static unsigned char* dynamic_shared;
 static char* message;
 static size_t message_bytes;
@@ -167,7 +170,7 @@ inline void copy_later(void* to, const void* from, unsigned bytes, unsigned tota
     if (me.copies == COPIES_MAX) return fail("more than %u copies at once", COPIES_MAX);
     if (reinterpret_cast<uintptr_t>(to) % total || (bytes && reinterpret_cast<uintptr_t>(from) % total))
         return fail("cp.async of %u bytes is not aligned to them", total);
-    me.copy[me.copies++] = {to, from, bytes, total, me.group};
+    copies[me.number][me.copies++] = {to, from, bytes, total, me.group};
 }
 
 inline void commit_copies() {
@@ -177,11 +180,12 @@ inline void commit_copies() {
 // Waits until at most `newest` committed groups are under way.
 inline void wait_copies(unsigned newest) {
     Thread& me = *current;
+    Copy* const mine = copies[me.number];
     unsigned kept = 0;
     for (unsigned i = 0; i < me.copies; ++i) {
-        const Copy& copy = me.copy[i];
+        const Copy& copy = mine[i];
         if (copy.group + newest >= me.group) {
-            me.copy[kept++] = copy;
+            mine[kept++] = copy;
             continue;
         }
         memcpy(copy.to, copy.from, copy.bytes);
@@ -207,6 +211,7 @@ inline void enter_thread() {
     // Hardware finishes what was begun; what nobody waited for must not be used by anybody.
     wait_all_copies();
     current->state = State::ended;
+    gone[current->number / 32] |= 1u << current->number % 32;
     wait_for_others();
     abort();
 }
@@ -263,8 +268,10 @@ inline void run_block(Order order, Shuffle& shuffle) {
         turn[i] = order == Order::backward ? thread_count - 1 - i : i;
     }
     memset(barriers, 0, sizeof barriers);
-    for (unsigned warp = 0; warp < (thread_count + 31) / 32; ++warp)
+    for (unsigned warp = 0; warp < (thread_count + 31) / 32; ++warp) {
+        exchanging[warp] = gone[warp] = 0;
         for (Results& r : results[warp]) r.readers = 0;
+    }
     unsigned ended = 0;
     // A thread that never waits needs its stack for its run alone: the next one may begin on the same.
     unsigned stacks = 0, spare = ~0u;

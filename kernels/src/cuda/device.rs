@@ -4,7 +4,6 @@
 //! numbers; [`Buffer`] owns one allocation and makes copies to and from it safe. Read [`Device`] and [`Buffer`] first.
 
 use super::lock;
-use crate::DType;
 use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::thread::ThreadId;
@@ -125,21 +124,46 @@ pub enum Arg {
     Bytes128([u8; 128]),
 }
 
-/// A matrix in device memory as Hopper's copy engine is told of it: row-major, fetched a box at a time into shared memory with its
-/// 128-byte swizzle; what lies outside is zero.
+/// What Hopper's copy engine copies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Element {
+    /// bf16.
+    Bf16,
+    /// f16.
+    F16,
+    /// fp8, or any bytes.
+    Byte,
+}
+
+impl Element {
+    /// Bytes of one.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::Bf16 | Self::F16 => 2,
+            Self::Byte => 1,
+        }
+    }
+}
+
+/// A matrix in device memory, or several at equal distances, as Hopper's copy engine is told of it: row-major, fetched a box at a time
+/// into shared memory, swizzled over the bytes of a box's rows; what lies outside is zero.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct TensorMap {
     /// Where it begins; a multiple of 16.
     pub address: u64,
-    /// BF16 or F16.
-    pub element: DType,
+    /// What its elements are.
+    pub element: Element,
     /// Elements of a row.
     pub cols: u64,
     /// Rows.
     pub rows: u64,
     /// Distance between rows; a multiple of 16.
     pub row_bytes: u64,
-    /// Elements of a row of a box: at most 128 bytes of them.
+    /// How many matrices; 0 is one, whose boxes have two coordinates and not three.
+    pub planes: u64,
+    /// Distance between them; a multiple of 16.
+    pub plane_bytes: u64,
+    /// Elements of a row of a box: 128, 64 or 32 bytes of them.
     pub box_cols: u32,
     /// Rows of a box, at most 256.
     pub box_rows: u32,

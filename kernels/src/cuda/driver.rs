@@ -8,9 +8,10 @@
 //! without a driver gets an error.
 
 use super::compile;
-use super::device::{Arg, ArgValue, CudaError, Device, Kernel, Launch, Properties, Recorded, Recorder, TensorMap};
+use super::device::{
+    Arg, ArgValue, CudaError, Device, Element, Kernel, Launch, Properties, Recorded, Recorder, TensorMap,
+};
 use super::lock;
-use crate::DType;
 use cudarc::driver::{DriverError, result, sys};
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_void};
@@ -20,6 +21,8 @@ use std::sync::Mutex;
 
 /// Uploads of at least this many bytes go through pinned memory, in pieces of this size.
 const STAGING_BYTES: usize = 16 << 20;
+/// Uploads from this length on go through them.
+const STAGED_FROM: usize = 1 << 20;
 /// Threads that fill a staging buffer: one alone does not keep up with the bus.
 const STAGING_THREADS: usize = 4;
 /// Oldest compute capability that the kernels are written for.
@@ -378,7 +381,7 @@ impl Device for Driver {
     unsafe fn upload(&self, to: u64, from: &[u8]) -> Result<(), CudaError> {
         self.recorder.refuse("upload")?;
         self.enter()?;
-        if from.len() >= STAGING_BYTES {
+        if from.len() >= STAGED_FROM {
             // SAFETY: the caller's promise.
             return unsafe { self.upload_staged(to, from) };
         }
@@ -491,27 +494,33 @@ impl Device for Driver {
         }
         self.enter()?;
         let element = match map.element {
-            DType::BF16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            DType::F16 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            other => panic!("no tensor map of {}", other.name()),
+            Element::Bf16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            Element::F16 => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            Element::Byte => Type::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        };
+        let swizzle = match map.box_cols as usize * map.element.bytes() {
+            128 => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            64 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            32 => Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+            other => panic!("boxes of {other} bytes in a row"),
         };
         let mut out = sys::CUtensorMap { opaque: [0; 16] };
         // An old driver lacks the function, which cudarc would panic about.
         guarded(|| {
-            // SAFETY: pointers to arrays of two dimensions and one stride, and to where the map goes; the address is only written
-            // down.
+            // SAFETY: pointers to arrays of at least as many dimensions, and of one stride less, and to where the map goes; the address
+            // is only written down.
             let encoded = unsafe {
                 sys::cuTensorMapEncodeTiled(
                     &raw mut out,
                     element,
-                    2,
+                    if map.planes == 0 { 2 } else { 3 },
                     map.address as *mut c_void,
-                    [map.cols, map.rows].as_ptr(),
-                    [map.row_bytes].as_ptr(),
-                    [map.box_cols, map.box_rows].as_ptr(),
-                    [1, 1].as_ptr(),
+                    [map.cols, map.rows, map.planes].as_ptr(),
+                    [map.row_bytes, map.plane_bytes].as_ptr(),
+                    [map.box_cols, map.box_rows, 1].as_ptr(),
+                    [1, 1, 1].as_ptr(),
                     Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                    Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                    swizzle,
                     Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                     Fill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
                 )

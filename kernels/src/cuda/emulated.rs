@@ -315,12 +315,12 @@ impl Device for Emulated {
     fn tensor_map(&self, map: &TensorMap) -> Result<[u8; 128], CudaError> {
         // The numbers as they are, in the order in which `hopper.cuh` reads them when it is emulated.
         let mut bytes = [0; 128];
-        let wide = [map.address, map.cols, map.rows, map.row_bytes];
+        let wide = [map.address, map.cols, map.rows, map.row_bytes, map.planes, map.plane_bytes];
         for (field, value) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(wide) {
             *field = value.to_le_bytes();
         }
-        let narrow = [map.box_cols, map.box_rows, map.element.block_bytes() as u32];
-        for (field, value) in bytes[32..].as_chunks_mut::<4>().0.iter_mut().zip(narrow) {
+        let narrow = [map.box_cols, map.box_rows, map.element.bytes() as u32];
+        for (field, value) in bytes[48..].as_chunks_mut::<4>().0.iter_mut().zip(narrow) {
             *field = value.to_le_bytes();
         }
         Ok(bytes)

@@ -5,6 +5,7 @@
 //! here knows models, sequences or block tables.
 //!
 //! ```text
+//! planes    how quantised matrices lie on a device                       (no device)
 //! plan      pure launch plans: shapes in, tiles and grids out            (no device)
 //! reference the kernels' algorithms, walking the same tiles              (no device)
 //! ops       one safe function per operation: checks, plan, launch        (any device)
@@ -20,11 +21,14 @@ pub mod emulated;
 pub mod nvml;
 pub mod ops;
 pub mod plan;
+pub mod planes;
 pub mod reference;
 pub mod selftest;
 pub mod source;
 
-pub use device::{Arg, Buffer, CudaError, Device, Fetch, Graph, Kernel, Launch, Pinned, Plain, Properties, TensorMap};
+pub use device::{
+    Arg, Buffer, CudaError, Device, Element, Fetch, Graph, Kernel, Launch, Pinned, Plain, Properties, TensorMap,
+};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Nothing behind the locks of this module is left half changed by a panic.

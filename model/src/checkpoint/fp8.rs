@@ -9,9 +9,10 @@
 //! Read [`check`] and [`read`].
 
 use super::safetensors::Located;
-use super::{LoadError, Tensor};
+use super::{LoadError, Tensor, nvfp4};
 use ::safetensors::Dtype;
 
+use ridge_kernels::cuda::ops::scaled::SCALED_BLOCK;
 use ridge_kernels::{DType, e4m3_to_f32, quantize_row};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -27,32 +28,44 @@ pub struct Blocks {
     pub cols: usize,
 }
 
-/// Codes and the factor of each row.
+/// The blocks of factors that devices know.
+const DEVICE_BLOCKS: Blocks = Blocks { rows: SCALED_BLOCK, cols: SCALED_BLOCK };
+
+/// Codes and factors as devices multiply them.
 #[derive(Clone, Debug)]
 pub struct Fp8 {
     /// `[rows, cols]`, e4m3.
     pub codes: super::tensors::Storage,
-    /// `[rows]`.
+    /// `[rows]`, or `[rows / 128, cols / 128]`, rounded up.
     pub factors: Vec<f32>,
+    /// Whether it is the second.
+    pub by_block: bool,
 }
 
-/// Whether a configuration's quantisation is one that can be read: nothing, or fp8 weights.
+/// Whether a configuration's quantisation is one that can be read: nothing, fp8 weights, or NVFP4 ones.
 pub fn check(config: &Value) -> Result<(), LoadError> {
     let quantisation = &config["quantization_config"];
     let Some(method) = quantisation["quant_method"].as_str() else { return Ok(()) };
     let refuse = |what: String| {
-        let hint = "use a bf16, f16, f32 or fp8 checkpoint, or GGUF for other quantised weights";
+        let hint = "use a bf16, f16, f32, fp8 or NVFP4 checkpoint, or GGUF for other quantised weights";
         Err(LoadError::Unsupported { file: FILE.into(), what: format!("{what} ({hint})") })
     };
     match method {
         "fp8" => block_size(config).map(|_| ()),
         "compressed-tensors" => {
             let format = quantisation["format"].as_str().unwrap_or("none");
+            let groups = quantisation["config_groups"].as_object();
+            let groups = groups.into_iter().flat_map(|groups| groups.values()).map(|group| &group["weights"]);
+            if format == nvfp4::FORMAT {
+                return match groups.clone().find(|weights| !nvfp4::check(weights)) {
+                    Some(weights) => refuse(format!("weights of {format} as {weights}")),
+                    None => Ok(()),
+                };
+            }
             if format != "float-quantized" {
                 return refuse(format!("format '{format}' of compressed-tensors"));
             }
-            let groups = quantisation["config_groups"].as_object();
-            for weights in groups.into_iter().flat_map(|groups| groups.values()).map(|group| &group["weights"]) {
+            for weights in groups {
                 let (bits, kind) = (weights["num_bits"].as_u64(), weights["type"].as_str());
                 let strategy = weights["strategy"].as_str().unwrap_or("tensor");
                 let known = matches!(strategy, "tensor" | "channel" | "block");
@@ -108,17 +121,20 @@ pub(super) fn read(
             return Err(damaged(format!("{count} factors for [{rows}, {cols}] and blocks of {blocks:?}")));
         }
     };
-    let per_row = across(blocks).1 == 1;
     let bytes = dequantize(codes.bytes(), cols, &factors, blocks);
     let tensor = Tensor::owned(DType::BF16, rows, cols, bytes).ok_or_else(|| damaged("its shape is odd".into()))?;
-    Ok(match per_row {
-        true => tensor.with_fp8(Fp8 { codes, factors: (0..rows).map(|row| factors[row / blocks.rows]).collect() }),
-        false => tensor,
+    Ok(if across(blocks).1 == 1 {
+        let factors = (0..rows).map(|row| factors[row / blocks.rows]).collect();
+        tensor.with_fp8(Fp8 { codes, factors, by_block: false })
+    } else if blocks == DEVICE_BLOCKS {
+        tensor.with_fp8(Fp8 { codes, factors, by_block: true })
+    } else {
+        tensor
     })
 }
 
 /// A small tensor's elements.
-fn numbers(name: &str, located: &Located) -> Result<Vec<f32>, LoadError> {
+pub(super) fn numbers(name: &str, located: &Located) -> Result<Vec<f32>, LoadError> {
     let dtype = match located.dtype {
         Dtype::F32 => DType::F32,
         Dtype::F16 => DType::F16,

@@ -12,6 +12,7 @@ pub mod gguf_tokenizer;
 pub mod hub;
 pub mod llama2c;
 mod map;
+pub mod nvfp4;
 pub mod safetensors;
 mod tensors;
 

@@ -1,8 +1,8 @@
 //! A Hugging Face folder: `config.json`, safetensors in one file or in shards, `tokenizer.json` and friends.
 
-use super::fp8;
 use super::tensors::{Storage, as_matrix, wanted};
 use super::{Checkpoint, FileMap, LoadError, LoadOptions, LoadProgress, Parts, Tensor, TensorMap};
+use super::{fp8, nvfp4};
 use crate::config::{generation_from_config, spec_from_config};
 use crate::spec::ModelSpec;
 use crate::tokenizer::Tokenizer;
@@ -93,6 +93,10 @@ fn read_tensors(
     let mut tensors = TensorMap::default();
     for (name, shape) in wanted(spec) {
         let source = source_name(&name);
+        if let Some(packed) = found.get(&nvfp4::packed_name(&source)) {
+            tensors.insert(name, nvfp4::read(&source, packed, shape, &found)?);
+            continue;
+        }
         let Some(located) = found.get(&source) else {
             return Err(LoadError::TensorMissing { name, source_name: Some(source) });
         };

@@ -4,6 +4,7 @@
 //! `layers.{i}.{attn_norm,ffn_norm,wq,wk,wv,wo,q_bias,k_bias,v_bias,o_bias,q_norm,k_norm,w_gate,w_up,w_down}`.
 
 use super::fp8::Fp8;
+use super::nvfp4::NvFp4;
 use super::{FileMap, LoadError};
 use crate::spec::ModelSpec;
 use ridge_kernels::{DType, Matrix};
@@ -24,6 +25,7 @@ pub struct Tensor {
     data: Storage,
     /// What it was made of, if it was fp8 with a factor for each row.
     fp8: Option<Arc<Fp8>>,
+    nvfp4: Option<Arc<NvFp4>>,
 }
 
 /// Bytes of a mapped file, or in memory.
@@ -61,13 +63,13 @@ impl Tensor {
     pub fn mapped(dtype: DType, rows: usize, cols: usize, file: &FileMap, range: Range<usize>) -> Option<Self> {
         let bytes = file.bytes().get(range.clone())?;
         Matrix::new(dtype, rows, cols, bytes).ok()?;
-        Some(Self { dtype, rows, cols, data: Storage::Mapped { file: file.clone(), range }, fp8: None })
+        Some(Self { dtype, rows, cols, data: Storage::Mapped { file: file.clone(), range }, fp8: None, nvfp4: None })
     }
 
     /// A tensor with bytes of its own; `None` unless they are exactly the matrix.
     pub fn owned(dtype: DType, rows: usize, cols: usize, bytes: Vec<u8>) -> Option<Self> {
         Matrix::new(dtype, rows, cols, &bytes).ok()?;
-        Some(Self { dtype, rows, cols, data: Storage::Owned(Arc::new(bytes)), fp8: None })
+        Some(Self { dtype, rows, cols, data: Storage::Owned(Arc::new(bytes)), fp8: None, nvfp4: None })
     }
 
     /// The stored bytes.
@@ -80,7 +82,17 @@ impl Tensor {
         Self { fp8: Some(Arc::new(fp8)), ..self }
     }
 
-    /// The codes and factors that it was made of, if it was fp8 with a factor for each row.
+    /// Notes what the tensor was made of.
+    pub(super) fn with_nvfp4(self, nvfp4: NvFp4) -> Self {
+        Self { nvfp4: Some(Arc::new(nvfp4)), ..self }
+    }
+
+    /// The codes and scales that it was made of, if it was NVFP4 in rows of whole 64 elements.
+    pub fn nvfp4(&self) -> Option<&NvFp4> {
+        self.nvfp4.as_deref()
+    }
+
+    /// The codes and factors that it was made of, if it was fp8 with a factor for each row, or for each 128 rows and columns.
     pub fn fp8(&self) -> Option<&Fp8> {
         self.fp8.as_deref()
     }

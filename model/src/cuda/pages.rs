@@ -2,19 +2,20 @@
 //!
 //! The device has a page for each page of [`KvMemory`], with the same bytes and at the same distances. What a pass writes of prompts
 //! is copied to the host's pages a layer at a time, beside the computing of later layers; what it writes of decode steps is fetched when
-//! somebody reads it there. What arrived at the host from a peer is copied to the device before a pass reads it. So network and
-//! schedulers see the host's pages alone, and a node's device is nobody else's concern.
+//! somebody reads it there, converted on the way if its reader wants another shape. What arrived at the host from a peer is copied to the
+//! device before a pass reads it, many pages at a time. So network and schedulers see the host's pages alone, and a node's device is
+//! nobody else's concern.
 
 #![allow(unsafe_code, reason = "the device's memory is addressed by numbers")]
 
 use crate::kv::{FetchPage, KvMemory};
 use crate::memory::PassLimits;
-use ridge_kernels::KvFormat;
-use ridge_kernels::cuda::ops::pages::{self, Pages};
+use ridge_kernels::cuda::ops::pages::{self, Move, Pages};
 use ridge_kernels::cuda::{Buffer, CudaError, Device, Fetch, Pinned};
+use ridge_kernels::{KvFormat, KvMove};
 use ridge_protocol::BlockId;
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Layers whose pages may be on their way to the host at a time: the device stays busy while the host copies one of them.
 const LAYERS_UNDER_WAY: usize = 3;
@@ -29,6 +30,18 @@ pub struct DevicePages {
     /// Memory of earlier shipments, to be used again.
     spare: Vec<(Buffer, Pinned)>,
     place_bytes: usize,
+    landing: Landing,
+}
+
+/// Memory for pages on their way from the host.
+struct Landing {
+    /// On the host, one behind the other.
+    gathered: Vec<u8>,
+    staging: Buffer,
+    /// Numbers of the blocks that they go to.
+    numbers: Buffer,
+    /// Pages at a time.
+    pages: usize,
 }
 
 /// One layer's pages on their way to the host.
@@ -45,12 +58,50 @@ struct Pool {
     memory: Buffer,
     block_stride: usize,
     page_stride: usize,
+    format: KvFormat,
+    /// Where pages are converted: their moves, then what comes of them. Made when it is first needed.
+    converted: Mutex<Option<Buffer>>,
 }
 
 impl Pool {
     /// Where a page begins, within the memory.
     fn offset(&self, layer: usize, block: BlockId) -> usize {
         block.0 as usize * self.block_stride + layer * self.page_stride
+    }
+
+    /// Pages of a layer as the kernels take them.
+    fn of_layer(&self, layer: usize) -> Pages {
+        let base = self.memory.address() + (layer * self.page_stride) as u64;
+        Pages { format: self.format, base, block_stride: self.block_stride as u64 }
+    }
+
+    /// See [`FetchPage::fetch_converted`].
+    fn convert(
+        &self,
+        layer: usize,
+        moves: &[(BlockId, KvMove)],
+        to: &KvFormat,
+        page: &mut [u8],
+    ) -> Result<(), CudaError> {
+        let moves: Vec<Move> =
+            moves.iter().map(|(block, slots)| Move { from: block.0, to: 0, slots: *slots }).collect();
+        let words = Move::words(&moves);
+        let begin = size_of_val(&*words).next_multiple_of(16);
+        let bytes = begin + page.len();
+        let mut buffer = self.converted.lock().unwrap_or_else(PoisonError::into_inner);
+        let memory = match &mut *buffer {
+            Some(memory) if memory.bytes() >= bytes => memory,
+            other => other.insert(Buffer::new(self.memory.device(), bytes.next_power_of_two())?),
+        };
+        memory.upload(0, &words)?;
+        memory.upload(begin, page)?;
+        let block_stride = page.len().next_multiple_of(16) as u64;
+        let target = Pages { format: *to, base: memory.at(begin, page.len()), block_stride };
+        // SAFETY: the moves are from blocks of the pool into the one page, whose memory is ours alone under the lock.
+        unsafe {
+            pages::move_tokens(&**memory.device(), (&moves, memory.address()), &self.of_layer(layer), &target)?;
+        }
+        memory.download(begin, page)
     }
 }
 
@@ -61,6 +112,12 @@ impl FetchPage for Pool {
         fetched
             .unwrap_or_else(|error| panic!("the device does not give back layer {layer}, block {}: {error}", block.0));
     }
+
+    fn fetch_converted(&self, layer: usize, moves: &[(BlockId, KvMove)], to: &KvFormat, page: &mut [u8]) {
+        // As above.
+        self.convert(layer, moves, to, page)
+            .unwrap_or_else(|error| panic!("the device does not convert pages of layer {layer}: {error}"));
+    }
 }
 
 impl DevicePages {
@@ -70,14 +127,18 @@ impl DevicePages {
         let memory = Buffer::new(device, kv.blocks() * block_stride)?;
         // Slots that no token was written to are zero in every page, from the start.
         memory.fill(0)?;
-        let pool = Arc::new(Pool { memory, block_stride, page_stride });
+        let pool =
+            Arc::new(Pool { memory, block_stride, page_stride, format: *kv.format(), converted: Mutex::default() });
         kv.attach(Box::new(pool.clone()));
-        Ok(Self { under_way: VecDeque::new(), device: device.clone(), kv, pool, spare: Vec::new(), place_bytes: 0 })
-    }
-
-    /// Where the first page lies.
-    pub fn address(&self) -> u64 {
-        self.pool.memory.address()
+        let pages = landing_pages(page_stride).min(kv.blocks());
+        let landing = Landing {
+            gathered: Vec::new(),
+            staging: Buffer::new(device, pages * page_stride)?,
+            numbers: Buffer::new(device, pages * size_of::<u32>())?,
+            pages,
+        };
+        let device = device.clone();
+        Ok(Self { under_way: VecDeque::new(), device, kv, pool, spare: Vec::new(), place_bytes: 0, landing })
     }
 
     /// The layout of a page.
@@ -90,18 +151,32 @@ impl DevicePages {
         &self.kv
     }
 
-    /// Copies the pages of these blocks that arrived at the host since the last time.
-    pub fn upload_arrivals(&self, blocks: impl Iterator<Item = BlockId>) -> Result<(), CudaError> {
-        let mut result = Ok(());
+    /// Copies the pages of these blocks that arrived at the host since the last time: a layer's as one array, which the device
+    /// scatters.
+    pub fn upload_arrivals(&mut self, blocks: impl Iterator<Item = BlockId>) -> Result<(), CudaError> {
+        let mut arrived = vec![Vec::new(); self.kv.layers()];
         for block in blocks {
-            self.kv.take_arrivals(block, |layer| {
-                if result.is_ok() {
-                    let page = self.kv.read(layer, block);
-                    result = self.pool.memory.upload(self.pool.offset(layer, block), &page);
-                }
-            });
+            self.kv.take_arrivals(block, |layer| arrived[layer].push(block));
         }
-        result
+        let stride = self.kv.page_stride();
+        for (layer, blocks) in arrived.iter().enumerate() {
+            for blocks in blocks.chunks(self.landing.pages) {
+                let Landing { gathered, staging, numbers, .. } = &mut self.landing;
+                gathered.resize(blocks.len() * stride, 0);
+                for (block, place) in blocks.iter().zip(gathered.chunks_exact_mut(stride)) {
+                    let page = self.kv.read(layer, *block);
+                    place[..page.len()].copy_from_slice(&page);
+                }
+                // The stream's order keeps these apart from the pages before, which the device may not have scattered yet.
+                staging.upload(0, gathered)?;
+                numbers.upload(0, &blocks.iter().map(|block| block.0).collect::<Vec<u32>>())?;
+                let pages = self.pool.of_layer(layer);
+                let staged = Pages { base: staging.address(), block_stride: stride as u64, ..pages };
+                // SAFETY: the numbers are of blocks of the pool, and the staging memory has a page for each.
+                unsafe { pages::copy(&*self.device, blocks.len(), (&staged, 0), (&pages, numbers.address()))? };
+            }
+        }
+        Ok(())
     }
 
     /// Notes that a layer's pages of these blocks, which the device has been asked to write, are to be fetched by whoever reads them:
@@ -112,11 +187,7 @@ impl DevicePages {
 
     /// Pages of a layer as the kernels take them.
     pub fn of_layer(&self, layer: usize) -> Pages {
-        Pages {
-            format: *self.kv.format(),
-            base: self.address() + (layer * self.kv.page_stride()) as u64,
-            block_stride: self.kv.block_stride() as u64,
-        }
+        self.pool.of_layer(layer)
     }
 
     /// Begins to copy a layer's pages of these blocks to the host, after everything asked of the device so far. `numbers` is the address
@@ -183,7 +254,13 @@ impl DevicePages {
     }
 }
 
-/// Bytes of staging memory, on each side, for passes up to `tokens` of prompts.
+/// Pages that land at a time: some megabytes, after which more at once is no faster.
+fn landing_pages(page_stride: usize) -> usize {
+    (8usize << 20).div_ceil(page_stride)
+}
+
+/// Bytes of staging memory, on each side, for passes up to `tokens` of prompts, and for what arrives.
 pub fn staging_bytes(format: &KvFormat, page_stride: usize, pass: PassLimits) -> u64 {
-    (LAYERS_UNDER_WAY * (pass.tokens.div_ceil(format.block_size) + pass.sequences) * page_stride) as u64
+    let shipped = LAYERS_UNDER_WAY * (pass.tokens.div_ceil(format.block_size) + pass.sequences);
+    ((shipped + landing_pages(page_stride)) * page_stride) as u64
 }

@@ -22,7 +22,7 @@ use ridge_kernels::cuda::ops::attention;
 use ridge_kernels::cuda::ops::matmul::{Finish, Path, Products, X};
 use ridge_kernels::cuda::ops::pages::{KeyTurn, Pages, Write, write_kv};
 use ridge_kernels::cuda::ops::rows::{self, Heads};
-use ridge_kernels::cuda::ops::scaled::{self, Fp8Rows, ScaledFinish, ScaledWeight};
+use ridge_kernels::cuda::ops::scaled::{self, Fp8Rows, ScaledFinish, ScaledType, ScaledWeight};
 use ridge_kernels::cuda::plan::attention::{PrefillKernel, experimental_prefill_kernel, prefill_kernel};
 use ridge_kernels::cuda::plan::gemv::ROWS_MAX;
 use ridge_kernels::cuda::{Buffer, CudaError, Device};
@@ -41,6 +41,8 @@ pub struct Pass {
     graphs: Graphs,
     /// Whether pages of prompts go to the host as they are computed.
     ship: bool,
+    /// Whether kernels may be used that no device has run.
+    experimental: bool,
 }
 
 /// Most rows of the products that are measured: times of more are those of several times as many tiles.
@@ -74,6 +76,8 @@ struct Step<'a> {
     weights: &'a DeviceWeights,
     scratch: &'a Scratch,
     products: &'a Products,
+    /// Whether fp8 may be multiplied by the kernel that no device has run.
+    experimental: bool,
     /// Type of queries.
     query: DType,
     /// Where the pass's numbers lie, and the block tables among them.
@@ -110,6 +114,21 @@ struct Activations {
     sin: u64,
 }
 
+/// Rows that matrices are multiplied by, in the compute type.
+#[derive(Clone, Copy)]
+struct Operand {
+    address: u64,
+    /// Whether the chunks' rows lie in `codes`, rounded to fp8, and perhaps nowhere else.
+    rounded: bool,
+}
+
+impl Operand {
+    /// As they are.
+    fn plain(address: u64) -> Self {
+        Self { address, rounded: false }
+    }
+}
+
 impl Pass {
     /// Allocates for passes up to `limits`; a larger one allocates more.
     pub fn new(
@@ -123,7 +142,7 @@ impl Pass {
         let apart = weights.layers.iter().any(|layer| !layer.gate.is_like(&layer.up));
         let linears = |layer: &Layer| {
             let heads = [&layer.query, &layer.key, &layer.value, &layer.out].map(|projection| projection.weight);
-            heads.into_iter().chain([layer.gate, layer.up, layer.down]).any(|linear| matches!(linear, Linear::Fp8(_)))
+            heads.into_iter().chain([layer.gate, layer.up, layer.down]).any(|linear| linear.is_fp8())
         };
         let fp8 = weights.layers.iter().any(linears);
         let types = Types { compute: weights.compute, kv: format.dtype, apart, fp8 };
@@ -144,6 +163,7 @@ impl Pass {
             prefill: prefill.chosen,
             graphs: Graphs::new(options.graphs),
             ship: options.ship,
+            experimental: options.kernels == KernelSet::Experimental,
         })
     }
 
@@ -191,6 +211,7 @@ impl Pass {
             weights,
             scratch: &self.scratch,
             products: &self.products,
+            experimental: self.experimental,
             query: attention::query_dtype(format.dtype),
             numbers: base,
             tables: base + tables,
@@ -275,7 +296,7 @@ impl Step<'_> {
                 // Nothing reads the last layer's output except the sampled rows.
                 now = self.narrow(&now, rows, count)?;
                 attending = lists.narrow;
-                self.query(layer, &now)?;
+                self.query(layer, &now, Operand::plain(now.h))?;
             }
             self.attend(layer, &now, attending, *pages)?;
             self.feed_forward(layer, &now)?;
@@ -327,11 +348,13 @@ impl Step<'_> {
         with_queries: bool,
     ) -> Result<(), CudaError> {
         let (spec, s) = (self.spec(), self.scratch);
-        self.norm(layer.attn_norm, now)?;
-        self.store(now.rows, now.h, &layer.key, s.k.address())?;
-        self.store(now.rows, now.h, &layer.value, s.v.address())?;
+        let readers = [&layer.key.weight, &layer.value.weight, &layer.query.weight];
+        // Queries of the last layer are computed later, from those rows of `h` that are sampled.
+        let h = self.norm(layer.attn_norm, now, &readers, !with_queries)?;
+        self.store(now.rows, h, &layer.key, s.k.address())?;
+        self.store(now.rows, h, &layer.value, s.v.address())?;
         if with_queries {
-            self.query(layer, now)?;
+            self.query(layer, now, h)?;
         }
         let turn = KeyTurn {
             norm: layer.key.head_norm,
@@ -345,10 +368,10 @@ impl Step<'_> {
         unsafe { write_kv(self.device, pages, writes, &turn, s.k.address(), s.v.address()) }
     }
 
-    /// Computes queries from `h`.
-    fn query(&self, layer: &Layer, now: &Activations) -> Result<(), CudaError> {
+    /// Computes queries from the normed rows.
+    fn query(&self, layer: &Layer, now: &Activations, h: Operand) -> Result<(), CudaError> {
         let (spec, s) = (self.spec(), self.scratch);
-        self.store(now.rows, now.h, &layer.query, s.raw.address())?;
+        self.store(now.rows, h, &layer.query, s.raw.address())?;
         let heads = Heads {
             rows: now.rows.all(),
             heads: spec.heads,
@@ -375,18 +398,19 @@ impl Step<'_> {
     /// Adds the feed-forward layer's output to the residual stream.
     fn feed_forward(&self, layer: &Layer, now: &Activations) -> Result<(), CudaError> {
         let (spec, s, compute) = (self.spec(), self.scratch, self.weights.compute);
-        self.norm(layer.ffn_norm, now)?;
+        let h = self.norm(layer.ffn_norm, now, &[&layer.gate, &layer.up], false)?;
         let (activation, out) = match spec.activation {
             Activation::Silu => (Gate::Silu, s.gated.address()),
             Activation::GeluTanh => (Gate::GeluTanh, s.gated.address()),
         };
         if layer.gate.is_like(&layer.up) {
             for (path, first, count) in now.rows.parts() {
-                let (x, y) = (self.rows_of(now.h, first, count, spec.hidden), first * spec.ffn * bytes_of(compute));
+                let (x, y) = (self.rows_of(h.address, first, count, spec.hidden), first * spec.ffn * bytes_of(compute));
                 let y = out + y as u64;
                 match (&layer.gate, &layer.up) {
-                    (Linear::Fp8(gate), Linear::Fp8(up)) => {
-                        self.scaled(path, x, gate, ScaledFinish::Gated { up, activation, to: compute }, y)?;
+                    (Linear::Scaled(gate), Linear::Scaled(up)) => {
+                        let finish = ScaledFinish::Gated { up, activation, to: compute };
+                        self.scaled(path, (x, h.rounded), gate, finish, y)?;
                     }
                     // SAFETY: `h` and `gated` have a row for each of these rows, as wide as the matrices on either side.
                     (Linear::Plain(gate), Linear::Plain(up)) => unsafe {
@@ -397,8 +421,8 @@ impl Step<'_> {
             }
         } else {
             // Some quantisations store the two in different types.
-            self.store(now.rows, now.h, &Projection::plain(layer.gate), s.gate.address())?;
-            self.store(now.rows, now.h, &Projection::plain(layer.up), s.up.address())?;
+            self.store(now.rows, h, &Projection::plain(layer.gate), s.gate.address())?;
+            self.store(now.rows, h, &Projection::plain(layer.up), s.up.address())?;
             let (n, gate, up) = (now.rows.all() * spec.ffn, s.gate.address(), s.up.address());
             // SAFETY: each has `ffn` elements for each row.
             unsafe {
@@ -413,8 +437,8 @@ impl Step<'_> {
 
     /// Norms the residual stream and multiplies it with the output head.
     fn project(&self, now: &Activations) -> Result<(), CudaError> {
-        self.norm(self.weights.norm, now)?;
-        self.store(now.rows, now.h, &Projection::plain(self.weights.head), self.scratch.logits.address())
+        let h = self.norm(self.weights.norm, now, &[&self.weights.head], true)?;
+        self.store(now.rows, h, &Projection::plain(self.weights.head), self.scratch.logits.address())
     }
 
     /// Copies the sampled rows of everything that is still needed.
@@ -433,42 +457,58 @@ impl Step<'_> {
         Ok(Activations { rows, x, h, cos, sin })
     }
 
-    fn norm(&self, weight: u64, now: &Activations) -> Result<(), CudaError> {
-        let spec = self.spec();
-        let shape = (now.rows.all(), spec.hidden);
+    /// Norms the residual stream into `h` for the matrices that it is multiplied by: rows of chunks are rounded to fp8 on the way if some
+    /// are fp8, once for all of them, and are left out of `h` if all are and it need not `keep` them.
+    fn norm(&self, weight: u64, now: &Activations, readers: &[&Linear], keep: bool) -> Result<Operand, CudaError> {
+        let (spec, s, compute) = (self.spec(), self.scratch, self.weights.compute);
+        let rounded = now.rows.chunks > 0 && readers.iter().any(|linear| linear.is_fp8());
+        let plain = if rounded { now.rows.steps } else { now.rows.all() };
+        let shape = (plain, spec.hidden);
         // SAFETY: `x` and `h` have these rows; the weight has an element for each column.
-        unsafe { rows::rms_norm(self.device, shape, spec.norm_eps, now.x, weight, self.weights.compute, now.h) }
+        unsafe { rows::rms_norm(self.device, shape, spec.norm_eps, now.x, weight, compute, now.h)? };
+        if rounded {
+            let to = Fp8Rows { address: s.codes.address(), scales: s.code_scales.address(), rows: now.rows.chunks };
+            let x = now.x + (plain * spec.hidden * size_of::<f32>()) as u64;
+            let h = now.h + (plain * spec.hidden * bytes_of(compute)) as u64;
+            let h = if keep || !readers.iter().all(|linear| linear.is_fp8()) { h } else { 0 };
+            // SAFETY: as above for the rows that follow; the codes have room for each of the pass's rows.
+            unsafe { scaled::norm_rows(self.device, spec.hidden, spec.norm_eps, (x, weight), &to, h)? };
+        }
+        Ok(Operand { address: now.h, rounded })
     }
 
     /// `y = x·Wᵀ + bias` in f32.
-    fn store(&self, rows: Rows, x: u64, projection: &Projection, y: u64) -> Result<(), CudaError> {
+    fn store(&self, rows: Rows, x: Operand, projection: &Projection, y: u64) -> Result<(), CudaError> {
         let finish = Finish::Store { bias: projection.bias, to: DType::F32 };
         self.product(rows, x, &projection.weight, finish, y)
     }
 
     /// `y = y + x·Wᵀ + bias` in f32.
     fn add(&self, rows: Rows, x: u64, weight: &Linear, bias: u64, y: u64) -> Result<(), CudaError> {
-        self.product(rows, x, weight, Finish::Add { bias }, y)
+        self.product(rows, Operand::plain(x), weight, Finish::Add { bias }, y)
     }
 
-    fn product(&self, rows: Rows, x: u64, weight: &Linear, finish: Finish, y: u64) -> Result<(), CudaError> {
+    fn product(&self, rows: Rows, operand: Operand, weight: &Linear, finish: Finish, y: u64) -> Result<(), CudaError> {
         for (path, first, count) in rows.parts() {
-            let x = self.rows_of(x, first, count, weight.k());
+            let x = self.rows_of(operand.address, first, count, weight.k());
             let y = y + (first * weight.n() * size_of::<f32>()) as u64;
             match weight {
                 // SAFETY: the callers' buffers have a row for each of `rows`, as wide as the matrix on either side.
                 Linear::Plain(weight) => unsafe { self.products.matmul(path, x, weight, finish, y)? },
-                Linear::Fp8(weight) => self.scaled(path, x, weight, ScaledFinish::Plain(finish), y)?,
+                Linear::Scaled(weight) => {
+                    self.scaled(path, (x, operand.rounded), weight, ScaledFinish::Plain(finish), y)?
+                }
             }
         }
         Ok(())
     }
 
-    /// A product with an fp8 matrix: few rows as they are, many rounded to fp8 first.
+    /// A product with an fp8 or fp4 matrix: few rows as they are; many rounded to fp8 first unless they are already, or by the matrix in
+    /// bf16 if it is fp4.
     fn scaled(
         &self,
         path: Path,
-        x: X,
+        (x, rounded): (X, bool),
         weight: &ScaledWeight,
         finish: ScaledFinish<'_>,
         y: u64,
@@ -486,14 +526,20 @@ impl Step<'_> {
                 }
                 Ok(())
             }
+            Path::Gemm if weight.dtype == ScaledType::NvFp4 => {
+                // SAFETY: as in `product`; the scratch was made for it.
+                unsafe { self.products.fp4(x, weight, finish, y) }
+            }
             Path::Gemm => {
                 let s = self.scratch;
                 let to = Fp8Rows { address: s.codes.address(), scales: s.code_scales.address(), rows: x.rows };
                 // SAFETY: as in `product`; the codes have room for each of the pass's rows, and the stream's order keeps an earlier
                 // product that reads them apart from this.
                 unsafe {
-                    scaled::quantize_rows(self.device, x, weight.k, &to)?;
-                    scaled::gemm(self.device, &to, weight, finish, y)
+                    if !rounded {
+                        scaled::quantize_rows(self.device, x, weight.k, &to)?;
+                    }
+                    scaled::gemm(self.device, &to, weight, finish, y, self.experimental)
                 }
             }
         }

@@ -1,15 +1,19 @@
 //! The weights on the device: one allocation that every tensor has its place in, filled from the mapped file.
 //!
-//! Matrices lie as stored where the kernels read their type, fp8 with a factor per row on devices that multiply it, and in the compute
-//! type otherwise; norms and biases are f32.
+//! Matrices lie as stored where the kernels read their type, quantised ones in planes; fp8 with its factors on devices that multiply
+//! it; and in the compute type otherwise. Norms and biases are f32.
 //! Read [`DeviceWeights`]; [`plan`] says how many bytes it will take, before anything is allocated.
+
+#![allow(unsafe_code, reason = "the device's memory is addressed by numbers")]
 
 use crate::checkpoint::{Checkpoint, LoadError, Tensor, TensorMap};
 use crate::rope::Rope;
 use crate::spec::ModelSpec;
 use ridge_kernels::cuda::ops::matmul::{self, Products, Weight};
 use ridge_kernels::cuda::ops::measure::Matrix;
+use ridge_kernels::cuda::ops::pack::Packer;
 use ridge_kernels::cuda::ops::scaled::{ScaledType, ScaledWeight};
+use ridge_kernels::cuda::planes::{Blocks, matrix_bytes};
 use ridge_kernels::cuda::{Buffer, CudaError, Device};
 use ridge_kernels::{DType, quantize_row};
 use std::sync::Arc;
@@ -58,8 +62,8 @@ pub(super) struct Layer {
 pub(super) enum Linear {
     /// As stored, or in the compute type.
     Plain(Weight),
-    /// fp8 with a factor for each row.
-    Fp8(ScaledWeight),
+    /// fp8 with a factor for each row or block, or fp4 with scales of its own and a factor for each row.
+    Scaled(ScaledWeight),
 }
 
 impl Linear {
@@ -67,7 +71,7 @@ impl Linear {
     pub(super) fn n(&self) -> usize {
         match self {
             Self::Plain(weight) => weight.n,
-            Self::Fp8(weight) => weight.n,
+            Self::Scaled(weight) => weight.n,
         }
     }
 
@@ -75,7 +79,7 @@ impl Linear {
     pub(super) fn k(&self) -> usize {
         match self {
             Self::Plain(weight) => weight.k,
-            Self::Fp8(weight) => weight.k,
+            Self::Scaled(weight) => weight.k,
         }
     }
 
@@ -83,9 +87,14 @@ impl Linear {
     pub(super) fn is_like(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Plain(a), Self::Plain(b)) => a.dtype == b.dtype,
-            (Self::Fp8(_), Self::Fp8(_)) => true,
+            (Self::Scaled(a), Self::Scaled(b)) => a.dtype == b.dtype,
             _ => false,
         }
+    }
+
+    /// Whether many rows are rounded to fp8 before they are multiplied by it.
+    pub(super) fn is_fp8(&self) -> bool {
+        matches!(self, Self::Scaled(weight) if weight.dtype != ScaledType::NvFp4)
     }
 
     fn plain(&self) -> Option<Weight> {
@@ -105,8 +114,8 @@ enum Place {
     Vector,
     /// A matrix of this type.
     Matrix(DType),
-    /// fp8 codes, and behind them the rows' factors in f32.
-    Fp8,
+    /// fp8 codes or planes of fp4, and behind them the factors in f32.
+    Scaled(ScaledType),
 }
 
 /// A matrix with what may follow it.
@@ -148,20 +157,35 @@ pub(super) fn scratch_of(weights: &DeviceWeights) -> usize {
             .map(|weight| (weight.dtype, weight.n, weight.k))
             .collect::<Vec<_>>()
     };
-    Products::scratch_bytes(weights.layers.iter().flat_map(matrices))
+    let decoded = weights.layers.iter().flat_map(|layer| {
+        let [q, k, v, o] = [&layer.query, &layer.key, &layer.value, &layer.out].map(|projection| projection.weight);
+        [q, k, v, o, layer.gate, layer.up, layer.down]
+    });
+    let fp4 = decoded.filter_map(|linear| match linear {
+        Linear::Scaled(weight) if weight.dtype == ScaledType::NvFp4 => Some(fp4_scratch(weight.n, weight.k)),
+        _ => None,
+    });
+    Products::scratch_bytes(weights.layers.iter().flat_map(matrices)).max(fp4.max().unwrap_or(0))
+}
+
+/// Two matrices of fp4 in bf16, for a gated product.
+fn fp4_scratch(n: usize, k: usize) -> usize {
+    4 * n * k
 }
 
 /// The same, before the weights are on the device.
 pub fn product_bytes(checkpoint: &Checkpoint, sm: u32) -> Result<u64, LoadError> {
     let tied = checkpoint.spec.tied_head;
-    let mut matrices = Vec::new();
+    let (mut matrices, mut fp4) = (Vec::new(), 0);
     for (name, place) in placements(checkpoint, sm)? {
-        if let (Place::Matrix(dtype), true) = (place, name.starts_with("layers.")) {
-            let tensor = tensor(&checkpoint.tensors, &name, tied)?;
-            matrices.push((dtype, tensor.rows, tensor.cols));
+        let tensor = tensor(&checkpoint.tensors, &name, tied)?;
+        match place {
+            Place::Matrix(dtype) if name.starts_with("layers.") => matrices.push((dtype, tensor.rows, tensor.cols)),
+            Place::Scaled(ScaledType::NvFp4) => fp4 = fp4.max(fp4_scratch(tensor.rows, tensor.cols)),
+            _ => {}
         }
     }
-    Ok(Products::scratch_bytes(matrices) as u64)
+    Ok(Products::scratch_bytes(matrices).max(fp4) as u64)
 }
 
 /// The type that activations are rounded to before a product with these weights.
@@ -193,7 +217,9 @@ fn table_type(stored: DType) -> bool {
 
 /// Whether some matrix lies on the device in fp8.
 pub(super) fn has_fp8(checkpoint: &Checkpoint, sm: u32) -> Result<bool, LoadError> {
-    Ok(placements(checkpoint, sm)?.iter().any(|(_, place)| *place == Place::Fp8))
+    Ok(placements(checkpoint, sm)?
+        .iter()
+        .any(|(_, place)| matches!(place, Place::Scaled(dtype) if *dtype != ScaledType::NvFp4)))
 }
 
 /// The tensors that go to the device, in order, and how.
@@ -204,8 +230,8 @@ fn placements(checkpoint: &Checkpoint, sm: u32) -> Result<Vec<(String, Place)>, 
         let source = checkpoint.tensors.get(&name)?;
         let stored = source.dtype;
         // Kernels read rows of fp8 in units of 16 bytes.
-        let as_fp8 =
-            takes_fp8(sm) && compute == DType::BF16 && source.fp8().is_some() && source.cols.is_multiple_of(16);
+        let usable = takes_fp8(sm) && compute == DType::BF16 && source.cols.is_multiple_of(16);
+        let fp8 = source.fp8().filter(|_| usable);
         if rows == 1 {
             out.push((name, Place::Vector));
         } else if name == "embed" {
@@ -213,8 +239,10 @@ fn placements(checkpoint: &Checkpoint, sm: u32) -> Result<Vec<(String, Place)>, 
             if table_type(stored) {
                 out.push((name, Place::Matrix(stored)));
             }
-        } else if as_fp8 {
-            out.push((name, Place::Fp8));
+        } else if source.nvfp4().is_some() && compute == DType::BF16 {
+            out.push((name, Place::Scaled(ScaledType::NvFp4)));
+        } else if let Some(fp8) = fp8 {
+            out.push((name, Place::Scaled(if fp8.by_block { ScaledType::E4M3Blocks } else { ScaledType::E4M3 })));
         } else {
             out.push((name, Place::Matrix(device_type(stored, compute))));
         }
@@ -232,17 +260,24 @@ fn tensor<'a>(tensors: &'a TensorMap, name: &str, tied: bool) -> Result<&'a Tens
 }
 
 fn placed_bytes(tensor: &Tensor, place: Place) -> usize {
-    let of = |dtype: DType| tensor.rows * dtype.row_bytes(tensor.cols).expect("plain types have rows of any length");
+    let of = |dtype: DType| matrix_bytes(dtype, tensor.rows, tensor.cols);
     match place {
         Place::Vector => of(DType::F32).next_multiple_of(ALIGN),
         Place::Matrix(dtype) => of(dtype).next_multiple_of(ALIGN),
-        Place::Fp8 => factors_offset(tensor) + (4 * tensor.rows).next_multiple_of(ALIGN),
+        Place::Scaled(dtype) => {
+            factors_offset(tensor.rows, tensor.cols, dtype)
+                + (4 * dtype.factors(tensor.rows, tensor.cols)).next_multiple_of(ALIGN)
+        }
     }
 }
 
-/// Where the factors of an fp8 matrix begin behind its codes.
-fn factors_offset(tensor: &Tensor) -> usize {
-    (tensor.rows * tensor.cols).next_multiple_of(ALIGN)
+/// Where the factors of a matrix `[n, k]` begin behind its codes.
+fn factors_offset(n: usize, k: usize, dtype: ScaledType) -> usize {
+    let codes = match dtype {
+        ScaledType::NvFp4 => Blocks::NvFp4.device_bytes(n, k),
+        ScaledType::E4M3 | ScaledType::E4M3Blocks => n * k,
+    };
+    codes.next_multiple_of(ALIGN)
 }
 
 /// Bytes that the weights will take on the device.
@@ -267,9 +302,20 @@ impl DeviceWeights {
         let arena = Buffer::new(device, total as usize)?;
         let mut places = std::collections::BTreeMap::new();
         let mut at = 0;
-        for (name, place) in placements(checkpoint, sm)? {
+        let placements = placements(checkpoint, sm)?;
+        let mut largest = 0;
+        for (name, place) in &placements {
+            let source = tensor(&checkpoint.tensors, name, spec.tied_head)?;
+            largest = largest.max(match place {
+                Place::Matrix(dtype) if Blocks::of(*dtype).is_some() => source.bytes().len(),
+                Place::Scaled(ScaledType::NvFp4) => source.nvfp4().map_or(0, |nvfp4| nvfp4.blocks.len()),
+                _ => 0,
+            });
+        }
+        let mut packer = Packer::new(device, largest)?;
+        for (name, place) in placements {
             let source = tensor(&checkpoint.tensors, &name, spec.tied_head)?;
-            upload(&arena, at, source, place)?;
+            upload(&arena, at, source, place, &mut packer)?;
             let address = arena.at(at, 0);
             places.insert(name, (place, source.rows, source.cols, address));
             at += placed_bytes(source, place);
@@ -285,9 +331,9 @@ impl DeviceWeights {
             match place {
                 Place::Vector => unreachable!("{name} is a matrix"),
                 Place::Matrix(dtype) => Linear::Plain(Weight { dtype, n, k, address }),
-                Place::Fp8 => {
-                    let scales = address + (n * k).next_multiple_of(ALIGN) as u64;
-                    Linear::Fp8(ScaledWeight { dtype: ScaledType::E4M3, n, k, address, scales })
+                Place::Scaled(dtype) => {
+                    let scales = address + factors_offset(n, k, dtype) as u64;
+                    Linear::Scaled(ScaledWeight { dtype, n, k, address, scales })
                 }
             }
         };
@@ -335,9 +381,15 @@ impl DeviceWeights {
 }
 
 /// Copies a tensor to its place, converted where it has to be.
-fn upload(arena: &Buffer, at: usize, source: &Tensor, place: Place) -> Result<(), CudaError> {
+fn upload(arena: &Buffer, at: usize, source: &Tensor, place: Place, packer: &mut Packer) -> Result<(), CudaError> {
     match place {
         Place::Vector => arena.upload(at, &source.to_f32()),
+        Place::Matrix(dtype) if dtype == source.dtype && Blocks::of(dtype).is_some() => {
+            let to = arena.at(at, matrix_bytes(dtype, source.rows, source.cols));
+            let blocks = Blocks::Ggml(dtype);
+            // SAFETY: the arena has this place for the matrix, and nothing reads it before `new` returns.
+            unsafe { packer.upload(blocks, (source.rows, source.cols), source.bytes(), to) }
+        }
         Place::Matrix(dtype) if dtype == source.dtype => arena.upload(at, source.bytes()),
         Place::Matrix(dtype) => {
             let mut bytes = Vec::with_capacity(placed_bytes(source, place));
@@ -346,10 +398,18 @@ fn upload(arena: &Buffer, at: usize, source: &Tensor, place: Place) -> Result<()
             }
             arena.upload(at, &bytes)
         }
-        Place::Fp8 => {
+        Place::Scaled(dtype) => {
+            let (n, k) = (source.rows, source.cols);
+            let factors = at + factors_offset(n, k, dtype);
+            if let (ScaledType::NvFp4, Some(nvfp4)) = (dtype, source.nvfp4()) {
+                let to = arena.at(at, Blocks::NvFp4.device_bytes(n, k));
+                // SAFETY: as above.
+                unsafe { packer.upload(Blocks::NvFp4, (n, k), &nvfp4.blocks, to)? };
+                return arena.upload(factors, &vec![nvfp4.factor; n]);
+            }
             let fp8 = source.fp8().expect("placed by its codes");
             arena.upload(at, fp8.codes.bytes())?;
-            arena.upload(at + factors_offset(source), &fp8.factors)
+            arena.upload(factors, &fp8.factors)
         }
     }
 }

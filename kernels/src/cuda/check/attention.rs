@@ -5,7 +5,7 @@ use crate::cuda::device::{Buffer, CudaError, Device};
 use crate::cuda::ops::attention::{self, Layer, Lists, query_dtype};
 use crate::cuda::ops::pages::Pages;
 use crate::cuda::plan::attention::{
-    Decode, ITEM_WORDS, Prefill, Span, WGMMA_HEADS, experimental_prefill_kernel, prefill_kernel,
+    Decode, ITEM_WORDS, Prefill, PrefillKernel, Span, WGMMA_HEADS, experimental_prefill_kernel, prefill_kernel,
 };
 use crate::{AttentionItem, DType, KvDtype, KvFormat, reference};
 use std::sync::Arc;
@@ -55,7 +55,9 @@ fn attend(
     let kv_heads = draw.within(1, 2);
     let dims: &[usize] = if experimental { &WGMMA_HEADS } else { &[16, 64, 80, 128] };
     let (heads, head_dim) = (kv_heads * draw.within(1, 4), dims[draw.within(0, dims.len() - 1)]);
-    let format = KvFormat { dtype, kv_heads, head_dim, block_size: [4, 16, 32][draw.within(0, 2)] };
+    // Hopper's kernel takes pages of whole 16 tokens.
+    let sizes = if experimental { [16, 32, 48] } else { [4, 16, 32] };
+    let format = KvFormat { dtype, kv_heads, head_dim, block_size: sizes[draw.within(0, 2)] };
     let window = [None, Some(draw.within(1, longest))][draw.within(0, 1)];
     let stride = format.page_bytes().next_multiple_of(64);
     let (mut memory, mut tables, mut spans) = (Vec::new(), Vec::new(), Vec::new());
@@ -116,8 +118,10 @@ fn attend(
             None => attention::prefill(&**device, &layer, &lists, kernel, q.address(), target)?,
         }
     }
-    // Weights are rounded to the type of queries before they meet the values.
-    let loss = 2.0 * precision(query);
+    // Weights are rounded to the type of queries before they meet the values; where tensor cores widen a cache of 8 bits, they and
+    // the queries to bf16.
+    let widened = query == DType::F32 && !single && kernel != PrefillKernel::Simt;
+    let loss = if widened { 3.0 * precision(DType::BF16) } else { 2.0 * precision(query) };
     Ok(error(&read(&out, to)?, &want, loss, loss))
 }
 

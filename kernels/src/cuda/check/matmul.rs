@@ -4,6 +4,7 @@ use super::{Checks, Draw, error, poisoned, precision, product_of, read, rounded}
 use crate::DType;
 use crate::cuda::device::{Buffer, CudaError, Device};
 use crate::cuda::ops::matmul::{Finish, Path, Products, Weight, X, compute_type};
+use crate::cuda::ops::pack::on_device;
 use crate::quant::quantize_row;
 use std::sync::Arc;
 
@@ -56,7 +57,7 @@ fn product(
     let (bias, before) = (draw.vector(n), draw.vector(m * n));
     let want = product_of(&x, (dtype, n, k), &weights, Some(&bias));
 
-    let (dx, dw) = (Buffer::of(device, &x_bytes)?, Buffer::of(device, &weights)?);
+    let (dx, dw) = (Buffer::of(device, &x_bytes)?, on_device(device, dtype, (n, k), &weights)?);
     let bias = Buffer::of(device, &bias)?;
     let products = Products::new(device, Products::scratch_bytes([(dtype, n, k)]))?;
     let products = if experimental { products.experimental() } else { products };

@@ -122,6 +122,7 @@ pub fn run(
         Group::Scaled => scaled::run(&mut checks),
         Group::Experimental => {
             matmul::run_experimental(&mut checks);
+            scaled::run_experimental(&mut checks);
             attention::run_experimental(&mut checks);
         }
     }
@@ -258,10 +259,27 @@ mod tests {
         let hopper = |p: &mut crate::cuda::Properties| (p.sm, p.shared_per_block) = (90, 227 << 10);
         let device: Arc<dyn Device> = Arc::new(emulated.with_properties(hopper));
         for (group, wanted) in [
-            (Group::Scaled, &["matmul fp8 skinny", "matmul nvfp4 skinny", "matmul fp8 gemm"][..]),
+            (
+                Group::Scaled,
+                &[
+                    "matmul fp8 skinny",
+                    "matmul fp8 by blocks skinny",
+                    "matmul nvfp4 skinny",
+                    "matmul nvfp4 gemm",
+                    "matmul fp8 gemm",
+                    "matmul fp8 by blocks gemm",
+                    "rms_norm to fp8",
+                ][..],
+            ),
             (
                 Group::Experimental,
-                &["wgmma matmul BF16", "wgmma matmul F16", "wgmma attention bf16", "wgmma attention f16"],
+                &[
+                    "wgmma matmul BF16",
+                    "wgmma matmul F16",
+                    "wgmma matmul fp8",
+                    "wgmma attention bf16",
+                    "wgmma attention f16",
+                ],
             ),
         ] {
             let checks = run(&device, group, 3, Effort::Small, Some(Instant::now()), &mut |_| {}).expect("it works");

@@ -2,9 +2,9 @@
 
 use super::{Checks, Draw, TYPES, error, poisoned, precision, read, rounded};
 use crate::cuda::device::{Buffer, CudaError, Device};
-use crate::cuda::ops::pages::{self, KeyTurn, Pages, Write};
+use crate::cuda::ops::pages::{self, KeyTurn, Move, Pages, Write};
 use crate::cuda::ops::rows::{self, Heads};
-use crate::{DType, KvDtype, KvFormat, reference};
+use crate::{DType, KvDtype, KvFormat, KvMove, reference};
 use std::sync::Arc;
 
 pub(super) fn run(checks: &mut Checks<'_>) {
@@ -24,6 +24,9 @@ pub(super) fn run(checks: &mut Checks<'_>) {
     let pages_max = checks.size(3, 40);
     for dtype in KvDtype::ALL {
         checks.check(format!("write_kv {}", dtype.name()), 4, |device, draw| write_kv(device, draw, dtype, pages_max));
+        checks.check(format!("move_tokens {}", dtype.name()), 4, |device, draw| {
+            move_tokens(device, draw, dtype, pages_max)
+        });
     }
 }
 
@@ -120,4 +123,43 @@ fn write_kv(device: &Arc<dyn Device>, draw: &mut Draw, dtype: KvDtype, pages_max
     // SAFETY: the writes are of blocks of `memory` and of rows of `k` and `v`.
     unsafe { pages::write_kv(&**device, &pages, list, &KeyTurn::default(), dk.address(), dv.address())? };
     Ok(if memory.to_vec::<u8>(want.len())? == want { 0.0 } else { f64::INFINITY })
+}
+
+/// Tokens that are moved to pages of another size and type must have the CPU's bits.
+fn move_tokens(device: &Arc<dyn Device>, draw: &mut Draw, from: KvDtype, pages_max: usize) -> Result<f64, CudaError> {
+    let (kv_heads, head_dim) = (draw.within(1, 4), 8 * draw.within(1, 16));
+    // 8 bits stay what they are.
+    let to = match from {
+        KvDtype::Fp8 | KvDtype::Int8 => from,
+        _ => KvDtype::ALL[draw.within(0, KvDtype::ALL.len() - 1)],
+    };
+    let mut format = |dtype| KvFormat { dtype, kv_heads, head_dim, block_size: draw.within(1, 48) };
+    let (source, target) = (format(from), format(to));
+    let (strides, count) =
+        ([source, target].map(|format| format.page_bytes().next_multiple_of(64)), draw.within(1, pages_max));
+    let (mut pages, mut want) = (vec![0; strides[0] * count], vec![0xff; strides[1] * count]);
+    let mut moves = Vec::new();
+    for page in 0..count {
+        let n = source.block_size * kv_heads * head_dim;
+        let bytes = &mut pages[page * strides[0]..][..source.page_bytes()];
+        source.write(bytes, 0, &draw.vector(n), &draw.vector(n));
+        let tokens = draw.within(1, source.block_size.min(target.block_size));
+        let slots = KvMove {
+            from: draw.within(0, source.block_size - tokens),
+            to: draw.within(0, target.block_size - tokens),
+            tokens,
+        };
+        let other = count - 1 - page;
+        source.convert(bytes, &target, &mut want[other * strides[1]..][..target.page_bytes()], slots);
+        moves.push(Move { from: page as u32, to: other as u32, slots });
+    }
+    let (from, to) = (Buffer::of(device, &pages)?, Buffer::new(device, want.len())?);
+    to.fill(0xff)?;
+    let list = Buffer::of(device, &Move::words(&moves))?;
+    let of =
+        |format, buffer: &Buffer, stride: usize| Pages { format, base: buffer.address(), block_stride: stride as u64 };
+    let (from_pages, to_pages) = (of(source, &from, strides[0]), of(target, &to, strides[1]));
+    // SAFETY: the moves are between pages of the two buffers, each to a page of its own.
+    unsafe { pages::move_tokens(&**device, (&moves, list.address()), &from_pages, &to_pages)? };
+    Ok(if to.to_vec::<u8>(want.len())? == want { 0.0 } else { f64::INFINITY })
 }

@@ -11,12 +11,15 @@ use crate::cuda::ops::blas::Blas;
 use crate::cuda::ops::gemm::{Gemm, Own, Plain, STORE_F32, Wgmma};
 use crate::cuda::ops::matmul::{Finish, Path, Products, Weight, X};
 use crate::cuda::ops::measure::{Matrix, repeat};
+use crate::cuda::ops::pack::pack;
 use crate::cuda::ops::pages::Pages;
 use crate::cuda::ops::scaled::{self, Fp8Rows, ScaledFinish, ScaledType, ScaledWeight};
 use crate::cuda::plan::attention::{
     Decode, ITEM_WORDS, Prefill, PrefillKernel, Span, experimental_prefill_kernel, prefill_kernel,
 };
 use crate::cuda::plan::gemm::Shape;
+use crate::cuda::plan::wgmma;
+use crate::cuda::planes::Blocks;
 use crate::kv::f32_to_e4m3;
 use crate::quant::quantize_row;
 use crate::{DType, KvDtype, KvFormat};
@@ -124,6 +127,17 @@ impl Clock<'_> {
         Ok(buffer)
     }
 
+    /// A random matrix as products take it.
+    fn random_matrix(&mut self, dtype: DType, n: usize, k: usize) -> Result<Buffer, CudaError> {
+        let stored = self.random(dtype, n * k)?;
+        let Some(blocks) = Blocks::of(dtype) else { return Ok(stored) };
+        let planes = Buffer::new(self.device, blocks.device_bytes(n, k))?;
+        // SAFETY: both buffers hold the whole matrix; freeing one waits for what uses it.
+        unsafe { pack(&**self.device, blocks, (n, k), (0, n), stored.address(), planes.address())? };
+        self.device.synchronize()?;
+        Ok(planes)
+    }
+
     fn random_fp8(&mut self, elements: usize) -> Result<Buffer, CudaError> {
         let pattern: Vec<u8> = self.draw.vector(256 * 509).into_iter().map(f32_to_e4m3).collect();
         let buffer = Buffer::new(self.device, elements)?;
@@ -226,10 +240,16 @@ impl Clock<'_> {
                 unsafe { scaled::quantize_rows(&*device, rows, k, &to) }
             })?;
             let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
-            self.time(name("own"), cost, || {
-                // SAFETY: as above.
-                unsafe { scaled::gemm(&*device, &to, &w, finish, y.address()) }
-            })?;
+            let hopper = wgmma::plan_fp8(self.device.properties(), Shape { m, n, k }, false).is_ok();
+            for (experimental, by) in [(false, "own"), (true, "wgmma")] {
+                if experimental && !hopper {
+                    continue;
+                }
+                self.time(name(by), cost, || {
+                    // SAFETY: as above.
+                    unsafe { scaled::gemm(&*device, &to, &w, finish, y.address(), experimental) }
+                })?;
+            }
             let shape = Shape { m, n, k };
             let offered = blas.and_then(|blas| Some((blas, blas.fp8_variant(shape).ok()?)));
             if let Some((blas, variant)) = offered {
@@ -247,8 +267,8 @@ impl Clock<'_> {
             if self.late() {
                 break;
             }
-            for dtype in [DType::BF16, DType::Q8_0, DType::Q6K, DType::Q4K, DType::MXFP4] {
-                let weights = self.random(dtype, n * k)?;
+            for dtype in [DType::BF16, DType::Q8_0, DType::Q6K, DType::Q4K, DType::Q4_0, DType::MXFP4] {
+                let weights = self.random_matrix(dtype, n, k)?;
                 let weight = Weight { dtype, n, k, address: weights.address() };
                 let (x, y) = (self.random(DType::BF16, 32 * k)?, poisoned(self.device, DType::F32, 32 * n)?);
                 let products = Products::new(self.device, 0)?;

@@ -12,7 +12,7 @@
 
 use super::pages::Pages;
 use super::{assert_aligned, by_type, pages};
-use crate::cuda::plan::attention::{DECODE_THREADS, ITEM_WORDS, PrefillKernel, decode_shape};
+use crate::cuda::plan::attention::{DECODE_THREADS, ITEM_WORDS, PrefillKernel, decode_shape, page_maps};
 use crate::cuda::{Arg, CudaError, Device, Kernel, Launch};
 use crate::{DType, KvDtype};
 
@@ -111,12 +111,19 @@ pub unsafe fn prefill(
     let launch = Launch {
         grid: [lists.work_count as u32, layer.heads as u32, 1],
         block: [threads, 1, 1],
-        shared_bytes: kernel.shared_bytes(format.head_dim) as u32,
+        shared_bytes: kernel.shared_bytes(&format) as u32,
     };
     assert_aligned(&[q, out]);
     let mut args = inputs(layer, lists, group(layer));
+    if kernel == PrefillKernel::Wgmma {
+        // Maps take the place of the pages' address and stride.
+        let maps = page_maps(&format, layer.pages.base, layer.pages.block_stride);
+        for (arg, map) in args[3..5].iter_mut().zip(maps) {
+            *arg = Arg::Bytes128(device.tensor_map(&map)?);
+        }
+    }
     args.extend([Arg::Ptr(q), Arg::U32(by_type(to, [0, 1, 2])), Arg::Ptr(out)]);
-    // SAFETY: passed on.
+    // SAFETY: passed on; maps are of the pages.
     unsafe { device.launch(Kernel { source, name }, &launch, &args) }
 }
 
@@ -184,12 +191,14 @@ fn prefill_name(kernel: PrefillKernel, dtype: KvDtype, head_dim: usize) -> (&'st
                 (KvDtype::BF16, 128) => "attention_wgmma_bf16_128",
                 _ => panic!("no Hopper kernel for a cache of {} and heads of {head_dim} elements", dtype.name()),
             };
-            return ("attention_wgmma.cu", name, 128);
+            return ("attention_wgmma.cu", name, 288);
         }
         (PrefillKernel::Mma { stages: 2 }, KvDtype::F16) => mma!("f16", "2"),
         (PrefillKernel::Mma { stages: 2 }, KvDtype::BF16) => mma!("bf16", "2"),
         (PrefillKernel::Mma { .. }, KvDtype::F16) => mma!("f16", "1"),
         (PrefillKernel::Mma { .. }, KvDtype::BF16) => mma!("bf16", "1"),
+        (PrefillKernel::Mma { stages: 1 }, KvDtype::Fp8) => mma!("fp8", "1"),
+        (PrefillKernel::Mma { stages: 1 }, KvDtype::Int8) => mma!("int8", "1"),
         _ => panic!("no tensor-core kernel for a cache of {}", dtype.name()),
     };
     ("attention_prefill.cu", name, 128)

@@ -3,24 +3,25 @@
 use crate::DType;
 use crate::cuda::device::{Arg, CudaError, Device, Kernel, Launch};
 
-/// Decodes `elements` of a quantised matrix to F32 (exactly what [`crate::dequantize_row`] gives) or BF16 (that, rounded).
+/// Decodes a quantised matrix `[n, k]`, which lies in planes, to F32 (exactly what [`crate::dequantize_row`] gives) or BF16 (that,
+/// rounded).
 ///
 /// # Safety
 ///
-/// `from` and `to` are memory of the device, as large as `elements` take in the two types.
+/// `from` and `to` are memory of the device, as large as the matrix takes in planes and in the other type.
 ///
 /// # Panics
 ///
-/// If the type is not quantised, `as_type` is another, or `elements` are not whole blocks.
+/// If the type is not quantised, `as_type` is another, or rows are not whole blocks.
 pub unsafe fn dequantize(
     device: &dyn Device,
     dtype: DType,
-    elements: usize,
+    (n, k): (usize, usize),
     from: u64,
     as_type: DType,
     to: u64,
 ) -> Result<(), CudaError> {
-    assert!(elements.is_multiple_of(dtype.block_len()), "{elements} elements of {}", dtype.name());
+    assert!(k.is_multiple_of(dtype.block_len()), "rows of {k} elements of {}", dtype.name());
     let [bf16, f32] = match dtype {
         DType::Q4_0 => ["dequant_q4_0_bf16", "dequant_q4_0_f32"],
         DType::Q4_1 => ["dequant_q4_1_bf16", "dequant_q4_1_f32"],
@@ -41,14 +42,11 @@ pub unsafe fn dequantize(
         DType::F32 => f32,
         other => panic!("quantised weights are not decoded to {}", other.name()),
     };
-    let quads = elements / 4;
-    if quads == 0 {
+    if n == 0 || k == 0 {
         return Ok(());
     }
-    // Enough blocks for any device; each goes on by the whole grid.
-    let blocks = quads.div_ceil(256).min(1 << 16);
-    let launch = Launch { grid: [blocks as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 };
-    let args = [Arg::Ptr(from), Arg::Ptr(to), Arg::U64(quads as u64)];
+    let launch = Launch { grid: [n as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 };
+    let args = [Arg::Ptr(from), Arg::Ptr(to), Arg::U32(n as u32), Arg::U32(k as u32)];
     // SAFETY: passed on; these are the kernel's parameters.
     unsafe { device.launch(Kernel { source: "dequant.cu", name }, &launch, &args) }
 }

@@ -2,10 +2,10 @@
 //! fastest: [`Own`] is the default, [`Wgmma`] is experimental, and [`super::blas::Blas`] is NVIDIA's library.
 
 use crate::DType;
-use crate::cuda::TensorMap;
 use crate::cuda::device::{Arg, CudaError, Device};
 use crate::cuda::plan::gemm::{self, Shape};
 use crate::cuda::plan::wgmma;
+use crate::cuda::{Element, TensorMap};
 use std::fmt;
 use std::sync::Arc;
 
@@ -111,7 +111,8 @@ impl Gemm for Wgmma {
             .map_err(|reason| CudaError::Unavailable(format!("gemm_wgmma: {reason}")))?;
         tracing::trace!(%plan);
         let map = |address, rows| -> Result<Arg, CudaError> {
-            let map: TensorMap = wgmma::tensor_map(p.dtype, address, rows, k);
+            let element = if p.dtype == DType::BF16 { Element::Bf16 } else { Element::F16 };
+            let map: TensorMap = wgmma::tensor_map(element, address, rows, k);
             Ok(Arg::Bytes128(self.0.tensor_map(&map)?))
         };
         let up = p.up.map(|up| map(up, n)).transpose()?;

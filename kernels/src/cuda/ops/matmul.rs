@@ -11,6 +11,7 @@ use super::dequantize::dequantize;
 use super::gemm::{ADD_F32, Gemm, Own, Plain, STORE_F32, STORE_NARROW, Wgmma};
 use super::measure::{Key, Way};
 use super::rows;
+use super::scaled::{ScaledFinish, ScaledType, ScaledWeight, decode_fp4};
 use crate::cuda::device::{Arg, Buffer, CudaError, Device};
 use crate::cuda::plan::gemm::Shape;
 use crate::cuda::plan::gemv;
@@ -18,7 +19,7 @@ use crate::{DType, Gate};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// A weight `[n, k]` on the device, row-major, its bytes as stored.
+/// A weight `[n, k]` on the device: row-major if it is plain, in planes ([`crate::cuda::planes`]) if it is quantised.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Weight {
     /// Storage type.
@@ -173,6 +174,39 @@ impl Products {
         unsafe { self.run(path, &call) }
     }
 
+    /// `y = finish(x · wᵀ)` of many bf16 rows by fp4 weights, which are decoded to bf16 first. The scratch must have 4 bytes for each of
+    /// a matrix's elements.
+    ///
+    /// # Safety
+    ///
+    /// As [`Products::matmul`].
+    ///
+    /// # Panics
+    ///
+    /// As [`Products::matmul`], and if the weights are not fp4.
+    pub unsafe fn fp4(&self, x: X, w: &ScaledWeight, finish: ScaledFinish<'_>, y: u64) -> Result<(), CudaError> {
+        let ScaledWeight { dtype, n, k, .. } = *w;
+        assert_eq!(dtype, ScaledType::NvFp4, "fp4 weights");
+        let decoded = |w: &ScaledWeight, index: usize| {
+            let address = self.scratch.at(index * 2 * n * k, 2 * n * k);
+            // SAFETY: the matrix is the caller's promise; the scratch has room, and the stream's order keeps an earlier product that
+            // reads it apart from this.
+            unsafe { decode_fp4(&*self.device, w, address)? };
+            Ok(Weight { dtype: DType::BF16, n, k, address })
+        };
+        let first = decoded(w, 0)?;
+        // SAFETY: passed on; the weights were just decoded.
+        unsafe {
+            match finish {
+                ScaledFinish::Plain(finish) => self.matmul(Path::Gemm, x, &first, finish, y),
+                ScaledFinish::Gated { up, activation, to } => {
+                    let second = decoded(up, 1)?;
+                    self.gated(Path::Gemm, x, &first, &second, activation, to, y)
+                }
+            }
+        }
+    }
+
     /// # Safety
     ///
     /// As [`Products::matmul`].
@@ -281,7 +315,7 @@ impl Products {
                 let to = self.scratch.at(i * each, each);
                 // SAFETY: `from` is a whole matrix of this type; the scratch has room, and the stream's order keeps an
                 // earlier product that reads it apart from this.
-                unsafe { dequantize(&*self.device, dtype, n * k, *from, DType::BF16, to)? };
+                unsafe { dequantize(&*self.device, dtype, (n, k), *from, DType::BF16, to)? };
                 *from = to;
             }
         }

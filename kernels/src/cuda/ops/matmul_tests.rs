@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::cuda::ops::measure::Matrix as Measurable;
+use crate::cuda::ops::pack::on_device;
 use crate::cuda::ops::testing::{encode, in_every_order, on, poisoned, precision, read};
 use crate::testing::Random;
 use crate::{Matrix, dequantize_row, quantize_row, reference};
@@ -43,7 +44,7 @@ impl Case {
         Self {
             products: Products::new(device, scratch).unwrap(),
             x_on: Buffer::of(device, &encode(compute, &x)).unwrap(),
-            weights_on: weights.iter().map(|w| Buffer::of(device, w).unwrap()).collect(),
+            weights_on: weights.iter().map(|w| on_device(device, dtype, (shape.n, shape.k), w).unwrap()).collect(),
             device: device.clone(),
             shape,
             x,
@@ -157,7 +158,9 @@ fn dequantised_weights_are_those_of_the_reference() {
     in_every_order(|device, _| {
         let mut random = Random::new(21);
         for dtype in DType::ALL.into_iter().filter(|dtype| dtype.block_len() > 1) {
-            let elements = 256 * random.within(3, 9);
+            // Not always whole steps.
+            let (n, k) = (random.within(1, 4), dtype.block_len().max(64) * random.within(1, 9));
+            let elements = n * k;
             let mut bytes = Vec::new();
             quantize_row(dtype, &random.vector(elements), &mut bytes).unwrap();
             // Any bits are a block, but those whose scale is an infinity or NaN: an encoder does not use them all.
@@ -176,11 +179,11 @@ fn dequantised_weights_are_those_of_the_reference() {
             }
             let mut want = vec![0.0; elements];
             dequantize_row(dtype, &bytes, &mut want);
-            let from = Buffer::of(device, &bytes).unwrap();
+            let from = on_device(device, dtype, (n, k), &bytes).unwrap();
             for to in [DType::F32, DType::BF16] {
                 let out = poisoned(device, to, elements);
                 // SAFETY: both buffers have the size of the elements.
-                unsafe { dequantize(&**device, dtype, elements, from.address(), to, out.address()).unwrap() };
+                unsafe { dequantize(&**device, dtype, (n, k), from.address(), to, out.address()).unwrap() };
                 let got = read(&out, to);
                 crate::testing::assert_same(&got, &rounded(to, &want), dtype.name());
             }
@@ -260,7 +263,11 @@ fn a_rows_product_is_the_same_in_any_company() {
                     device: device.clone(),
                     products: Products::new(device, Products::scratch_bytes([(dtype, shape.n, shape.k)])).unwrap(),
                     x_on: Buffer::of(device, &bytes[first * x_row..][..rows * x_row]).unwrap(),
-                    weights_on: case.weights.iter().map(|w| Buffer::of(device, w).unwrap()).collect(),
+                    weights_on: case
+                        .weights
+                        .iter()
+                        .map(|w| on_device(device, dtype, (shape.n, shape.k), w).unwrap())
+                        .collect(),
                 };
                 let what = format!("{} {path:?} rows {first} and {rows} on of {shape:?}", dtype.name());
                 let here = first * shape.n..(first + rows) * shape.n;

@@ -6,6 +6,7 @@ pub mod dequantize;
 pub mod gemm;
 pub mod matmul;
 pub mod measure;
+pub mod pack;
 pub mod pages;
 pub mod rows;
 pub mod sampling;

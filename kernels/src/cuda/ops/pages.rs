@@ -9,7 +9,7 @@
 
 use super::{assert_aligned, blocks_of};
 use crate::cuda::{Arg, CudaError, Device, Kernel, Launch};
-use crate::{KvDtype, KvFormat};
+use crate::{KvDtype, KvFormat, KvMove};
 
 const SOURCE: &str = "pages.cu";
 /// Threads of a block that writes keys and values of one head: a warp per token.
@@ -103,12 +103,12 @@ pub unsafe fn write_kv(
     unsafe { device.launch(Kernel { source: SOURCE, name: names[number(format.dtype)] }, &shape, &args) }
 }
 
-/// Copies `count` pages, converting them if the types differ (by way of f32, as [`KvFormat::write`] rounds). On either side the
-/// list of blocks is the address of u32 block numbers, or 0 for the blocks from 0 on: a staging buffer.
+/// Copies `count` pages. On either side the list of blocks is the address of u32 block numbers, or 0 for the blocks from 0 on: a
+/// staging buffer.
 ///
 /// # Panics
 ///
-/// If the shapes differ in more than the type.
+/// If the formats differ: [`move_tokens`] converts.
 pub unsafe fn copy(
     device: &dyn Device,
     count: usize,
@@ -117,29 +117,82 @@ pub unsafe fn copy(
 ) -> Result<(), CudaError> {
     check(from);
     check(to);
-    let format = from.format;
-    assert_eq!(KvFormat { dtype: format.dtype, ..to.format }, format, "pages of other shapes");
+    assert_eq!(from.format, to.format, "pages are copied as they are");
     if count == 0 {
         return Ok(());
     }
+    let bytes = from.format.page_bytes();
     let source = [Arg::Ptr(from.base), Arg::U64(from.block_stride), Arg::Ptr(from_blocks)];
     let target = [Arg::Ptr(to.base), Arg::U64(to.block_stride), Arg::Ptr(to_blocks)];
-    let (name, grid_y, shared_bytes, args): (_, _, _, Vec<Arg>) = if format.dtype == to.format.dtype {
-        let bytes = format.page_bytes();
-        let args = [Arg::U64(bytes as u64)].into_iter().chain(source).chain(target).collect();
-        ("copy_pages", blocks_of(bytes, COPY_BYTES).min(64), 0, args)
-    } else {
-        let names =
-            ["convert_pages_f32", "convert_pages_f16", "convert_pages_bf16", "convert_pages_fp8", "convert_pages_int8"];
-        let sizes = [format.kv_heads, format.head_dim, format.block_size].map(|n| Arg::U32(n as u32));
-        let to_type = Arg::U32(number(to.format.dtype) as u32);
-        let args = sizes.into_iter().chain(source).chain([to_type]).chain(target).collect();
-        let shared = if to.format.dtype == KvDtype::Int8 { 8 * format.block_size } else { 0 };
-        (names[number(format.dtype)], format.kv_heads as u32, shared as u32, args)
-    };
-    let shape = Launch { grid: [count as u32, grid_y, 1], block: [THREADS, 1, 1], shared_bytes };
+    let args: Vec<Arg> = [Arg::U64(bytes as u64)].into_iter().chain(source).chain(target).collect();
+    let grid = [count as u32, blocks_of(bytes, COPY_BYTES).min(64), 1];
+    let shape = Launch { grid, block: [THREADS, 1, 1], shared_bytes: 0 };
     // SAFETY: passed on.
-    unsafe { device.launch(Kernel { source: SOURCE, name }, &shape, &args) }
+    unsafe { device.launch(Kernel { source: SOURCE, name: "copy_pages" }, &shape, &args) }
+}
+
+/// Consecutive tokens on their way from one page into another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Move {
+    /// The page that has them.
+    pub from: u32,
+    /// The page that gets them.
+    pub to: u32,
+    /// Their slots.
+    pub slots: KvMove,
+}
+
+impl Move {
+    /// The words of a list of moves, as the device reads them.
+    pub fn words(moves: &[Move]) -> Vec<u32> {
+        let of = |m: &Move| {
+            let KvMove { from, to, tokens } = m.slots;
+            [m.from, from as u32, m.to, to as u32, tokens as u32, 0, 0, 0]
+        };
+        moves.iter().flat_map(of).collect()
+    }
+}
+
+/// Gathers or scatters tokens between pages of any two formats of the same heads, in one pass and to the bytes of
+/// [`KvFormat::convert`], which says what is converted into what. `list` is the address, a multiple of 16, of the [`Move::words`] of
+/// `moves`; no two of them write the same slots.
+///
+/// # Panics
+///
+/// If the heads differ, a slot does not fit, or another type is asked of 8 bits.
+pub unsafe fn move_tokens(
+    device: &dyn Device,
+    (moves, list): (&[Move], u64),
+    from: &Pages,
+    to: &Pages,
+) -> Result<(), CudaError> {
+    check(from);
+    check(to);
+    assert_aligned(&[list]);
+    let (source, target) = (from.format, to.format);
+    assert_eq!((source.kv_heads, source.head_dim), (target.kv_heads, target.head_dim), "heads of one model");
+    let narrow = matches!(source.dtype, KvDtype::Fp8 | KvDtype::Int8);
+    assert!(!narrow || source.dtype == target.dtype, "{} stays what it is", source.dtype.name());
+    for Move { slots, .. } in moves {
+        let fits = slots.from + slots.tokens <= source.block_size && slots.to + slots.tokens <= target.block_size;
+        assert!(fits && slots.tokens > 0, "{slots:?} from {} slots into {}", source.block_size, target.block_size);
+    }
+    let most = moves.iter().map(|m| m.slots.tokens).max().unwrap_or(0);
+    if most == 0 {
+        return Ok(());
+    }
+    let names = ["move_tokens_f32", "move_tokens_f16", "move_tokens_bf16", "move_tokens_fp8", "move_tokens_int8"];
+    let sizes = [source.kv_heads, source.head_dim].map(|n| Arg::U32(n as u32));
+    let side =
+        |pages: &Pages| [Arg::Ptr(pages.base), Arg::U64(pages.block_stride), Arg::U32(pages.format.block_size as u32)];
+    let to_type = Arg::U32(number(target.dtype) as u32);
+    let args: Vec<Arg> =
+        [Arg::Ptr(list)].into_iter().chain(sizes).chain(side(from)).chain([to_type]).chain(side(to)).collect();
+    let shared_bytes = if target.dtype == KvDtype::Int8 { 8 * most as u32 } else { 0 };
+    let grid = [moves.len() as u32, source.kv_heads as u32, 1];
+    let kernel = Kernel { source: SOURCE, name: names[number(source.dtype)] };
+    // SAFETY: passed on.
+    unsafe { device.launch(kernel, &Launch { grid, block: [THREADS, 1, 1], shared_bytes }, &args) }
 }
 
 fn check(pages: &Pages) {

@@ -16,7 +16,6 @@ use crate::DType;
 use crate::cuda::{Arg, CudaError, Device, Kernel, Launch};
 
 const SOURCE: &str = "rows.cu";
-const QUANTIZED: &str = "embed_quant.cu";
 /// Threads of a block that goes along one row, or along a whole array.
 const THREADS: u32 = 256;
 /// Heads that a block rotates, a warp each.
@@ -120,8 +119,8 @@ pub unsafe fn add(device: &dyn Device, n: usize, x: u64, y: u64) -> Result<(), C
     unsafe { along(device, "add", n, &[Arg::U64(n as u64), Arg::Ptr(x), Arg::Ptr(y)]) }
 }
 
-/// `out[i] = table[ids[i]]` for each of `rows` ids (u32): rows of `width` elements of any type `of`, to f32. Addresses are
-/// multiples of 16.
+/// `out[i] = table[ids[i]]` for each of `rows` ids (u32): rows of `width` elements of the plain type `of`, to f32.
+/// Addresses are multiples of 16.
 pub unsafe fn embed(
     device: &dyn Device,
     (rows, width): (usize, usize),
@@ -130,28 +129,11 @@ pub unsafe fn embed(
     table: u64,
     out: u64,
 ) -> Result<(), CudaError> {
-    assert!(of.row_bytes(width).is_some(), "rows of {width} elements of {}", of.name());
     assert_aligned(&[ids, table, out]);
-    let (source, name) = match of {
-        DType::F32 => (SOURCE, "embed_f32"),
-        DType::F16 => (SOURCE, "embed_f16"),
-        DType::BF16 => (SOURCE, "embed_bf16"),
-        DType::Q4_0 => (QUANTIZED, "embed_q4_0"),
-        DType::Q4_1 => (QUANTIZED, "embed_q4_1"),
-        DType::Q5_0 => (QUANTIZED, "embed_q5_0"),
-        DType::Q5_1 => (QUANTIZED, "embed_q5_1"),
-        DType::Q8_0 => (QUANTIZED, "embed_q8_0"),
-        DType::Q2K => (QUANTIZED, "embed_q2_k"),
-        DType::Q3K => (QUANTIZED, "embed_q3_k"),
-        DType::Q4K => (QUANTIZED, "embed_q4_k"),
-        DType::Q5K => (QUANTIZED, "embed_q5_k"),
-        DType::Q6K => (QUANTIZED, "embed_q6_k"),
-        DType::IQ4NL => (QUANTIZED, "embed_iq4_nl"),
-        DType::MXFP4 => (QUANTIZED, "embed_mxfp4"),
-    };
+    let name = by_type(of, ["embed_f32", "embed_f16", "embed_bf16"]);
     let args = [Arg::U32(width as u32), Arg::Ptr(ids), Arg::Ptr(table), Arg::Ptr(out)];
     // SAFETY: passed on; a block per row.
-    unsafe { per_row(device, Kernel { source, name }, rows, 0, &args) }
+    unsafe { per_row(device, Kernel { source: SOURCE, name }, rows, 0, &args) }
 }
 
 /// `out[i] = x[which[i]]` for each of `rows` row numbers (u32): rows of `row_bytes`, a multiple of 4. `out` is not `x`.

@@ -1,20 +1,21 @@
-//! Products with fp8 and fp4 weights that have an f32 factor per row: read as they are for few rows, by bf16 rows of x; and for
+//! Products with fp8 and fp4 weights that have f32 factors: read as they are for few rows, by bf16 rows of x; and for
 //! many rows fp8 by fp8 on tensor cores (compute capability 8.9 and later), with rows of x rounded to fp8 first.
 //!
-//! fp8 weights are Hugging Face's (`compressed-tensors`, `fp8`) with a factor per row; no format that Ridge reads has such fp4 weights
-//! yet. Batch invariance is that of [`super::matmul`]; a row's fp8 scale comes from that row alone.
+//! fp8 weights are Hugging Face's (`compressed-tensors`, `fp8`) with a factor per row, or per block of 128 rows and columns; fp4
+//! weights are those of `nvfp4-pack-quantized`. Batch invariance is that of [`super::matmul`]; a row's fp8 scale comes from that row alone.
 //!
-//! fp4 weights (`NVFP4`'s values) lie in blocks of 64 elements: four e4m3 scales, then 32 bytes of two elements each, the first
-//! in the low half. A tensor-wide factor goes into the factors of the rows.
+//! fp4 weights (`NVFP4`'s values, with an e4m3 scale for each 16) lie in planes ([`crate::cuda::planes`]). A tensor-wide factor goes
+//! into the factors of the rows.
 
 use super::matmul::{Finish, X, activation_code, code};
+use crate::cuda::Element;
 use crate::cuda::device::{Arg, CudaError, Device, Kernel, Launch};
-pub use crate::cuda::plan::gemv::ScaledType;
-use crate::cuda::plan::{gemm, gemv};
+pub use crate::cuda::plan::gemv::{SCALED_BLOCK, ScaledType};
+use crate::cuda::plan::{gemm, gemv, wgmma};
 use crate::{DType, Gate};
 use gemm::Shape;
 
-/// A weight `[n, k]` on the device, row-major.
+/// A weight `[n, k]` on the device: row-major, or in planes if it is fp4.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ScaledWeight {
     /// How elements are stored.
@@ -25,7 +26,7 @@ pub struct ScaledWeight {
     pub k: usize,
     /// Where it is; a multiple of 16.
     pub address: u64,
-    /// f32 `[n]`: what each row is multiplied by.
+    /// f32, [`ScaledType::factors`] of them: what each row or block is multiplied by.
     pub scales: u64,
 }
 
@@ -128,7 +129,45 @@ pub unsafe fn quantize_rows(device: &dyn Device, x: X, k: usize, to: &Fp8Rows) -
     unsafe { device.launch(Kernel { source: "gemm_fp8.cu", name: "quantize_rows_e4m3" }, &launch, &args) }
 }
 
-/// `y = finish(x · wᵀ)` of fp8 rows and fp8 weights.
+/// Norms f32 rows of `k` elements as [`super::rows::rms_norm`] does and rounds them as [`quantize_rows`] does, to the same bits without
+/// the way through memory. `normed` is where the bf16 rows go, or 0 if nobody reads them.
+///
+/// # Safety
+///
+/// As [`quantize_rows`]; `x` has the rows, `weight` an element for each column, `normed` room for the rows.
+pub unsafe fn norm_rows(
+    device: &dyn Device,
+    k: usize,
+    eps: f32,
+    (x, weight): (u64, u64),
+    to: &Fp8Rows,
+    normed: u64,
+) -> Result<(), CudaError> {
+    if to.rows == 0 {
+        return Ok(());
+    }
+    let launch = Launch { grid: [to.rows as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 };
+    let [x, weight, codes, scales, normed] = [x, weight, to.address, to.scales, normed].map(Arg::Ptr);
+    let args = [Arg::U32(k as u32), Arg::F32(eps), x, weight, codes, scales, normed];
+    // SAFETY: passed on; a block per row, and the kernel's parameters.
+    unsafe { device.launch(Kernel { source: "gemm_fp8.cu", name: "rms_norm_e4m3" }, &launch, &args) }
+}
+
+/// Decodes an fp4 matrix to bf16, factors and all.
+///
+/// # Safety
+///
+/// `to` is memory of the device with room for the matrix.
+pub unsafe fn decode_fp4(device: &dyn Device, w: &ScaledWeight, to: u64) -> Result<(), CudaError> {
+    assert_eq!(w.dtype, ScaledType::NvFp4, "fp4 weights");
+    let launch = Launch { grid: [w.n as u32, 1, 1], block: [256, 1, 1], shared_bytes: 0 };
+    let args = [Arg::Ptr(w.address), Arg::Ptr(w.scales), Arg::Ptr(to), Arg::U32(w.n as u32), Arg::U32(w.k as u32)];
+    // SAFETY: passed on; a block per row, and the kernel's parameters.
+    unsafe { device.launch(Kernel { source: "dequant.cu", name: "dequant_nvfp4_bf16" }, &launch, &args) }
+}
+
+/// `y = finish(x · wᵀ)` of fp8 rows and fp8 weights; by the kernel that no device has run where it can be, if `experimental`. Which
+/// of the two it is does not depend on the number of rows.
 ///
 /// # Errors
 ///
@@ -147,23 +186,35 @@ pub unsafe fn gemm(
     w: &ScaledWeight,
     finish: ScaledFinish<'_>,
     y: u64,
+    experimental: bool,
 ) -> Result<(), CudaError> {
-    assert_eq!(w.dtype, ScaledType::E4M3, "fp8 weights");
+    assert_ne!(w.dtype, ScaledType::NvFp4, "fp8 weights");
     let (code, bias, up, activation) = finish.parts(w);
     let shape = Shape { m: x.rows, n: w.n, k: w.k };
-    let plan = gemm::plan_fp8(device.properties(), shape, up.is_some()).map_err(|rejected| {
-        let reasons: Vec<String> = rejected.iter().map(|(name, reason)| format!("{name}: {reason}")).collect();
-        CudaError::Unavailable(reasons.join("; "))
-    })?;
-    let mut args = vec![Arg::Ptr(x.address), Arg::Ptr(w.address)];
-    args.extend(up.map(|up| Arg::Ptr(up.address)));
+    let by_row = w.dtype == ScaledType::E4M3;
+    let hopper = (experimental && by_row).then(|| wgmma::plan_fp8(device.properties(), shape, up.is_some()).ok());
+    let (plan, operand): (_, &dyn Fn(u64, usize) -> Result<Arg, CudaError>) = match hopper.flatten() {
+        Some(plan) => {
+            let map = |address, rows| wgmma::tensor_map(Element::Byte, address, rows, w.k);
+            (plan, &move |address, rows| Ok(Arg::Bytes128(device.tensor_map(&map(address, rows))?)))
+        }
+        None => {
+            let plan = gemm::plan_fp8(device.properties(), shape, up.is_some(), !by_row).map_err(|rejected| {
+                let reasons: Vec<String> = rejected.iter().map(|(name, reason)| format!("{name}: {reason}")).collect();
+                CudaError::Unavailable(reasons.join("; "))
+            })?;
+            (plan, &|address, _| Ok(Arg::Ptr(address)))
+        }
+    };
+    let mut args = vec![operand(x.address, x.rows)?, operand(w.address, w.n)?];
+    args.extend(up.map(|up| operand(up.address, w.n)).transpose()?);
     args.extend([Arg::Ptr(x.scales), Arg::Ptr(w.scales)]);
     args.push(Arg::Ptr(up.map_or(bias, |up| up.scales)));
     args.push(Arg::Ptr(y));
     args.extend([x.rows, w.n, w.k].map(|size| Arg::U32(size as u32)));
     args.push(Arg::U32(code));
     args.extend(up.map(|_| Arg::U32(activation)));
-    // SAFETY: passed on; these are the parameters of the kernels of `gemm_fp8.cu`.
+    // SAFETY: passed on; these are the parameters of the kernels of `gemm_fp8.cu` and of `gemm_wgmma.cu`.
     unsafe { device.launch(plan.kernel, &plan.launch, &args) }
 }
 
@@ -172,7 +223,9 @@ mod tests {
     use super::*;
     use crate::cuda::Buffer;
     use crate::cuda::emulated::{Emulated, Order};
+    use crate::cuda::ops::pack::blocks_on_device;
     use crate::cuda::ops::testing::{encode, on, poisoned, read};
+    use crate::cuda::planes::Blocks;
     use crate::kv::e4m3_to_f32;
     use crate::testing::{Random, assert_close};
     use crate::{Matrix, reference};
@@ -201,7 +254,7 @@ mod tests {
         const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
         let (mut bytes, mut values) = (Vec::new(), Vec::new());
         match dtype {
-            ScaledType::E4M3 => {
+            ScaledType::E4M3 | ScaledType::E4M3Blocks => {
                 bytes.extend((0..n * k).map(|_| fp8(random)));
                 values.extend(bytes.iter().map(|code| e4m3_to_f32(*code)));
             }
@@ -219,33 +272,84 @@ mod tests {
                 }
             }
         }
-        assert_eq!(bytes.len(), n * dtype.row_bytes(k));
-        (bytes, values, (0..n).map(|_| random.normal().abs() / 100.0).collect())
+        (bytes, values, (0..dtype.factors(n, k)).map(|_| random.normal().abs() / 100.0).collect())
     }
 
-    /// `x · wᵀ` with the factors applied to the rows of w.
+    /// A weight on the device.
+    fn stored(device: &Arc<dyn Device>, dtype: ScaledType, shape: (usize, usize), bytes: &[u8]) -> Buffer {
+        match dtype {
+            ScaledType::E4M3 | ScaledType::E4M3Blocks => Buffer::of(device, bytes).unwrap(),
+            ScaledType::NvFp4 => blocks_on_device(device, Blocks::NvFp4, shape, bytes).unwrap(),
+        }
+    }
+
+    /// `x · wᵀ` with the factors applied to w: one per row, or per block.
     fn product(x: &[f32], w: &[f32], factors: &[f32], n: usize, k: usize) -> Vec<f32> {
-        let scaled: Vec<f32> = w.chunks(k).zip(factors).flat_map(|(row, f)| row.iter().map(move |v| v * f)).collect();
+        let across = k.div_ceil(SCALED_BLOCK);
+        let factor = |row: usize, col: usize| match factors.len() == n {
+            true => factors[row],
+            false => factors[row / SCALED_BLOCK * across + col / SCALED_BLOCK],
+        };
+        let scaled: Vec<f32> = w.iter().enumerate().map(|(i, v)| v * factor(i / k, i % k)).collect();
         let bytes = encode(DType::F32, &scaled);
         let mut y = vec![0.0; x.len() / k * n];
         reference::matmul(x, &Matrix::new(DType::F32, n, k, &bytes).unwrap(), None, &mut y);
         y
     }
 
+    /// Many rows by fp4 weights, plain and gated.
+    #[test]
+    fn cuda_fp4_products_of_many_rows_are_the_reference() {
+        in_every_order(|device| {
+            let mut random = Random::new(73);
+            let (m, n, k) = (random.within(20, 90), random.within(1, 90), 64 * random.within(1, 5));
+            let x = read(&Buffer::of(device, &encode(DType::BF16, &random.vector(m * k))).unwrap(), DType::BF16);
+            let x_on = Buffer::of(device, &encode(DType::BF16, &x)).unwrap();
+            let parts = [(); 2].map(|()| weight(&mut random, ScaledType::NvFp4, n, k));
+            let on_device =
+                parts.each_ref().map(|p| (stored(device, ScaledType::NvFp4, (n, k), &p.0), on(device, &p.2)));
+            let [gate, up] = on_device.each_ref().map(|(w, scales)| ScaledWeight {
+                dtype: ScaledType::NvFp4,
+                n,
+                k,
+                address: w.address(),
+                scales: scales.address(),
+            });
+            let products = parts.each_ref().map(|p| product(&x, &p.1, &p.2, n, k));
+            let largest = products.each_ref().map(|p| p.iter().fold(1.0f32, |most, v| most.max(v.abs())));
+            let ours = crate::cuda::ops::matmul::Products::new(device, 4 * n * k).unwrap();
+            let rows = X { address: x_on.address(), dtype: DType::BF16, rows: m };
+            let y = poisoned(device, DType::F32, m * n);
+            let plain = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
+            let gated = ScaledFinish::Gated { up: &up, activation: Gate::Silu, to: DType::F32 };
+            // Weights are rounded to bf16.
+            for (finish, slack) in [(plain, largest[0]), (gated, largest[0] * largest[1])] {
+                // SAFETY: the buffers have the sizes of the shape.
+                unsafe { ours.fp4(rows, &gate, finish, y.address()).unwrap() };
+                let mut want = products[0].clone();
+                if matches!(finish, ScaledFinish::Gated { .. }) {
+                    reference::silu_mul(&mut want, &products[1]);
+                }
+                assert_close(&read(&y, DType::F32), &want, 1e-2, 1e-2 * slack, &format!("{m} {n} {k}"));
+            }
+        });
+    }
+
     #[test]
     fn cuda_skinny_products_are_the_reference() {
         in_every_order(|device| {
             let mut random = Random::new(71);
-            for dtype in [ScaledType::E4M3, ScaledType::NvFp4] {
+            for dtype in [ScaledType::E4M3, ScaledType::E4M3Blocks, ScaledType::NvFp4] {
                 for (low, high) in [(1, 8), (9, 32), (33, 64)] {
-                    let (m, n) = (random.within(low, high), random.within(1, 60));
+                    let rows = if dtype == ScaledType::E4M3Blocks { 150 } else { 1 };
+                    let (m, n) = (random.within(low, high), random.within(rows, rows + 60));
                     let k = dtype.unit() * random.within(1, 600 / dtype.unit());
                     let x =
                         read(&Buffer::of(device, &encode(DType::BF16, &random.vector(m * k))).unwrap(), DType::BF16);
                     let x_on = Buffer::of(device, &encode(DType::BF16, &x)).unwrap();
                     let parts = [weight(&mut random, dtype, n, k), weight(&mut random, dtype, n, k)];
                     let on_device: Vec<(Buffer, Buffer)> =
-                        parts.iter().map(|p| (Buffer::of(device, &p.0).unwrap(), on(device, &p.2))).collect();
+                        parts.iter().map(|p| (stored(device, dtype, (n, k), &p.0), on(device, &p.2))).collect();
                     let at = |i: usize| {
                         let (w, scales) = &on_device[i];
                         ScaledWeight { dtype, n, k, address: w.address(), scales: scales.address() }
@@ -270,6 +374,46 @@ mod tests {
                         assert_close(&read(&y, DType::F32), &want, 1e-5, slack, &format!("{dtype:?} {m} {n} {k}"));
                     }
                 }
+            }
+        });
+    }
+
+    /// One pass gives the bits of two, in any company, and the normed rows only where they are asked for.
+    #[test]
+    fn cuda_rows_are_normed_and_rounded_at_once() {
+        in_every_order(|device| {
+            let mut random = Random::new(82);
+            for (rows, k) in [(random.within(2, 9), 8 * random.within(1, 90)), (3, random.within(1, 700))] {
+                let mut x = random.vector(rows * k);
+                x[..k].fill(0.0);
+                let (x_on, weight) = (on(device, &x), on(device, &random.vector(k)));
+                let normed = poisoned(device, DType::BF16, rows * k);
+                let fresh = || (Buffer::new(device, rows * k).unwrap(), poisoned(device, DType::F32, rows));
+                let to = |(codes, scales): &(Buffer, Buffer), rows| Fp8Rows {
+                    address: codes.address(),
+                    scales: scales.address(),
+                    rows,
+                };
+                let read = |(codes, scales): &(Buffer, Buffer), rows: usize| {
+                    (codes.to_vec::<u8>(rows * k).unwrap(), scales.to_vec::<u32>(rows).unwrap())
+                };
+                let operand = X { address: normed.address(), dtype: DType::BF16, rows };
+                let (two, one, alone, also) = (fresh(), fresh(), fresh(), poisoned(device, DType::BF16, rows * k));
+                let place = (x_on.address(), weight.address());
+                // SAFETY: the buffers have the sizes of the rows.
+                unsafe {
+                    let (shape, bf16) = ((rows, k), DType::BF16);
+                    crate::cuda::ops::rows::rms_norm(&**device, shape, 1e-5, place.0, place.1, bf16, normed.address())
+                        .unwrap();
+                    quantize_rows(&**device, operand, k, &to(&two, rows)).unwrap();
+                    norm_rows(&**device, k, 1e-5, place, &to(&one, rows), also.address()).unwrap();
+                    let last = (place.0 + ((rows - 1) * k * 4) as u64, place.1);
+                    norm_rows(&**device, k, 1e-5, last, &to(&alone, 1), 0).unwrap();
+                }
+                let (codes, scales) = read(&one, rows);
+                assert_eq!((&codes, &scales), (&read(&two, rows).0, &read(&two, rows).1), "{rows} x {k}");
+                assert_eq!(also.to_vec::<u8>(2 * rows * k), normed.to_vec::<u8>(2 * rows * k));
+                assert_eq!(read(&alone, 1), (codes[(rows - 1) * k..].to_vec(), scales[rows - 1..].to_vec()));
             }
         });
     }
@@ -299,28 +443,41 @@ mod tests {
                 assert_eq!((e4m3_to_f32(*code) - value).abs(), nearest, "{value} became {code:#x}");
                 seen.push(e4m3_to_f32(*code) * scale[i / k]);
             }
-            let parts = [(); 2].map(|()| weight(&mut random, ScaledType::E4M3, n, k));
-            let buffers = parts.each_ref().map(|p| (Buffer::of(device, &p.0).unwrap(), on(device, &p.2)));
-            let [gate, up] = buffers.each_ref().map(|(w, scales)| ScaledWeight {
-                dtype: ScaledType::E4M3,
-                n,
-                k,
-                address: w.address(),
-                scales: scales.address(),
-            });
-            let products = parts.each_ref().map(|p| product(&seen, &p.1, &p.2, n, k));
-            let largest = products.each_ref().map(|p| p.iter().fold(1.0f32, |most, v| most.max(v.abs())));
-            let y = poisoned(device, DType::F32, m * n);
-            let plain = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
-            // SAFETY: the buffers have the sizes of the shape.
-            unsafe { gemm(&**device, &to, &gate, plain, y.address()).unwrap() };
-            assert_close(&read(&y, DType::F32), &products[0], 1e-5, 1e-5 * largest[0], "fp8");
-            let gated = ScaledFinish::Gated { up: &up, activation: Gate::GeluTanh, to: DType::F32 };
-            // SAFETY: as above.
-            unsafe { gemm(&**device, &to, &gate, gated, y.address()).unwrap() };
-            let mut want = products[0].clone();
-            reference::gelu_tanh_mul(&mut want, &products[1]);
-            assert_close(&read(&y, DType::F32), &want, 1e-5, 1e-5 * largest[0] * largest[1], "fp8, gated");
+            for dtype in [ScaledType::E4M3, ScaledType::E4M3Blocks] {
+                let n = if dtype == ScaledType::E4M3 { n } else { n + 100 };
+                let parts = [(); 2].map(|()| weight(&mut random, dtype, n, k));
+                let buffers = parts.each_ref().map(|p| (Buffer::of(device, &p.0).unwrap(), on(device, &p.2)));
+                let [gate, up] = buffers.each_ref().map(|(w, scales)| ScaledWeight {
+                    dtype,
+                    n,
+                    k,
+                    address: w.address(),
+                    scales: scales.address(),
+                });
+                let products = parts.each_ref().map(|p| product(&seen, &p.1, &p.2, n, k));
+                let largest = products.each_ref().map(|p| p.iter().fold(1.0f32, |most, v| most.max(v.abs())));
+                let y = poisoned(device, DType::F32, m * n);
+                let plain = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
+                // SAFETY: the buffers have the sizes of the shape.
+                unsafe { gemm(&**device, &to, &gate, plain, y.address(), false).unwrap() };
+                assert_close(&read(&y, DType::F32), &products[0], 1e-5, 1e-5 * largest[0], "fp8");
+                let gated = ScaledFinish::Gated { up: &up, activation: Gate::GeluTanh, to: DType::F32 };
+                // SAFETY: as above.
+                unsafe { gemm(&**device, &to, &gate, gated, y.address(), false).unwrap() };
+                let mut want = products[0].clone();
+                reference::gelu_tanh_mul(&mut want, &products[1]);
+                assert_close(&read(&y, DType::F32), &want, 1e-5, 1e-5 * largest[0] * largest[1], "fp8, gated");
+                // A row alone is what it is among others.
+                let (row, y_row) = (random.within(0, m - 1), poisoned(device, DType::F32, n));
+                let one = Buffer::of(device, &rounded[row * k..(row + 1) * k]).unwrap();
+                let alone = Fp8Rows { address: one.address(), scales: to.scales + 4 * row as u64, rows: 1 };
+                // SAFETY: as above, of one row and of all.
+                unsafe {
+                    gemm(&**device, &alone, &gate, plain, y_row.address(), false).unwrap();
+                    gemm(&**device, &to, &gate, plain, y.address(), false).unwrap();
+                }
+                assert_eq!(read(&y_row, DType::F32), read(&y, DType::F32)[row * n..(row + 1) * n]);
+            }
         });
     }
 }

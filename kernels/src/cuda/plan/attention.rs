@@ -5,6 +5,7 @@
 //! launches has.
 
 use super::Choice;
+use crate::cuda::{Element, TensorMap};
 use crate::{KvDtype, KvFormat};
 
 /// Keys per split, at absolute positions: the CPU's cut.
@@ -143,12 +144,14 @@ pub fn decode_shape(format: &KvFormat, group: usize, shared_per_block: usize) ->
 /// A kernel for chunks of prompts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum PrefillKernel {
-    /// Tensor cores (mma.sync): tiles of 64 queries by 64 keys, `stages` tiles of keys and values in flight.
+    /// Tensor cores (mma.sync): tiles of 64 queries by 64 keys, `stages` tiles of keys and values in flight. Caches of 8 bits are
+    /// widened to bf16 tile by tile, in one stage.
     Mma {
         /// One or two.
         stages: usize,
     },
-    /// A Hopper warpgroup's instructions, on the same tiles with two in flight. No device has run it: only on demand.
+    /// Hopper's copy engine and two warpgroups: tiles of 128 queries by 64 keys, four tiles of keys and values in flight, for pages of
+    /// whole 16 tokens. No device has run it: only on demand.
     Wgmma,
     /// Multiply-adds in f32, for every cache and head size: tiles of 16 queries by 32 keys.
     Simt,
@@ -158,18 +161,24 @@ impl PrefillKernel {
     /// Queries per tile.
     pub const fn tile(self) -> usize {
         match self {
-            PrefillKernel::Mma { .. } | PrefillKernel::Wgmma => 64,
+            PrefillKernel::Wgmma => 128,
+            PrefillKernel::Mma { .. } => 64,
             PrefillKernel::Simt => 16,
         }
     }
 
     /// Shared memory in bytes.
-    pub const fn shared_bytes(self, head_dim: usize) -> usize {
+    pub const fn shared_bytes(self, format: &KvFormat) -> usize {
+        let head_dim = format.head_dim;
         match self {
-            // Keys [head_dim][64] and values [64][head_dim], 16 bits each, in two stages.
-            PrefillKernel::Wgmma => 2 * 2 * (2 * 64 * head_dim),
+            // Keys [head_dim][64] and values [64][head_dim], 16 bits each, in four stages, with two barriers each.
+            PrefillKernel::Wgmma => 4 * (2 * (2 * 64 * head_dim) + 2 * 8),
             // Keys [head_dim][64 + 8] and values [64][head_dim + 8], 16 bits each.
-            PrefillKernel::Mma { stages } => stages * 2 * (head_dim * 72 + 64 * (head_dim + 8)),
+            // Behind them two scales per key, where there are any.
+            PrefillKernel::Mma { stages } => {
+                let scales = if matches!(format.dtype, KvDtype::Int8) { 2 * 64 * 4 } else { 0 };
+                stages * 2 * (head_dim * 72 + 64 * (head_dim + 8)) + scales
+            }
             // Queries [16][head_dim + 1], keys and values [32][head_dim + 1], weights [16][33], two scales per key; f32.
             PrefillKernel::Simt => 4 * ((16 + 2 * 32) * (head_dim + 1) + 16 * 33 + 2 * 32),
         }
@@ -181,6 +190,34 @@ pub const MMA_HEADS: [usize; 5] = [64, 80, 96, 128, 256];
 
 /// Head sizes that the Hopper kernel is compiled for.
 pub const WGMMA_HEADS: [usize; 2] = [64, 128];
+
+/// Tokens of a page that Hopper's copy engine fetches at a time.
+const PIECE: usize = 16;
+
+/// Where the keys and the values of a layer lie, as Hopper's copy engine is told of them: that of block `b` begins at `base + b *
+/// block_stride`, and boxes are those of the kernel.
+pub fn page_maps(format: &KvFormat, base: u64, block_stride: u64) -> [TensorMap; 2] {
+    let element = match format.dtype {
+        KvDtype::F16 => Element::F16,
+        KvDtype::BF16 => Element::Bf16,
+        other => panic!("no tensor map of a cache of {}", other.name()),
+    };
+    let (heads, dim, tokens) = (format.kv_heads as u64, format.head_dim as u64, format.block_size as u64);
+    let map = |address, cols, rows, box_cols, box_rows| TensorMap {
+        address,
+        element,
+        cols,
+        rows,
+        row_bytes: 2 * cols,
+        // Block numbers are the caller's promise: nobody asks for one beyond the last.
+        planes: 1 << 31,
+        plane_bytes: block_stride,
+        box_cols,
+        box_rows,
+    };
+    let keys = map(base, tokens, heads * dim, PIECE as u32, dim as u32);
+    [keys, map(base + 2 * heads * dim * tokens, dim, heads * tokens, 64, PIECE as u32)]
+}
 
 /// Chooses the kernel for chunks of prompts.
 pub fn prefill_kernel(format: &KvFormat, shared_per_block: usize) -> Choice<PrefillKernel> {
@@ -202,7 +239,7 @@ pub fn experimental_prefill_kernel(format: &KvFormat, shared_per_block: usize, s
 fn objection(kernel: PrefillKernel, format: &KvFormat, shared_per_block: usize) -> Option<String> {
     let dim = format.head_dim;
     assert!(dim.is_multiple_of(8) && (8..=256).contains(&dim), "heads of {dim} elements");
-    let bytes = kernel.shared_bytes(dim);
+    let bytes = kernel.shared_bytes(format);
     if bytes > shared_per_block {
         return Some(format!("{bytes} bytes of shared memory, {shared_per_block} at most"));
     }
@@ -211,10 +248,20 @@ fn objection(kernel: PrefillKernel, format: &KvFormat, shared_per_block: usize) 
         PrefillKernel::Wgmma => &WGMMA_HEADS,
         PrefillKernel::Simt => return None,
     };
-    match format.dtype {
-        KvDtype::F16 | KvDtype::BF16 if heads.contains(&dim) => None,
-        KvDtype::F16 | KvDtype::BF16 => Some(format!("no tensor-core kernel for heads of {dim} elements")),
-        other => Some(format!("tensor cores take 16-bit floats, the cache is {}", other.name())),
+    let name = format.dtype.name();
+    match (format.dtype, kernel) {
+        (KvDtype::F32, _) => Some("tensor cores would round keys and values of f32".into()),
+        (_, PrefillKernel::Wgmma) if !format.block_size.is_multiple_of(PIECE) => {
+            Some(format!("pages are fetched {PIECE} tokens at a time, they have {}", format.block_size))
+        }
+        (KvDtype::Fp8 | KvDtype::Int8, PrefillKernel::Wgmma) => {
+            Some(format!("it takes 16-bit floats, the cache is {name}"))
+        }
+        (KvDtype::Fp8 | KvDtype::Int8, PrefillKernel::Mma { stages: 2 }) => {
+            Some(format!("a cache of {name} is widened tile by tile, which waits for what it reads"))
+        }
+        _ if !heads.contains(&dim) => Some(format!("no tensor-core kernel for heads of {dim} elements")),
+        _ => None,
     }
 }
 
@@ -277,8 +324,13 @@ mod tests {
         assert_eq!(small.chosen, PrefillKernel::Mma { stages: 1 });
         assert_eq!(small.rejected[0].1, "141312 bytes of shared memory, 101376 at most");
         let fp8 = of(KvDtype::Fp8, 128, 163 << 10);
-        assert_eq!(fp8.chosen, PrefillKernel::Simt);
-        assert_eq!(fp8.rejected[1].1, "tensor cores take 16-bit floats, the cache is fp8");
+        assert_eq!(fp8.chosen, PrefillKernel::Mma { stages: 1 });
+        assert_eq!(fp8.rejected[0].1, "a cache of fp8 is widened tile by tile, which waits for what it reads");
+        let f32 = of(KvDtype::F32, 128, 163 << 10);
+        assert_eq!((f32.chosen, f32.rejected.len()), (PrefillKernel::Simt, 2));
+        assert_eq!(f32.rejected[0].1, "tensor cores would round keys and values of f32");
+        let int8 = KvFormat { dtype: KvDtype::Int8, ..FORMAT };
+        assert_eq!(PrefillKernel::Mma { stages: 1 }.shared_bytes(&int8), 2 * (128 * 72 + 64 * 136) + 512);
         assert_eq!(of(KvDtype::BF16, 72, 163 << 10).rejected[0].1, "no tensor-core kernel for heads of 72 elements");
         for head_dim in (8..=256).step_by(8) {
             of(KvDtype::F32, head_dim, 99 << 10);
@@ -286,6 +338,12 @@ mod tests {
         let new = |head_dim, sm| experimental_prefill_kernel(&KvFormat { head_dim, ..FORMAT }, 227 << 10, sm);
         assert_eq!(new(128, 90).chosen, PrefillKernel::Wgmma);
         assert_eq!(new(80, 90).rejected[0].1, "no tensor-core kernel for heads of 80 elements");
+        let odd = experimental_prefill_kernel(&KvFormat { block_size: 24, ..FORMAT }, 227 << 10, 90);
+        assert_eq!(odd.rejected[0].1, "pages are fetched 16 tokens at a time, they have 24");
+        assert_eq!(PrefillKernel::Wgmma.shared_bytes(&FORMAT), 131_136);
+        let [keys, values] = page_maps(&FORMAT, 4096, 20_000);
+        assert_eq!((keys.cols, keys.rows, keys.row_bytes, keys.box_cols, keys.box_rows), (16, 256, 32, 16, 128));
+        assert_eq!((values.address, values.cols, values.rows, values.row_bytes), (4096 + 8192, 128, 32, 256));
         assert_eq!(new(128, 100).chosen, PrefillKernel::Mma { stages: 2 });
         assert_eq!(new(128, 100).rejected[0].1, "wgmma is Hopper's (sm_90), this is sm_100");
     }

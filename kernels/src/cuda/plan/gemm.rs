@@ -60,6 +60,24 @@ const FP8_TILES: [Tile; 2] = [
     Tile { bm: 64, bn: 64, threads: 128, stages: 4, names: ["gemm_fp8_64x64", "gemm_fp8_64x64_gated", "", ""] },
 ];
 
+/// Those of them for weights with a factor per block.
+const FP8_BLOCK_TILES: [Tile; 2] = [
+    Tile {
+        bm: 128,
+        bn: 128,
+        threads: 256,
+        stages: 3,
+        names: ["gemm_fp8_blocks_128x128", "gemm_fp8_blocks_128x128_gated", "", ""],
+    },
+    Tile {
+        bm: 64,
+        bn: 64,
+        threads: 128,
+        stages: 4,
+        names: ["gemm_fp8_blocks_64x64", "gemm_fp8_blocks_64x64_gated", "", ""],
+    },
+];
+
 impl Tile {
     /// Bytes of k per step and row.
     const ROW_BYTES: usize = 128;
@@ -178,12 +196,18 @@ pub fn plan(device: &Properties, dtype: DType, shape: Shape, gated: bool) -> Pla
     })
 }
 
-/// Plans a product of fp8 rows, as [`plan`] does for 16 bits. k is a multiple of 16.
+/// Plans a product of fp8 rows, as [`plan`] does for 16 bits; `blocks` says whether weights have a factor per block and not per row. k
+/// is a multiple of 16.
 ///
 /// # Errors
 ///
 /// Why every tile was rejected.
-pub fn plan_fp8(device: &Properties, shape: Shape, gated: bool) -> Result<Plan, Vec<(&'static str, Reason)>> {
+pub fn plan_fp8(
+    device: &Properties,
+    shape: Shape,
+    gated: bool,
+    blocks: bool,
+) -> Result<Plan, Vec<(&'static str, Reason)>> {
     assert!(shape.m > 0 && shape.n > 0 && shape.k > 0, "{shape:?} has nothing to multiply");
     if device.sm < 89 {
         return Err(vec![("gemm_fp8", Reason::Architecture { sm: device.sm })]);
@@ -191,7 +215,8 @@ pub fn plan_fp8(device: &Properties, shape: Shape, gated: bool) -> Result<Plan, 
     if !shape.k.is_multiple_of(16) {
         return Err(vec![("gemm_fp8", Reason::Alignment { row_bytes: shape.k })]);
     }
-    tiled(device, "gemm_fp8.cu", &FP8_TILES, usize::from(gated), shape, gated)
+    let tiles = if blocks { &FP8_BLOCK_TILES } else { &FP8_TILES };
+    tiled(device, "gemm_fp8.cu", tiles, usize::from(gated), shape, gated)
 }
 
 /// Chooses among tiles, largest first, by the rule that the module states; `name` is which of a tile's kernels.
@@ -309,12 +334,13 @@ mod tests {
     #[test]
     fn fp8_needs_its_instructions_and_whole_rows() {
         let shape = Shape { m: 4096, n: 4096, k: 4096 };
-        let a100 = plan_fp8(&device(80, 108, 163 << 10), shape, false).unwrap_err();
+        let a100 = plan_fp8(&device(80, 108, 163 << 10), shape, false, false).unwrap_err();
         assert_eq!(a100, [("gemm_fp8", Reason::Architecture { sm: 80 })]);
         let l4 = device(89, 58, 99 << 10);
-        assert_eq!(plan_fp8(&l4, shape, true).unwrap().kernel.name, "gemm_fp8_128x128_gated");
-        assert_eq!(plan_fp8(&l4, Shape { m: 64, n: 640, k: 64 }, false).unwrap().kernel.name, "gemm_fp8_64x64");
-        let odd = plan_fp8(&l4, Shape { k: 24, ..shape }, false).unwrap_err();
+        assert_eq!(plan_fp8(&l4, shape, true, false).unwrap().kernel.name, "gemm_fp8_128x128_gated");
+        assert_eq!(plan_fp8(&l4, shape, true, true).unwrap().kernel.name, "gemm_fp8_blocks_128x128_gated");
+        assert_eq!(plan_fp8(&l4, Shape { m: 64, n: 640, k: 64 }, false, false).unwrap().kernel.name, "gemm_fp8_64x64");
+        let odd = plan_fp8(&l4, Shape { k: 24, ..shape }, false, false).unwrap_err();
         assert_eq!(odd, [("gemm_fp8", Reason::Alignment { row_bytes: 24 })]);
     }
 

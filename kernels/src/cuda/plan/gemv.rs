@@ -69,34 +69,39 @@ pub fn plan(dtype: DType, shape: Shape, gated: bool) -> Plan {
     few(source, names, shape, gated)
 }
 
-/// Weights with a factor per row, which no file format that Ridge reads has; see [`crate::cuda::ops::scaled`].
+/// Weights with factors in f32; see [`crate::cuda::ops::scaled`].
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum ScaledType {
-    /// fp8.
+    /// fp8 with a factor per row.
     E4M3,
-    /// fp4 (e2m1) with an fp8 scale for each 16 elements.
+    /// fp8 with a factor for each 128 rows and 128 columns.
+    E4M3Blocks,
+    /// fp4 (e2m1) with an fp8 scale for each 16 elements, and a factor per row.
     NvFp4,
 }
 
+/// Rows and columns that a factor of [`ScaledType::E4M3Blocks`] covers.
+pub const SCALED_BLOCK: usize = 128;
+
 impl ScaledType {
-    /// Elements that rows are whole numbers of.
-    pub const fn unit(self) -> usize {
+    /// How many factors a matrix `[n, k]` has.
+    pub const fn factors(self, n: usize, k: usize) -> usize {
         match self {
-            Self::E4M3 => 8,
-            Self::NvFp4 => 64,
+            Self::E4M3 | Self::NvFp4 => n,
+            Self::E4M3Blocks => n.div_ceil(SCALED_BLOCK) * k.div_ceil(SCALED_BLOCK),
         }
     }
 
-    /// Bytes of a row of `k` elements.
-    pub const fn row_bytes(self, k: usize) -> usize {
+    /// Elements that rows are whole numbers of.
+    pub const fn unit(self) -> usize {
         match self {
-            Self::E4M3 => k,
-            Self::NvFp4 => k / 64 * 36,
+            Self::E4M3 | Self::E4M3Blocks => 8,
+            Self::NvFp4 => 64,
         }
     }
 }
 
-/// As [`plan`], for weights with a factor per row. Their kernels take the factors behind the other arguments.
+/// As [`plan`], for weights with factors. Their kernels take the factors behind the other arguments.
 ///
 /// # Panics
 ///
@@ -107,6 +112,7 @@ pub fn plan_scaled(weights: ScaledType, shape: Shape, gated: bool) -> Plan {
     assert!(k.is_multiple_of(weights.unit()), "rows of {k} elements");
     let names = match weights {
         ScaledType::E4M3 => names!("e4m3_8", "e4m3_32", "e4m3_64"),
+        ScaledType::E4M3Blocks => names!("e4m3_blocks_8", "e4m3_blocks_32", "e4m3_blocks_64"),
         ScaledType::NvFp4 => names!("nvfp4_8", "nvfp4_32", "nvfp4_64"),
     };
     few("gemv_scaled.cu", names, shape, gated)

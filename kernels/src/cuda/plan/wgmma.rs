@@ -2,8 +2,8 @@
 
 use super::gemm::{Plan, Reason, Shape};
 use crate::DType;
-use crate::cuda::TensorMap;
 use crate::cuda::device::{Kernel, Launch, Properties};
+use crate::cuda::{Element, TensorMap};
 
 /// Rows of a box of x and of w: a tile has one of x and two of w.
 const BOX_ROWS: u32 = 128;
@@ -19,13 +19,13 @@ const BARRIER_BYTES: usize = 2 * STAGES * 8;
 ///
 /// # Panics
 ///
-/// If elements are not of 16 bits, or an address or row is not a whole number of 16 bytes.
-pub fn tensor_map(element: DType, address: u64, rows: usize, cols: usize) -> TensorMap {
-    assert!(matches!(element, DType::F16 | DType::BF16), "no tensor map of {}", element.name());
-    let row_bytes = 2 * cols as u64;
+/// If an address or row is not a whole number of 16 bytes.
+pub fn tensor_map(element: Element, address: u64, rows: usize, cols: usize) -> TensorMap {
+    let row_bytes = (element.bytes() * cols) as u64;
     assert!(address.is_multiple_of(16) && row_bytes.is_multiple_of(16), "{row_bytes} bytes at {address:#x}");
-    let box_cols = ROW_BYTES as u32 / 2;
-    TensorMap { address, element, cols: cols as u64, rows: rows as u64, row_bytes, box_cols, box_rows: BOX_ROWS }
+    let box_cols = (ROW_BYTES / element.bytes()) as u32;
+    let (cols, rows) = (cols as u64, rows as u64);
+    TensorMap { address, element, cols, rows, row_bytes, planes: 0, plane_bytes: 0, box_cols, box_rows: BOX_ROWS }
 }
 
 /// Plans a product of 16-bit x and w, or says why it cannot be.
@@ -41,11 +41,24 @@ pub fn plan(device: &Properties, dtype: DType, shape: Shape, gated: bool) -> Res
         (DType::F16, true) => "gemm_wgmma_f16_gated",
         _ => return Err(Reason::Precision),
     };
+    tiled(device, name, 2 * shape.k, shape, gated)
+}
+
+/// Plans a product of fp8 rows by fp8 weights with a factor for each row, or says why it cannot be.
+///
+/// # Errors
+///
+/// As [`plan`].
+pub fn plan_fp8(device: &Properties, shape: Shape, gated: bool) -> Result<Plan, Reason> {
+    let name = if gated { "gemm_wgmma_e4m3_gated" } else { "gemm_wgmma_e4m3" };
+    tiled(device, name, shape.k, shape, gated)
+}
+
+fn tiled(device: &Properties, name: &'static str, row_bytes: usize, shape: Shape, gated: bool) -> Result<Plan, Reason> {
     // wgmma is of 9.0 alone: later devices do not have it.
     if device.sm != 90 {
         return Err(Reason::Architecture { sm: device.sm });
     }
-    let row_bytes = 2 * shape.k;
     if !row_bytes.is_multiple_of(16) {
         return Err(Reason::Alignment { row_bytes });
     }
@@ -73,11 +86,13 @@ fn shared_bytes() -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::device::{Arg, Buffer, Device};
+    use crate::cuda::device::{Buffer, Device};
     use crate::cuda::emulated::{Emulated, Order};
     use crate::cuda::ops::gemm::{Gemm, Plain, STORE_F32, Wgmma};
+    use crate::cuda::ops::matmul::Finish;
+    use crate::cuda::ops::scaled::{Fp8Rows, ScaledFinish, ScaledType, ScaledWeight, gemm};
     use crate::testing::{Random, assert_close};
-    use crate::{Matrix, quantize_row, reference};
+    use crate::{Gate, Matrix, quantize_row, reference};
     use std::sync::Arc;
 
     fn hopper(properties: &mut Properties) {
@@ -184,30 +199,35 @@ mod tests {
             let values: Vec<f32> = values.collect();
             (Buffer::of(&device, &codes).unwrap(), Buffer::of(&device, &factors).unwrap(), values)
         };
-        let (x, w) = (matrix(m), matrix(n));
-        let map = |at: &Buffer, rows: usize| {
-            let mut out = [0; 128];
-            for (i, value) in [at.address(), k as u64, rows as u64, k as u64].into_iter().enumerate() {
-                out[8 * i..][..8].copy_from_slice(&value.to_le_bytes());
-            }
-            for (i, value) in [128u32, BOX_ROWS, 1].into_iter().enumerate() {
-                out[32 + 4 * i..][..4].copy_from_slice(&value.to_le_bytes());
-            }
-            Arg::Bytes128(out)
-        };
+        let (x, parts) = (matrix(m), [matrix(n), matrix(n)]);
         let y = Buffer::new(&device, m * n * 4).unwrap();
-        let mut args = vec![map(&x.0, m), map(&w.0, n)];
-        args.extend([x.1.address(), w.1.address(), 0, y.address()].map(Arg::Ptr));
-        args.extend([m, n, k, 0].map(|size| Arg::U32(size as u32)));
-        let launch = Launch { grid: [3, 1, 1], block: [384, 1, 1], shared_bytes: shared_bytes() as u32 };
-        // SAFETY: the buffers have the sizes of the shape, and these are the kernel's parameters.
-        unsafe {
-            device.launch(Kernel { source: "gemm_wgmma.cu", name: "gemm_wgmma_e4m3" }, &launch, &args).unwrap();
+        let rows = Fp8Rows { address: x.0.address(), scales: x.1.address(), rows: m };
+        let [w, up] = parts.each_ref().map(|(w, scales, _)| ScaledWeight {
+            dtype: ScaledType::E4M3,
+            n,
+            k,
+            address: w.address(),
+            scales: scales.address(),
+        });
+        let wants = parts.each_ref().map(|(_, _, values)| {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let mut want = vec![0.0; m * n];
+            reference::matmul(&x.2, &Matrix::new(DType::F32, n, k, &bytes).unwrap(), None, &mut want);
+            want
+        });
+        let plain = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
+        let gated = ScaledFinish::Gated { up: &up, activation: Gate::Silu, to: DType::F32 };
+        for (finish, is_gated) in [(plain, false), (gated, true)] {
+            assert!(plan_fp8(device.properties(), Shape { m, n, k }, is_gated).is_ok());
+            // SAFETY: the buffers have the sizes of the shape.
+            unsafe { gemm(&*device, &rows, &w, finish, y.address(), true).unwrap() };
+            device.synchronize().unwrap();
+            let (mut want, mut slack) = (wants[0].clone(), 1e-4);
+            if is_gated {
+                reference::silu_mul(&mut want, &wants[1]);
+                slack *= wants[1].iter().fold(1.0f32, |most, v| most.max(v.abs()));
+            }
+            assert_close(&y.to_vec(m * n).unwrap(), &want, 2e-6, slack, "fp8");
         }
-        device.synchronize().unwrap();
-        let bytes: Vec<u8> = w.2.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let mut want = vec![0.0; m * n];
-        reference::matmul(&x.2, &Matrix::new(DType::F32, n, k, &bytes).unwrap(), None, &mut want);
-        assert_close(&y.to_vec(m * n).unwrap(), &want, 2e-6, 1e-4, "fp8");
     }
 }

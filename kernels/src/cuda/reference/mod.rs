@@ -2,5 +2,7 @@
 //! Tested against the oracle ([`crate::reference`]); the kernels are tested against both.
 
 mod attention;
+mod matmul;
 
 pub use attention::{decode, prefill};
+pub use matmul::{DEPTH_8, DEPTH_16, Groups, gemm, skinny};

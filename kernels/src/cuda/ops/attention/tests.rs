@@ -232,22 +232,26 @@ fn chunks_attend_as_the_reference_does_on_tensor_cores() {
         (2, 2, 80, 8, KvDtype::BF16),
         (1, 1, 96, 7, KvDtype::F16),
         (1, 3, 128, 32, KvDtype::BF16),
+        (2, 2, 64, 16, KvDtype::Fp8),
+        (1, 2, 128, 24, KvDtype::Int8),
+        (1, 1, 80, 7, KvDtype::Int8),
     ];
     in_every_order(|device, order| {
         for (i, (kv_heads, heads, head_dim, block_size, dtype)) in shapes.into_iter().enumerate() {
             let format = KvFormat { dtype, kv_heads, head_dim, block_size };
             let kernel = prefill_kernel(&format, 163 << 10).chosen;
-            assert_eq!(kernel, PrefillKernel::Mma { stages: 2 });
-            // Weights are rounded to the cache's type before they meet the values.
-            let tolerance = 2.0 * precision(query_dtype(dtype));
+            let narrow = matches!(dtype, KvDtype::Fp8 | KvDtype::Int8);
+            assert_eq!(kernel, PrefillKernel::Mma { stages: if narrow { 1 } else { 2 } });
+            // Weights are rounded to the cache's type, or bf16, before they meet the values; queries of caches of 8 bits are too.
+            let tolerance = if narrow { 3.0 * precision(DType::BF16) } else { 2.0 * precision(query_dtype(dtype)) };
             chunks_of_prompts(device, order, kernel, format, heads, 50 + i as u64, tolerance);
         }
     });
 }
 
 #[test]
-fn chunks_attend_as_the_reference_does_on_a_warpgroup() {
-    let shapes = [(1, 2, 64, 16, KvDtype::F16), (1, 1, 128, 7, KvDtype::BF16), (2, 2, 128, 64, KvDtype::F16)];
+fn chunks_attend_as_the_reference_does_on_warpgroups() {
+    let shapes = [(1, 2, 64, 16, KvDtype::F16), (1, 1, 128, 32, KvDtype::BF16), (2, 2, 128, 64, KvDtype::F16)];
     in_every_order(|device, order| {
         for (i, (kv_heads, heads, head_dim, block_size, dtype)) in shapes.into_iter().enumerate() {
             let format = KvFormat { dtype, kv_heads, head_dim, block_size };

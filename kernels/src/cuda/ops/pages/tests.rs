@@ -118,71 +118,79 @@ fn normed_keys_are_the_normed_heads() {
 }
 
 #[test]
-fn pages_are_copied_and_converted_as_the_cpu_would_write_them() {
+fn pages_are_gathered_and_scattered_as_they_are() {
     in_every_order(|device, order| {
         let mut random = Random::new(23);
-        for (kv_heads, head_dim, block_size) in SHAPES {
-            let width = kv_heads * head_dim;
-            for from in KvDtype::ALL {
-                let source = KvFormat { dtype: from, kv_heads, head_dim, block_size };
-                let (k, v) = (random.vector(block_size * width), random.vector(block_size * width));
-                let mut bytes = vec![0; source.page_bytes()];
-                let used = random.within(1, block_size);
-                source.write(&mut bytes, 0, &k[..used * width], &v[..used * width]);
-                let (at, from_pages) = room(device, source, 3);
-                at.upload(2 * from_pages.block_stride as usize, &bytes).unwrap();
-                at.upload(0, &vec![0u8; bytes.len()]).unwrap();
-                let blocks = Buffer::of(device, &[2u32, 0]).unwrap();
-                let (keys, values) = decoded(&source, &bytes);
-                for to in KvDtype::ALL {
-                    let target = KvFormat { dtype: to, ..source };
-                    let (staging, to_pages) = room(device, target, 2);
-                    // SAFETY: both hold the blocks.
-                    unsafe {
-                        copy(&**device, 2, (&from_pages, blocks.address()), (&to_pages, 0)).unwrap();
-                    }
-                    let mut want = bytes.clone();
-                    if to != from {
-                        want = vec![0; target.page_bytes()];
-                        target.write(&mut want, 0, &keys, &values);
-                    }
-                    let what = format!("{source:?} to {to:?} {order:?}");
-                    assert!(page(&staging, &to_pages, 0) == want, "{what}");
-                    assert!(page(&staging, &to_pages, 1).iter().all(|byte| *byte == 0), "{what}: zeros stay zeros");
-                    // And back, to other places.
-                    let (back, back_pages) = room(device, target, 3);
-                    // SAFETY: both hold the blocks.
-                    unsafe { copy(&**device, 2, (&to_pages, 0), (&back_pages, blocks.address())).unwrap() };
-                    assert!(page(&back, &back_pages, 2) == want, "{what}, scattered");
-                }
+        for dtype in KvDtype::ALL {
+            let format = KvFormat { dtype, kv_heads: 2, head_dim: 40, block_size: random.within(1, 40) };
+            let bytes: Vec<u8> = (0..format.page_bytes()).map(|_| random.bits() as u8).collect();
+            let (at, pages) = room(device, format, 3);
+            at.upload(2 * pages.block_stride as usize, &bytes).unwrap();
+            let blocks = Buffer::of(device, &[2u32, 0]).unwrap();
+            let ((staging, staged), (back, back_pages)) = (room(device, format, 2), room(device, format, 3));
+            // SAFETY: all hold the blocks.
+            unsafe {
+                copy(&**device, 2, (&pages, blocks.address()), (&staged, 0)).unwrap();
+                copy(&**device, 2, (&staged, 0), (&back_pages, blocks.address())).unwrap();
             }
+            assert!(
+                page(&staging, &staged, 0) == bytes && page(&back, &back_pages, 2) == bytes,
+                "{format:?} {order:?}"
+            );
+            assert!(page(&back, &back_pages, 1).iter().all(|byte| *byte == 0xff), "a page that nobody named");
         }
     });
 }
 
-/// Keys and values of a page, `[block_size, kv_heads * head_dim]`, in f32.
-fn decoded(format: &KvFormat, page: &[u8]) -> (Vec<f32>, Vec<f32>) {
-    use crate::quant::{bf16_to_f32, f16_to_f32};
-    let bytes = format.dtype.bytes();
-    let element = |at: usize| match format.dtype {
-        KvDtype::F32 => f32::from_le_bytes(page[at..at + 4].try_into().unwrap()),
-        KvDtype::F16 => f16_to_f32(u16::from_le_bytes([page[at], page[at + 1]])),
-        KvDtype::BF16 => bf16_to_f32(u16::from_le_bytes([page[at], page[at + 1]])),
-        KvDtype::Fp8 => crate::kv::e4m3_to_f32(page[at]),
-        KvDtype::Int8 => f32::from(page[at] as i8),
-    };
-    let scale = |at: usize| match format.dtype {
-        KvDtype::Int8 => f32::from_le_bytes(page[at..at + 4].try_into().unwrap()),
-        _ => 1.0,
-    };
-    let (mut keys, mut values) = (Vec::new(), Vec::new());
-    for slot in 0..format.block_size {
-        for head in 0..format.kv_heads {
-            for d in 0..format.head_dim {
-                keys.push(element(format.key(head, d, slot)) * scale(format.key_scale(head, slot)));
-                values.push(element(format.value(head, slot) + d * bytes) * scale(format.value_scale(head, slot)));
+/// Pages of one shape become pages of another, of every type that they are converted into: the CPU's bytes.
+#[test]
+fn tokens_are_moved_as_the_cpu_moves_them() {
+    in_every_order(|device, order| {
+        let mut random = Random::new(24);
+        for from in KvDtype::ALL {
+            let narrow = matches!(from, KvDtype::Fp8 | KvDtype::Int8);
+            for to in KvDtype::ALL.into_iter().filter(|to| !narrow || *to == from) {
+                let (kv_heads, head_dim) = (random.within(1, 3), 8 * random.within(1, 12));
+                let sizes = [random.within(1, 40), random.within(1, 40)];
+                let [source, target] = [(from, sizes[0]), (to, sizes[1])].map(|(dtype, block_size)| KvFormat {
+                    dtype,
+                    kv_heads,
+                    head_dim,
+                    block_size,
+                });
+                let width = kv_heads * head_dim;
+                let (at, from_pages) = room(device, source, 3);
+                let mut pages = Vec::new();
+                for block in 0..3 {
+                    let mut bytes = vec![0; source.page_bytes()];
+                    let n = source.block_size * width;
+                    source.write(&mut bytes, 0, &wild(&mut random, n, head_dim), &wild(&mut random, n, head_dim));
+                    at.upload(block * from_pages.block_stride as usize, &bytes).unwrap();
+                    pages.push(bytes);
+                }
+                let (staging, to_pages) = room(device, target, 2);
+                let mut want = vec![vec![0xff; target.page_bytes()]; 2];
+                let moves: Vec<Move> = (0..2u32)
+                    .map(|page| {
+                        let tokens = random.within(1, sizes[0].min(sizes[1]));
+                        let slots = KvMove {
+                            from: random.within(0, sizes[0] - tokens),
+                            to: random.within(0, sizes[1] - tokens),
+                            tokens,
+                        };
+                        Move { from: random.within(0, 2) as u32, to: page, slots }
+                    })
+                    .collect();
+                for m in &moves {
+                    source.convert(&pages[m.from as usize], &target, &mut want[m.to as usize], m.slots);
+                }
+                let list = Buffer::of(device, &Move::words(&moves)).unwrap();
+                // SAFETY: both hold the blocks.
+                unsafe { move_tokens(&**device, (&moves, list.address()), &from_pages, &to_pages).unwrap() };
+                for (block, want) in want.iter().enumerate() {
+                    assert!(page(&staging, &to_pages, block) == *want, "{source:?} to {target:?}: {moves:?} {order:?}");
+                }
             }
         }
-    }
-    (keys, values)
+    });
 }

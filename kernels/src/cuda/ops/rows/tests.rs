@@ -137,29 +137,6 @@ fn rows_are_picked() {
 }
 
 #[test]
-fn quantised_embeddings_are_decoded_to_the_cpus_bits() {
-    in_every_order(|device, order| {
-        let mut random = Random::new(15);
-        let (vocab, width) = (7, 512);
-        let ids = [6u32, 0, 3];
-        let dids = Buffer::of(device, &ids).unwrap();
-        for of in DType::ALL.into_iter().filter(|dtype| dtype.block_len() > 1) {
-            let row_bytes = of.row_bytes(width).unwrap();
-            let mut bytes = Vec::new();
-            crate::quantize_row(of, &random.vector(vocab * width), &mut bytes).unwrap();
-            let mut want = vec![0.0; ids.len() * width];
-            for (id, want) in ids.iter().zip(want.chunks_exact_mut(width)) {
-                crate::dequantize_row(of, &bytes[*id as usize * row_bytes..][..row_bytes], want);
-            }
-            let (table, out) = (Buffer::of(device, &bytes).unwrap(), poisoned(device, DType::F32, ids.len() * width));
-            // SAFETY: the buffers have these shapes, the ids are below `vocab`.
-            unsafe { embed(&**device, (3, width), dids.address(), of, table.address(), out.address()).unwrap() };
-            assert_same(&read(&out, DType::F32), &want, &format!("{of:?} {order:?}"));
-        }
-    });
-}
-
-#[test]
 fn nothing_is_nothing() {
     in_every_order(|device: &Arc<dyn Device>, _| {
         let shape = Heads { rows: 0, heads: 1, head_dim: 8, pairs: 4, eps: 0.0 };
