@@ -354,18 +354,9 @@ pub(super) mod extended {
 
     impl matmul::ByteTiles<Zmm> for Vnni {
         #[target_feature(enable = "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2")]
-        unsafe fn tile<
-            const BITS: usize,
-            const LEVELS: bool,
-            const G: usize,
-            const MINIMA: bool,
-            const M: usize,
-            const R: usize,
-        >(
-            t: &matmul::ByteTile<'_>,
-        ) {
+        unsafe fn tile<Q: matmul::Kind, const M: usize, const R: usize>(t: &matmul::ByteTile<'_>) {
             // SAFETY: passed on.
-            unsafe { matmul::byte_tile::<Zmm, Vnni, BITS, LEVELS, G, MINIMA, M, R>(t) }
+            unsafe { matmul::byte_tile::<Zmm, Vnni, Q, M, R>(t) }
         }
     }
 

@@ -91,18 +91,9 @@ macro_rules! instantiate {
 
             impl matmul::ByteTiles<$vector> for $bytes {
                 #[$($attribute)*]
-                unsafe fn tile<
-                    const BITS: usize,
-                    const LEVELS: bool,
-                    const G: usize,
-                    const MINIMA: bool,
-                    const M: usize,
-                    const R: usize,
-                >(
-                    t: &matmul::ByteTile<'_>,
-                ) {
+                unsafe fn tile<Q: matmul::Kind, const M: usize, const R: usize>(t: &matmul::ByteTile<'_>) {
                     // SAFETY: passed on.
-                    unsafe { matmul::byte_tile::<$vector, $bytes, BITS, LEVELS, G, MINIMA, M, R>(t) }
+                    unsafe { matmul::byte_tile::<$vector, $bytes, Q, M, R>(t) }
                 }
             }
 

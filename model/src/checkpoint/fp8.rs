@@ -9,11 +9,12 @@
 //! Read [`check`] and [`read`].
 
 use super::safetensors::Located;
+use super::tensors::bf16_rows;
 use super::{LoadError, Tensor, nvfp4};
 use ::safetensors::Dtype;
 
 use ridge_kernels::cuda::ops::scaled::SCALED_BLOCK;
-use ridge_kernels::{DType, e4m3_to_f32, quantize_row};
+use ridge_kernels::{DType, e4m3_to_f32};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -154,35 +155,16 @@ pub(super) fn numbers(name: &str, located: &Located) -> Result<Vec<f32>, LoadErr
     Ok(out)
 }
 
-/// Codes times factors, in bf16: on all cores, because an 8B model takes seconds on one.
+/// Codes times factors, in bf16.
 fn dequantize(codes: &[u8], cols: usize, factors: &[f32], blocks: Blocks) -> Vec<u8> {
     let values: Vec<f32> = (0..=u8::MAX).map(e4m3_to_f32).collect();
-    let mut bytes = vec![0; 2 * codes.len()];
-    if codes.is_empty() {
-        return bytes;
-    }
-    let (rows, across) = (codes.len() / cols, cols.div_ceil(blocks.cols));
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let each = rows.div_ceil(cores);
-    std::thread::scope(|scope| {
-        let parts = codes.chunks(each * cols).zip(bytes.chunks_mut(2 * each * cols)).enumerate();
-        for (part, (codes, bytes)) in parts {
-            let values = &values;
-            scope.spawn(move || {
-                let (mut row, mut narrow) = (vec![0.0; cols], Vec::with_capacity(2 * cols));
-                for (i, (codes, bytes)) in codes.chunks(cols).zip(bytes.chunks_mut(2 * cols)).enumerate() {
-                    let factors = &factors[(part * each + i) / blocks.rows * across..][..across];
-                    for (at, (value, code)) in row.iter_mut().zip(codes).enumerate() {
-                        *value = values[usize::from(*code)] * factors[at / blocks.cols];
-                    }
-                    narrow.clear();
-                    quantize_row(DType::BF16, &row, &mut narrow).expect("a plain type can be written");
-                    bytes.copy_from_slice(&narrow);
-                }
-            });
+    let across = cols.div_ceil(blocks.cols);
+    bf16_rows(codes.len() / cols.max(1), cols, |row, out| {
+        let factors = &factors[row / blocks.rows * across..][..across];
+        for (at, (value, code)) in out.iter_mut().zip(&codes[row * cols..]).enumerate() {
+            *value = values[usize::from(*code)] * factors[at / blocks.cols];
         }
-    });
-    bytes
+    })
 }
 
 #[cfg(test)]

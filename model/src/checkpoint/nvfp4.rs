@@ -7,9 +7,10 @@
 
 use super::fp8::numbers;
 use super::safetensors::Located;
+use super::tensors::bf16_rows;
 use super::{LoadError, Tensor};
 use ::safetensors::Dtype;
-use ridge_kernels::{DType, e4m3_to_f32, quantize_row};
+use ridge_kernels::{DType, e4m3_to_f32};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -89,37 +90,18 @@ fn interleave(codes: &[u8], scales: &[u8]) -> Vec<u8> {
     blocks.flat_map(|(codes, scales)| scales.iter().chain(codes).copied()).collect()
 }
 
-/// In bf16, on all cores.
+/// In bf16.
 fn dequantize(codes: &[u8], scales: &[u8], cols: usize, factor: f32) -> Vec<u8> {
-    let mut bytes = vec![0; 4 * codes.len()];
-    if codes.is_empty() {
-        return bytes;
-    }
     let values: Vec<f32> = (0..=u8::MAX).map(e4m3_to_f32).collect();
     let (row_codes, row_scales) = (cols / 2, cols / GROUP);
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let each = (codes.len() / row_codes).div_ceil(cores);
-    std::thread::scope(|scope| {
-        let parts = codes.chunks(each * row_codes).zip(scales.chunks(each * row_scales));
-        for ((codes, scales), bytes) in parts.zip(bytes.chunks_mut(4 * each * row_codes)) {
-            let values = &values;
-            scope.spawn(move || {
-                let (mut row, mut narrow) = (vec![0.0; cols], Vec::with_capacity(2 * cols));
-                let rows = codes.chunks(row_codes).zip(scales.chunks(row_scales)).zip(bytes.chunks_mut(2 * cols));
-                for ((codes, scales), bytes) in rows {
-                    for (at, value) in row.iter_mut().enumerate() {
-                        let code = codes[at / 2] >> (4 * (at % 2)) & 15;
-                        let magnitude = E2M1[usize::from(code & 7)] * values[usize::from(scales[at / GROUP])] * factor;
-                        *value = if code & 8 == 0 { magnitude } else { -magnitude };
-                    }
-                    narrow.clear();
-                    quantize_row(DType::BF16, &row, &mut narrow).expect("a plain type can be written");
-                    bytes.copy_from_slice(&narrow);
-                }
-            });
+    bf16_rows(codes.len() / row_codes.max(1), cols, |row, out| {
+        let (codes, scales) = (&codes[row * row_codes..], &scales[row * row_scales..]);
+        for (at, value) in out.iter_mut().enumerate() {
+            let code = codes[at / 2] >> (4 * (at % 2)) & 15;
+            let magnitude = E2M1[usize::from(code & 7)] * values[usize::from(scales[at / GROUP])] * factor;
+            *value = if code & 8 == 0 { magnitude } else { -magnitude };
         }
-    });
-    bytes
+    })
 }
 
 #[cfg(test)]

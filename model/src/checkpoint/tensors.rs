@@ -7,11 +7,36 @@ use super::fp8::Fp8;
 use super::nvfp4::NvFp4;
 use super::{FileMap, LoadError};
 use crate::spec::ModelSpec;
-use ridge_kernels::{DType, Matrix};
+use ridge_kernels::{DType, Matrix, quantize_row};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+
+/// A matrix in bf16, row by row as `fill` computes each from its number: on all cores, because an 8B model takes seconds on one.
+pub(super) fn bf16_rows(rows: usize, cols: usize, fill: impl Fn(usize, &mut [f32]) + Sync) -> Vec<u8> {
+    let mut bytes = vec![0; 2 * rows * cols];
+    if bytes.is_empty() {
+        return bytes;
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let each = rows.div_ceil(cores);
+    std::thread::scope(|scope| {
+        for (part, bytes) in bytes.chunks_mut(2 * each * cols).enumerate() {
+            let fill = &fill;
+            scope.spawn(move || {
+                let (mut row, mut narrow) = (vec![0.0; cols], Vec::with_capacity(2 * cols));
+                for (i, bytes) in bytes.chunks_mut(2 * cols).enumerate() {
+                    fill(part * each + i, &mut row);
+                    narrow.clear();
+                    quantize_row(DType::BF16, &row, &mut narrow).expect("a plain type can be written");
+                    bytes.copy_from_slice(&narrow);
+                }
+            });
+        }
+    });
+    bytes
+}
 
 /// A row-major matrix in its stored type; a vector is a matrix of one row.
 #[derive(Clone)]

@@ -195,18 +195,18 @@ unsafe fn quants<V: Vector, B: ByteTiles<V>>(
             let groups = at / layout.group..end / layout.group;
             let packed = if fused { (layout.bits, layout.levels.is_some()) } else { (8, false) };
             match (packed, layout.group, layout.minima) {
-                ((8, _), 16, false) => byte_tiles::<V, B, 8, false, 16, false>(job, rows, groups, &w, sums),
-                ((8, _), 16, true) => byte_tiles::<V, B, 8, false, 16, true>(job, rows, groups, &w, sums),
-                ((8, _), _, false) => byte_tiles::<V, B, 8, false, 32, false>(job, rows, groups, &w, sums),
-                ((8, _), _, true) => byte_tiles::<V, B, 8, false, 32, true>(job, rows, groups, &w, sums),
-                ((2, _), ..) => byte_tiles::<V, B, 2, false, 16, true>(job, rows, groups, &w, sums),
-                ((3, _), ..) => byte_tiles::<V, B, 3, false, 16, false>(job, rows, groups, &w, sums),
-                ((4, true), ..) => byte_tiles::<V, B, 4, true, 32, false>(job, rows, groups, &w, sums),
-                ((4, false), _, false) => byte_tiles::<V, B, 4, false, 32, false>(job, rows, groups, &w, sums),
-                ((4, false), _, true) => byte_tiles::<V, B, 4, false, 32, true>(job, rows, groups, &w, sums),
-                ((5, _), _, false) => byte_tiles::<V, B, 5, false, 32, false>(job, rows, groups, &w, sums),
-                ((5, _), _, true) => byte_tiles::<V, B, 5, false, 32, true>(job, rows, groups, &w, sums),
-                _ => byte_tiles::<V, B, 6, false, 16, false>(job, rows, groups, &w, sums),
+                ((8, _), 16, false) => byte_tiles::<V, B, Stored<8, false, 16, false>>(job, rows, groups, &w, sums),
+                ((8, _), 16, true) => byte_tiles::<V, B, Stored<8, false, 16, true>>(job, rows, groups, &w, sums),
+                ((8, _), _, false) => byte_tiles::<V, B, Stored<8, false, 32, false>>(job, rows, groups, &w, sums),
+                ((8, _), _, true) => byte_tiles::<V, B, Stored<8, false, 32, true>>(job, rows, groups, &w, sums),
+                ((2, _), ..) => byte_tiles::<V, B, Stored<2, false, 16, true>>(job, rows, groups, &w, sums),
+                ((3, _), ..) => byte_tiles::<V, B, Stored<3, false, 16, false>>(job, rows, groups, &w, sums),
+                ((4, true), ..) => byte_tiles::<V, B, Stored<4, true, 32, false>>(job, rows, groups, &w, sums),
+                ((4, false), _, false) => byte_tiles::<V, B, Stored<4, false, 32, false>>(job, rows, groups, &w, sums),
+                ((4, false), _, true) => byte_tiles::<V, B, Stored<4, false, 32, true>>(job, rows, groups, &w, sums),
+                ((5, _), _, false) => byte_tiles::<V, B, Stored<5, false, 32, false>>(job, rows, groups, &w, sums),
+                ((5, _), _, true) => byte_tiles::<V, B, Stored<5, false, 32, true>>(job, rows, groups, &w, sums),
+                _ => byte_tiles::<V, B, Stored<6, false, 16, false>>(job, rows, groups, &w, sums),
             }
         }
         at = end;
@@ -546,24 +546,16 @@ struct Bytes {
 /// All tiles of rows against the groups of a chunk; `groups` are their numbers in the row.
 ///
 /// # Safety
-/// The CPU has `V`'s and `B`'s features; `w` holds the groups, stored with `BITS` bits (and as levels), `sums` `rows` by 64
-/// floats; x has the groups.
+/// The CPU has `V`'s and `B`'s features; `w` holds the groups, stored as `Q` says, `sums` `rows` by 64 floats; x has the groups.
 #[inline(always)]
-unsafe fn byte_tiles<
-    V: Vector,
-    B: ByteTiles<V>,
-    const BITS: usize,
-    const LEVELS: bool,
-    const G: usize,
-    const MINIMA: bool,
->(
+unsafe fn byte_tiles<V: Vector, B: ByteTiles<V>, Q: Kind>(
     job: &Job<'_>,
     rows: &Range<usize>,
     groups: Range<usize>,
     w: &Bytes,
     sums: *mut f32,
 ) {
-    if BITS != 8 && !V::FOUR {
+    if Q::BITS != 8 && !V::FOUR {
         unreachable!("this instruction set unpacks to memory");
     }
     let four = rows.len() <= byte_rows::<V>(true);
@@ -571,7 +563,7 @@ unsafe fn byte_tiles<
     let calls = STRIP / columns * job.tiles.len();
     // A tile asks for more with every word of x if nothing else is to be kept, else with every 32 elements: around the loop that
     // asks, the compiler keeps sums and dots on the stack, which costs a third of the time.
-    let step = if fused::<V>(rows.len(), BITS) { 4 } else { QUANT_BLOCK };
+    let step = if fused::<V>(rows.len(), Q::BITS) { 4 } else { QUANT_BLOCK };
     let mut call = 0;
     for column in (0..STRIP).step_by(columns) {
         for tile in job.tiles.clone() {
@@ -579,24 +571,48 @@ unsafe fn byte_tiles<
             // SAFETY: the tile's words, scales and sums of x start at its first row times those of a row.
             unsafe {
                 let first = groups.start * span.len();
-                let words = job.x.words(span.start).add(first * G / 4);
+                let words = job.x.words(span.start).add(first * Q::G / 4);
                 let t = ByteTile {
                     words,
-                    next: if tile + 1 < job.tiles.end { job.x.words(span.end).add(first * G / 4) } else { words },
-                    x_scales: job.x.scales(span.start).add(first * G / QUANT_BLOCK),
-                    x_sums: if G == 16 { job.x.sums_16(span.start) } else { job.x.sums_32(span.start) }.add(first),
+                    next: if tile + 1 < job.tiles.end { job.x.words(span.end).add(first * Q::G / 4) } else { words },
+                    x_scales: job.x.scales(span.start).add(first * Q::G / QUANT_BLOCK),
+                    x_sums: if Q::G == 16 { job.x.sums_16(span.start) } else { job.x.sums_32(span.start) }.add(first),
                     w,
                     column,
-                    ahead: w.ahead.part(call, calls, groups.len() * G / step),
+                    ahead: w.ahead.part(call, calls, groups.len() * Q::G / step),
                     groups: groups.len(),
                     sums: sums.add((span.start - rows.start) * STRIP + column),
                     fresh: groups.start == 0,
                 };
                 call += 1;
-                by_rows!(span.len(), [B::tile], [BITS, LEVELS, G, MINIMA], four, (&t));
+                by_rows!(span.len(), [B::tile], [Q], four, (&t));
             }
         }
     }
+}
+
+/// How quants are stored when a tile meets them.
+pub(crate) trait Kind {
+    /// Bits of each: 8 if they are bytes, packed or unpacked.
+    const BITS: usize;
+    /// Whether bits are places in a table.
+    const LEVELS: bool;
+    /// Elements of a group, which has a scale: 16 or 32.
+    const G: usize;
+    /// Whether a group has a minimum.
+    const MINIMA: bool;
+}
+
+/// The [`Kind`] of these properties, in their order there.
+struct Stored<const BITS: usize, const LEVELS: bool, const G: usize, const MINIMA: bool>;
+
+impl<const BITS: usize, const LEVELS: bool, const G: usize, const MINIMA: bool> Kind
+    for Stored<BITS, LEVELS, G, MINIMA>
+{
+    const BITS: usize = BITS;
+    const LEVELS: bool = LEVELS;
+    const G: usize = G;
+    const MINIMA: bool = MINIMA;
 }
 
 /// The register tiles of bytes, each compiled as a function of its own: inlined, two hundred of them (types by rows) would make
@@ -606,16 +622,7 @@ pub(crate) trait ByteTiles<V: Vector>: BytesDot<V> {
     ///
     /// # Safety
     /// As [`byte_tile`].
-    unsafe fn tile<
-        const BITS: usize,
-        const LEVELS: bool,
-        const G: usize,
-        const MINIMA: bool,
-        const M: usize,
-        const R: usize,
-    >(
-        t: &ByteTile<'_>,
-    );
+    unsafe fn tile<Q: Kind, const M: usize, const R: usize>(t: &ByteTile<'_>);
 }
 
 /// Arguments of [`byte_tile`], of `M` rows.
@@ -638,24 +645,13 @@ pub(crate) struct ByteTile<'a> {
     fresh: bool,
 }
 
-/// `M` rows by `R` registers of columns, groups of `G` elements.
+/// `M` rows by `R` registers of columns, groups of `Q::G` elements.
 ///
 /// # Safety
 /// The CPU has the features; the pointers of the arguments lead to what their types say for all groups.
 #[inline(always)]
-pub(crate) unsafe fn byte_tile<
-    V: Vector,
-    B: BytesDot<V>,
-    const BITS: usize,
-    const LEVELS: bool,
-    const G: usize,
-    const MINIMA: bool,
-    const M: usize,
-    const R: usize,
->(
-    t: &ByteTile<'_>,
-) {
-    if M > byte_rows::<V>(R == 4) || BITS != 8 && M > FUSED_ROWS {
+pub(crate) unsafe fn byte_tile<V: Vector, B: BytesDot<V>, Q: Kind, const M: usize, const R: usize>(t: &ByteTile<'_>) {
+    if M > byte_rows::<V>(R == 4) || Q::BITS != 8 && M > FUSED_ROWS {
         unreachable!("the operand's tiles have at most as many rows");
     }
     // SAFETY: by contract.
@@ -675,7 +671,7 @@ pub(crate) unsafe fn byte_tile<
         let mut x = t.words;
         let mut group = 0;
         let mut sub_of_block = 0;
-        let fused = fused::<V>(M, BITS);
+        let fused = fused::<V>(M, Q::BITS);
         let mut supers = Supers::default();
         let (mut sub, mut sub_minima): ([Lanes; 2], [Lanes; 2]) = ([[0.0; STRIP]; 2], [[0.0; STRIP]; 2]);
         let (mut ahead, mut next) = (t.ahead, t.next);
@@ -692,8 +688,8 @@ pub(crate) unsafe fn byte_tile<
                     dtype,
                     &supers,
                     head,
-                    &mut sub[..QUANT_BLOCK / G],
-                    &mut sub_minima[..QUANT_BLOCK / G],
+                    &mut sub[..QUANT_BLOCK / Q::G],
+                    &mut sub_minima[..QUANT_BLOCK / Q::G],
                 );
                 (scales, minima) = (sub.as_ptr().cast(), sub_minima.as_ptr().cast());
             }
@@ -707,23 +703,23 @@ pub(crate) unsafe fn byte_tile<
                 }
             }
             let w = quants.add(layout.sub_head + t.column * 4);
-            for half in 0..QUANT_BLOCK / G {
+            for half in 0..QUANT_BLOCK / Q::G {
                 let x_sums = t.x_sums.add(group * M);
                 let mut dots = [[B::splat(0); R]; M];
-                if !MINIMA {
+                if !Q::MINIMA {
                     for i in 0..M {
                         dots[i] = [B::splat(-layout.offset * *x_sums.add(i)); R];
                     }
                 }
-                for u in half * G / 4..(half + 1) * G / 4 {
+                for u in half * Q::G / 4..(half + 1) * Q::G / 4 {
                     if fused {
                         ahead.step::<V>();
                     }
-                    let mut b = [unpack_word::<V, B, BITS>(w, u); R];
+                    let mut b = [unpack_word::<V, B, Q>(w, u); R];
                     for r in 1..R {
-                        b[r] = unpack_word::<V, B, BITS>(w.add(r * V::LANES * 4), u);
+                        b[r] = unpack_word::<V, B, Q>(w.add(r * V::LANES * 4), u);
                     }
-                    if LEVELS {
+                    if Q::LEVELS {
                         for b in &mut b {
                             *b = B::look_up(levels, *b);
                         }
@@ -736,16 +732,19 @@ pub(crate) unsafe fn byte_tile<
                     }
                     x = x.add(M);
                 }
-                let x_scales = t.x_scales.add(group * G / QUANT_BLOCK * M);
+                let x_scales = t.x_scales.add(group * Q::G / QUANT_BLOCK * M);
                 let at = if fused { half } else { group } * STRIP + t.column;
                 for i in 0..M {
                     let x_scale = V::splat(*x_scales.add(i));
-                    let x_sum =
-                        if MINIMA { V::splat(0.0).sub(B::floats(B::broadcast(x_sums.add(i).cast()))) } else { x_scale };
+                    let x_sum = if Q::MINIMA {
+                        V::splat(0.0).sub(B::floats(B::broadcast(x_sums.add(i).cast())))
+                    } else {
+                        x_scale
+                    };
                     for r in 0..R {
                         let at = at + r * V::LANES;
                         let mut value = B::floats(dots[i][r]).mul(V::load(scales.add(at)));
-                        if MINIMA {
+                        if Q::MINIMA {
                             value = V::load(minima.add(at)).fma(x_sum, value);
                         }
                         acc[i][r] = value.fma(x_scale, acc[i][r]);
@@ -769,17 +768,17 @@ pub(crate) unsafe fn byte_tile<
 /// # Safety
 /// The CPU has the features; `w` leads to the planes of 32 elements, at the first of the lanes' columns.
 #[inline(always)]
-unsafe fn unpack_word<V: Vector, B: BytesDot<V>, const BITS: usize>(w: *const u8, u: usize) -> B::Ints {
+unsafe fn unpack_word<V: Vector, B: BytesDot<V>, Q: Kind>(w: *const u8, u: usize) -> B::Ints {
     // SAFETY: by contract.
     unsafe {
-        match BITS {
+        match Q::BITS {
             8 => plane_word::<V, B>(w, 0, 8, u).0,
             2 | 4 => {
-                let (word, from) = plane_word::<V, B>(w, 0, BITS, u);
-                B::bits(word, from, BITS as u32)
+                let (word, from) = plane_word::<V, B>(w, 0, Q::BITS, u);
+                B::bits(word, from, Q::BITS as u32)
             }
             _ => {
-                let (low, high) = if BITS == 3 { (2, 1) } else { (4, BITS - 4) };
+                let (low, high) = if Q::BITS == 3 { (2, 1) } else { (4, Q::BITS - 4) };
                 let (word, from) = plane_word::<V, B>(w, 0, low, u);
                 let bits = B::bits(word, from, low as u32);
                 let (word, from) = plane_word::<V, B>(w, low, high, u);
