@@ -462,7 +462,7 @@ unsafe fn float_tiles<V: Vector, D: WordsDot<V>>(
                     [float_tile],
                     [V, D],
                     V::FOUR,
-                    (x, next, start, w.unit, units.len(), ahead, sums, fresh)
+                    ([x, next], start, w.unit, units.len(), ahead, sums, fresh)
                 );
             }
         }
@@ -477,9 +477,8 @@ unsafe fn float_tiles<V: Vector, D: WordsDot<V>>(
 /// they are asked for, because the hardware's prefetcher sees no way from tile to tile.
 #[inline(always)]
 unsafe fn float_tile<V: Vector, D: WordsDot<V>, const M: usize, const R: usize>(
-    x: *const u32,
-    next: *const u32,
-    w: *const u8,
+    [mut x, mut next]: [*const u32; 2],
+    mut w: *const u8,
     unit: usize,
     units: usize,
     mut ahead: Part,
@@ -499,7 +498,6 @@ unsafe fn float_tile<V: Vector, D: WordsDot<V>, const M: usize, const R: usize>(
                 }
             }
         }
-        let (mut x, mut next, mut w) = (x, next, w);
         for _ in 0..units {
             ahead.step::<V>();
             if M > FEW_ROWS {
