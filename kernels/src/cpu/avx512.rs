@@ -350,13 +350,14 @@ super::instantiate!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2"
 /// The products that newer extensions compute otherwise.
 pub(super) mod extended {
     use super::{Bf16Pairs, Vnni, Zmm};
-    use crate::cpu::generic::matmul::{self, Job, NoPairs, Scratch, strip};
+    use crate::cpu::generic::bytes;
+    use crate::cpu::generic::matmul::{Job, NoPairs, Scratch, strip};
 
-    impl matmul::ByteTiles<Zmm> for Vnni {
+    impl bytes::ByteTiles<Zmm> for Vnni {
         #[target_feature(enable = "avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2")]
-        unsafe fn tile<Q: matmul::Kind, const M: usize, const R: usize>(t: &matmul::ByteTile<'_>) {
+        unsafe fn tile<Q: bytes::Kind, const M: usize, const R: usize>(t: &bytes::ByteTile<'_>) {
             // SAFETY: passed on.
-            unsafe { matmul::byte_tile::<Zmm, Vnni, Q, M, R>(t) }
+            unsafe { bytes::byte_tile::<Zmm, Vnni, Q, M, R>(t) }
         }
     }
 

@@ -14,7 +14,7 @@ macro_rules! instantiate {
             //! the features.
             use $crate::cpu::generic::attention::products;
             use $crate::cpu::generic::attention::tile::{Element, Keys};
-            use $crate::cpu::generic::{attention, matmul, rows};
+            use $crate::cpu::generic::{attention, bytes, matmul, rows};
             use $crate::{DType, KvFormat, KvMove};
             use $crate::cpu::vector::Vector;
 
@@ -89,11 +89,11 @@ macro_rules! instantiate {
                 from.recast(page, to, out, moved);
             }
 
-            impl matmul::ByteTiles<$vector> for $bytes {
+            impl bytes::ByteTiles<$vector> for $bytes {
                 #[$($attribute)*]
-                unsafe fn tile<Q: matmul::Kind, const M: usize, const R: usize>(t: &matmul::ByteTile<'_>) {
+                unsafe fn tile<Q: bytes::Kind, const M: usize, const R: usize>(t: &bytes::ByteTile<'_>) {
                     // SAFETY: passed on.
-                    unsafe { matmul::byte_tile::<$vector, $bytes, Q, M, R>(t) }
+                    unsafe { bytes::byte_tile::<$vector, $bytes, Q, M, R>(t) }
                 }
             }
 

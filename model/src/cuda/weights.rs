@@ -385,10 +385,7 @@ fn upload(arena: &Buffer, at: usize, source: &Tensor, place: Place, packer: &mut
     match place {
         Place::Vector => arena.upload(at, &source.to_f32()),
         Place::Matrix(dtype) if dtype == source.dtype && Blocks::of(dtype).is_some() => {
-            let to = arena.at(at, matrix_bytes(dtype, source.rows, source.cols));
-            let blocks = Blocks::Ggml(dtype);
-            // SAFETY: the arena has this place for the matrix, and nothing reads it before `new` returns.
-            unsafe { packer.upload(blocks, (source.rows, source.cols), source.bytes(), to) }
+            packer.upload(Blocks::Ggml(dtype), (source.rows, source.cols), source.bytes(), (arena, at))
         }
         Place::Matrix(dtype) if dtype == source.dtype => arena.upload(at, source.bytes()),
         Place::Matrix(dtype) => {
@@ -402,9 +399,7 @@ fn upload(arena: &Buffer, at: usize, source: &Tensor, place: Place, packer: &mut
             let (n, k) = (source.rows, source.cols);
             let factors = at + factors_offset(n, k, dtype);
             if let (ScaledType::NvFp4, Some(nvfp4)) = (dtype, source.nvfp4()) {
-                let to = arena.at(at, Blocks::NvFp4.device_bytes(n, k));
-                // SAFETY: as above.
-                unsafe { packer.upload(Blocks::NvFp4, (n, k), &nvfp4.blocks, to)? };
+                packer.upload(Blocks::NvFp4, (n, k), &nvfp4.blocks, (arena, at))?;
                 return arena.upload(factors, &vec![nvfp4.factor; n]);
             }
             let fp8 = source.fp8().expect("placed by its codes");

@@ -23,23 +23,20 @@ impl Packer {
         Ok(Self { device: device.clone(), staging: Buffer::new(device, largest.min(STAGING_BYTES))? })
     }
 
-    /// Brings a matrix `[n, k]` to `to`, a multiple of 16 with room for [`Blocks::device_bytes`]. It is there in the order of the
-    /// device's stream.
-    ///
-    /// # Safety
-    ///
-    /// `to` is memory of this device with that room, which nothing reads meanwhile.
+    /// Brings a matrix `[n, k]` to byte `at` of `arena`, a multiple of 16, where it takes [`Blocks::device_bytes`]. It is there in the
+    /// order of the device's stream.
     ///
     /// # Panics
     ///
-    /// If `bytes` are not of this shape.
-    pub unsafe fn upload(
+    /// If `bytes` are not of this shape, or the matrix reaches beyond the arena's end.
+    pub fn upload(
         &mut self,
         blocks: Blocks,
         (n, k): (usize, usize),
         bytes: &[u8],
-        to: u64,
+        (arena, at): (&Buffer, usize),
     ) -> Result<(), CudaError> {
+        let to = arena.at(at, blocks.device_bytes(n, k));
         let row_bytes = blocks.row_bytes(k);
         assert_eq!(bytes.len(), n * row_bytes, "[{n}, {k}] of {blocks:?}");
         if self.staging.bytes() < row_bytes {
@@ -50,7 +47,7 @@ impl Packer {
             // The stream's order keeps these bytes apart from the piece before.
             self.staging.upload(0, piece)?;
             let part = (rows * index, piece.len() / row_bytes);
-            // SAFETY: the staging memory has these rows; the rest is passed on.
+            // SAFETY: the staging memory has these rows, and the arena the matrix.
             unsafe { pack(&*self.device, blocks, (n, k), part, self.staging.address(), to)? };
         }
         Ok(())
@@ -120,8 +117,7 @@ pub fn blocks_on_device(
     bytes: &[u8],
 ) -> Result<Buffer, CudaError> {
     let buffer = Buffer::new(device, blocks.device_bytes(n, k))?;
-    // SAFETY: the buffer has that room.
-    unsafe { Packer::new(device, bytes.len())?.upload(blocks, (n, k), bytes, buffer.address())? };
+    Packer::new(device, bytes.len())?.upload(blocks, (n, k), bytes, (&buffer, 0))?;
     device.synchronize()?;
     Ok(buffer)
 }
@@ -144,8 +140,7 @@ mod tests {
                 for staging in [0, bytes.len()] {
                     let to = Buffer::new(device, want.len()).unwrap();
                     let mut packer = Packer::new(device, staging).unwrap();
-                    // SAFETY: the buffer has that room.
-                    unsafe { packer.upload(blocks, (n, k), &bytes, to.address()).unwrap() };
+                    packer.upload(blocks, (n, k), &bytes, (&to, 0)).unwrap();
                     assert!(to.to_vec::<u8>(want.len()).unwrap() == want, "{blocks:?} [{n}, {k}] {order:?} {staging}");
                 }
             }
