@@ -66,9 +66,16 @@ pub fn ask(client: &Client, case: &Case, body: &Value, stay: Stay, on_piece: &mu
         },
         Ok(End::HungUp) => Verdict::Left,
         Ok(End::Timeout) if matches!(stay, Stay::Time(_)) => Verdict::Left,
-        Ok(End::Timeout) => different(format!("hangs: {} tokens after {} s", heard.tokens, STREAM_TIMEOUT.as_secs())),
-        Ok(End::Closed) => different(format!("the stream broke off after {} tokens", heard.tokens)),
-        Err(error) => different(format!("{error:#}, after {} tokens", heard.tokens)),
+        ended => different(broken(ended, heard.tokens)),
+    }
+}
+
+/// What is wrong with a stream that did not come to its end.
+fn broken(ended: anyhow::Result<End>, tokens: u64) -> String {
+    match ended {
+        Ok(End::Timeout) => format!("hangs: {tokens} tokens after {} s", STREAM_TIMEOUT.as_secs()),
+        Ok(_) => format!("the stream broke off after {tokens} tokens"),
+        Err(error) => format!("{error:#}, after {tokens} tokens"),
     }
 }
 
@@ -90,12 +97,9 @@ pub fn hear(
         certain &= heard.tokens == before || !on_piece(heard.tokens);
         Ok(ControlFlow::Continue(()))
     });
-    let (what, tokens) = (&case.what, heard.tokens);
     match ended {
         Ok(End::Done) => Ok(heard),
-        Ok(End::Timeout) => Err(format!("{what}: hangs: {tokens} tokens after {} s", STREAM_TIMEOUT.as_secs())),
-        Ok(End::HungUp | End::Closed) => Err(format!("{what}: the stream broke off after {tokens} tokens")),
-        Err(error) => Err(format!("{what}: {error:#}, after {tokens} tokens")),
+        ended => Err(format!("{}: {}", case.what, broken(ended, heard.tokens))),
     }
 }
 

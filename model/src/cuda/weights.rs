@@ -4,8 +4,6 @@
 //! it; and in the compute type otherwise. Norms and biases are f32.
 //! Read [`DeviceWeights`]; [`plan`] says how many bytes it will take, before anything is allocated.
 
-#![allow(unsafe_code, reason = "the device's memory is addressed by numbers")]
-
 use crate::checkpoint::{Checkpoint, LoadError, Tensor, TensorMap};
 use crate::rope::Rope;
 use crate::spec::ModelSpec;

@@ -256,8 +256,7 @@ pub(crate) unsafe fn byte_tile<V: Vector, B: BytesDot<V>, Q: Kind, const M: usiz
                     &mut sub_minima[..QUANT_BLOCK / Q::G],
                 );
                 (scales, minima) = (sub.as_ptr().cast(), sub_minima.as_ptr().cast());
-            }
-            if !fused {
+            } else {
                 ahead.step::<V>();
                 if M > FEW_ROWS {
                     for line in 0..(M * QUANT_BLOCK).div_ceil(64) {
