@@ -34,6 +34,7 @@ mod testing;
 #[cfg(not(loom))]
 pub use cpu::{
     Cpu, convert_kv,
+    digest::{CopyTo, DigestedCopy},
     dispatch::Isa,
     generic::matmul::{Finish, Gate},
     operand::{Operand, Rows},

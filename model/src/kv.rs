@@ -16,7 +16,8 @@
 
 use crate::mapping::{self, HugePages, HugePagesGot};
 use ridge_kernels::sync::page_lock::PageLocks;
-use ridge_kernels::{KvDtype, KvFormat, KvMove, convert_kv};
+use ridge_kernels::{CopyTo, DigestedCopy, KvDtype, KvFormat, KvMove, convert_kv};
+use ridge_protocol::page::seeded_digest;
 use ridge_protocol::transfer::PageSource;
 use ridge_protocol::{BlockId, BlockShape, CacheDtype};
 use std::ops::{Deref, DerefMut};
@@ -244,6 +245,61 @@ impl KvMemory {
         for (block, moved) in moves {
             convert_kv(&self.format, &self.read(layer, block), &to, page, moved);
         }
+    }
+
+    /// As [`KvMemory::page_in`]; gives the page's digest by `seed` ([`seeded_digest`]), which costs next to nothing while a page is
+    /// copied.
+    ///
+    /// # Panics
+    ///
+    /// As there.
+    pub fn digested_page_in(
+        &self,
+        blocks: BlockShape,
+        layer: usize,
+        source: &PageSource,
+        seed: u64,
+        page: &mut Vec<u8>,
+    ) -> u128 {
+        let same =
+            kv_dtype(blocks.dtype) == self.format.dtype && blocks.block_size() as usize == self.format.block_size;
+        if !same || !DigestedCopy::takes(self.page_bytes()) {
+            self.page_in(blocks, layer, source, page);
+            return seeded_digest(seed, page);
+        }
+        assert_eq!((source.blocks.len(), source.skip), (1, 0), "a page of the same shape is one of ours");
+        page.resize(self.page_bytes(), 0);
+        let mut copy = DigestedCopy::new(page, CopyTo::Caches, seed);
+        copy.push(&self.read(layer, source.blocks[0]));
+        copy.finish()
+    }
+
+    /// Writes a page that arrived, in pieces, and gives the digest by `seed` of what is there now. The next who reads it is a pass,
+    /// so it goes around this core's caches.
+    ///
+    /// # Panics
+    ///
+    /// As [`KvMemory::write`], and if the pieces are not as long as a page.
+    pub fn land<'a>(
+        &self,
+        layer: usize,
+        block: BlockId,
+        seed: u64,
+        pieces: impl IntoIterator<Item = &'a [u8]>,
+    ) -> u128 {
+        let mut page = self.write(layer, block);
+        if DigestedCopy::takes(page.len()) {
+            let mut copy = DigestedCopy::new(&mut page, CopyTo::Memory, seed);
+            pieces.into_iter().for_each(|piece| copy.push(piece));
+            return copy.finish();
+        }
+        let mut at = 0;
+        for piece in pieces {
+            page[at..][..piece.len()].copy_from_slice(piece);
+            at += piece.len();
+        }
+        assert_eq!(at, page.len(), "the pieces are a page");
+        seeded_digest(seed, &page)
     }
 
     /// Has the device convert pages that it alone has, so that they cross once and as what they become. Whether it did.

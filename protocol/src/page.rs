@@ -95,7 +95,16 @@ impl PageHeader {
 /// XXH3-128, seeded with request, layer and index so that a page in the wrong place does not verify. It guards
 /// against our own mistakes and failing memory; against an adversary on the wire there is TLS.
 pub fn page_digest(request: RequestId, layer: u32, index: u32, page: &[u8]) -> u128 {
-    let seed = request.0 ^ (u64::from(layer) << 40) ^ (u64::from(index) << 8) ^ 0x5249_4447;
+    seeded_digest(page_seed(request, layer, index), page)
+}
+
+/// The seed of a page's digest.
+pub fn page_seed(request: RequestId, layer: u32, index: u32) -> u64 {
+    request.0 ^ (u64::from(layer) << 40) ^ (u64::from(index) << 8) ^ 0x5249_4447
+}
+
+/// The digest of a page, by its seed.
+pub fn seeded_digest(seed: u64, page: &[u8]) -> u128 {
     XxHash3_128::oneshot_with_seed(seed, page)
 }
 

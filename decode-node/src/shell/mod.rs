@@ -14,7 +14,7 @@ use ridge_model::cuda::monitor::Monitor;
 use ridge_model::kv::KvMemory;
 use ridge_model::memory::PassLimits;
 use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
-use ridge_protocol::page::{PageHeader, page_digest};
+use ridge_protocol::page::{PageHeader, page_seed};
 use ridge_protocol::wire::{NodeHello, NodeToRouter};
 use ridge_protocol::{BlockId, Duration, Machine, NodeName, Role};
 use std::future::Future;
@@ -141,7 +141,7 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
     let mut shutdown = std::pin::pin!(shutdown);
     let mut drain_until = None;
     loop {
-        shell.pump()?;
+        shell.pump().await?;
         if drain_until.is_some_and(|until| shell.drained || shell.clock.now() >= until) {
             break;
         }
@@ -165,7 +165,7 @@ pub async fn run(options: DecodeOptions, shutdown: impl Future<Output = ()>) -> 
                 shell.on_kv(event);
                 for _ in 0..KV_BURST {
                     let Ok(event) = from_kv.try_recv() else { break };
-                    shell.pump()?;
+                    shell.pump().await?;
                     shell.on_kv(event);
                 }
             }
@@ -242,7 +242,7 @@ impl Shell {
     }
 
     /// Does what the machines want done, until none wants anything.
-    fn pump(&mut self) -> Result<(), NodeRunError> {
+    async fn pump(&mut self) -> Result<(), NodeRunError> {
         loop {
             if let Some(output) = self.machine.poll_output() {
                 self.act(output)?;
@@ -254,12 +254,13 @@ impl Shell {
                     }
                 }
             } else if let Some(output) = self.sender.poll_output() {
-                let page = |blocks, layer: u32, source: &_, page: &mut _| {
-                    self.kv.page_in(blocks, layer as usize, source, page);
+                let page = |blocks, layer: u32, source: &_, seed, page: &mut _| {
+                    self.kv.digested_page_in(blocks, layer as usize, source, seed, page)
                 };
                 if let Some(event) = self.client.act(output, page, |_, bytes| bytes) {
                     self.machine.handle(self.clock.now(), DecodeInput::Sent(event));
                 }
+                self.client.take_turns().await;
             } else {
                 return Ok(());
             }
@@ -303,7 +304,6 @@ impl Shell {
 
 /// Writes an arrived page into its block and says whether it is intact there. The page has the pool's page size.
 pub fn land_page(kv: &KvMemory, block: BlockId, header: &PageHeader, bytes: &PageBytes) -> bool {
-    let mut page = kv.write(header.layer as usize, block);
-    bytes.copy_to(&mut page);
-    page_digest(header.request, header.layer, header.index, &page) == header.digest
+    let seed = page_seed(header.request, header.layer, header.index);
+    kv.land(header.layer as usize, block, seed, bytes.pieces()) == header.digest
 }

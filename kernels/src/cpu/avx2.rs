@@ -236,6 +236,15 @@ impl Vector for Ymm {
         Ymm(unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) })
     }
     #[inline(always)]
+    unsafe fn stream(p: *mut [u64; 8], stripe: &[u64; 8]) {
+        // SAFETY: this ISA, and 64 writable, aligned bytes, by contract.
+        unsafe {
+            let from = stripe.as_ptr().cast::<__m256i>();
+            _mm256_stream_si256(p.cast(), _mm256_loadu_si256(from));
+            _mm256_stream_si256(p.cast::<__m256i>().add(1), _mm256_loadu_si256(from.add(1)));
+        }
+    }
+    #[inline(always)]
     fn prefetch(p: *const u8) {
         // SAFETY: a prefetch reads nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }

@@ -213,6 +213,13 @@ impl Vector for Zmm {
         Zmm(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) })
     }
     #[inline(always)]
+    unsafe fn stream(p: *mut [u64; 8], stripe: &[u64; 8]) {
+        // SAFETY: this ISA, and 64 writable, aligned bytes, by contract.
+        unsafe {
+            _mm512_stream_si512(p.cast(), _mm512_loadu_si512(stripe.as_ptr().cast()));
+        }
+    }
+    #[inline(always)]
     fn prefetch(p: *const u8) {
         // SAFETY: a prefetch reads nothing.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }

@@ -14,6 +14,7 @@
 //! not by a timing at start, because every process of a machine must choose alike to compute the same tokens.
 
 use super::generic::attention::{Piece, Run, Scratch};
+use super::generic::digest::Lanes;
 use super::generic::matmul::{Job, Scratch as MatmulScratch};
 use super::operand::Part;
 use crate::dtype::DType;
@@ -144,6 +145,7 @@ pub(crate) struct Kernels {
     pub(crate) join_splits: unsafe fn(&Run<'_>, *mut f32, &mut Scratch),
     pub(crate) write_kv: unsafe fn(&KvFormat, &mut [u8], usize, &[f32], &[f32]),
     pub(crate) convert_kv: unsafe fn(&KvFormat, &[u8], &KvFormat, &mut [u8], KvMove),
+    pub(crate) copy_digested: unsafe fn(&mut Lanes, *const u8, *mut u8, usize, bool),
 }
 
 impl Kernels {

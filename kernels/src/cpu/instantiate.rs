@@ -14,7 +14,7 @@ macro_rules! instantiate {
             //! the features.
             use $crate::cpu::generic::attention::products;
             use $crate::cpu::generic::attention::tile::{Element, Keys};
-            use $crate::cpu::generic::{attention, bytes, matmul, rows};
+            use $crate::cpu::generic::{attention, bytes, digest, matmul, rows};
             use $crate::{DType, KvFormat, KvMove};
             use $crate::cpu::vector::Vector;
 
@@ -89,6 +89,18 @@ macro_rules! instantiate {
                 from.recast(page, to, out, moved);
             }
 
+            #[$($attribute)*]
+            pub(super) unsafe fn copy_digested(
+                state: &mut digest::Lanes,
+                from: *const u8,
+                to: *mut u8,
+                stripes: usize,
+                around_caches: bool,
+            ) {
+                // SAFETY: passed on.
+                unsafe { digest::copy_digested::<$vector>(state, from, to, stripes, around_caches) }
+            }
+
             impl bytes::ByteTiles<$vector> for $bytes {
                 #[$($attribute)*]
                 unsafe fn tile<Q: bytes::Kind, const M: usize, const R: usize>(t: &bytes::ByteTile<'_>) {
@@ -140,6 +152,7 @@ macro_rules! instantiate {
             join_splits: compiled::join_splits,
             write_kv: compiled::write_kv,
             convert_kv: compiled::convert_kv,
+            copy_digested: compiled::copy_digested,
         };
     };
 }

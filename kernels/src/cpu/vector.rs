@@ -142,6 +142,15 @@ pub(crate) trait Vector: Copy {
     /// # Safety
     /// As [`Self::load_f16`].
     unsafe fn load_i8(p: *const u8) -> Self;
+    /// Writes 64 bytes around the caches, if this ISA can; a fence comes before anybody else looks at them.
+    ///
+    /// # Safety
+    /// `p` is valid for writes and aligned to 64 bytes.
+    #[inline(always)]
+    unsafe fn stream(p: *mut [u64; 8], stripe: &[u64; 8]) {
+        // SAFETY: by contract.
+        unsafe { p.write(*stripe) }
+    }
     /// Asks for the cache line at `p`, which may be any address, to be near.
     #[inline(always)]
     fn prefetch(_p: *const u8) {}

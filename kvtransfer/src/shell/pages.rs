@@ -220,9 +220,7 @@ impl Inflow {
 
 /// A header's bytes in one piece.
 fn contiguous(pieces: &[Bytes]) -> [u8; PAGE_HEADER_BYTES] {
-    let mut header = [0; PAGE_HEADER_BYTES];
-    PageBytes::copy(pieces, &mut header);
-    header
+    pieces.concat().try_into().expect("as many bytes as were asked for")
 }
 
 /// The bytes of a page as they came: in slices of the datagrams that carried them.
@@ -230,17 +228,8 @@ fn contiguous(pieces: &[Bytes]) -> [u8; PAGE_HEADER_BYTES] {
 pub struct PageBytes(Vec<Bytes>);
 
 impl PageBytes {
-    /// Writes them to a page in memory, which is as long as they are.
-    pub fn copy_to(&self, page: &mut [u8]) {
-        Self::copy(&self.0, page);
-    }
-
-    fn copy(pieces: &[Bytes], mut to: &mut [u8]) {
-        for piece in pieces {
-            let (head, tail) = to.split_at_mut(piece.len());
-            head.copy_from_slice(piece);
-            to = tail;
-        }
-        assert!(to.is_empty(), "{} bytes are missing", to.len());
+    /// The pieces, one after the other as long as the page.
+    pub fn pieces(&self) -> impl Iterator<Item = &[u8]> {
+        self.0.iter().map(|piece| &piece[..])
     }
 }

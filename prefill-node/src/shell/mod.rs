@@ -136,7 +136,7 @@ pub async fn run(options: PrefillOptions, shutdown: impl Future<Output = ()>) ->
     let mut shutdown = std::pin::pin!(shutdown);
     let mut drain_until = None;
     loop {
-        shell.pump()?;
+        shell.pump().await?;
         if drain_until.is_some_and(|until| shell.drained || shell.clock.now() >= until) {
             break;
         }
@@ -205,13 +205,13 @@ struct Shell {
 
 impl Shell {
     /// Does what the machines want done, until neither wants anything.
-    fn pump(&mut self) -> Result<(), NodeRunError> {
+    async fn pump(&mut self) -> Result<(), NodeRunError> {
         loop {
             if let Some(output) = self.machine.poll_output() {
                 self.act(output)?;
             } else if let Some(output) = self.sender.poll_output() {
-                let page = |blocks, layer: u32, source: &_, page: &mut _| {
-                    self.kv.page_in(blocks, layer as usize, source, page);
+                let page = |blocks, layer: u32, source: &_, seed, page: &mut _| {
+                    self.kv.digested_page_in(blocks, layer as usize, source, seed, page)
                 };
                 let damage = |request, bytes| match &mut self.damage {
                     Some(damage) => damage.apply(request, bytes),
@@ -220,6 +220,7 @@ impl Shell {
                 if let Some(event) = self.client.act(output, page, damage) {
                     self.machine.handle(self.clock.now(), PrefillInput::Transfer(event));
                 }
+                self.client.take_turns().await;
             } else {
                 return Ok(());
             }

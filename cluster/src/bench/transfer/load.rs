@@ -2,12 +2,11 @@
 
 use super::args::LoadArgs;
 use anyhow::{Context, ensure};
-use bytes::Bytes;
 use ridge_model::kv::KvMemory;
 use ridge_model::mapping::HugePages;
 use ridge_model::memory::machine::MachineMemory;
-use ridge_protocol::page::page_digest;
-use ridge_protocol::{BlockHash, BlockId, RequestId, limits};
+use ridge_protocol::transfer::PageSource;
+use ridge_protocol::{BlockHash, BlockId, BlockShape, RequestId, limits};
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -108,17 +107,43 @@ pub fn content(args: &LoadArgs, kv: &KvMemory, blocks: impl Fn(&LoadArgs, usize)
     hasher.finalize().to_hex().to_string()
 }
 
-/// Seconds per byte that a page's digest takes right after the page was copied, as both sides compute it.
-pub fn digest_s_per_byte(kv: &KvMemory) -> f64 {
-    let (mut spent, mut bytes) = (Duration::ZERO, 0);
-    for i in 0..DIGEST_PAGES.min(kv.blocks() * kv.layers()) {
-        let page = Bytes::copy_from_slice(&kv.read(i % kv.layers(), BlockId((i / kv.layers()) as u32)));
+/// Seconds per byte that a page's digest adds to the copy which a sender makes of it anyway.
+pub fn sender_digest_s_per_byte(kv: &KvMemory, blocks: BlockShape) -> f64 {
+    let mut page = Vec::new();
+    added_s_per_byte(kv, |layer, block, digested| {
+        let source = PageSource { blocks: vec![block], skip: 0, tokens: kv.format().block_size as u32 };
+        if digested {
+            black_box(kv.digested_page_in(blocks, layer, &source, 0, &mut page));
+        } else {
+            kv.page_in(blocks, layer, &source, &mut page);
+        }
+    })
+}
+
+/// The same on the side where pages land. Afterwards pages hold anything.
+pub fn receiver_digest_s_per_byte(kv: &KvMemory) -> f64 {
+    let page = vec![1; kv.page_bytes()];
+    added_s_per_byte(kv, |layer, block, digested| {
+        if digested {
+            black_box(kv.land(layer, block, 0, [&page[..]]));
+        } else {
+            kv.write(layer, block).copy_from_slice(&page);
+        }
+    })
+}
+
+/// How much longer `copy` takes with a digest, by turns on pages that are not in caches; 0 if it is not longer.
+fn added_s_per_byte(kv: &KvMemory, mut copy: impl FnMut(usize, BlockId, bool)) -> f64 {
+    let mut spent = [Duration::ZERO; 2];
+    let pairs = DIGEST_PAGES.min(kv.blocks() * kv.layers()) / 2;
+    for i in 0..2 * pairs {
+        let (block, digested) = (BlockId((i / kv.layers()) as u32), (i % 2 == 1));
         let begin = Instant::now();
-        black_box(page_digest(RequestId(0), 0, 0, &page));
-        spent += begin.elapsed();
-        bytes += page.len();
+        copy(i % kv.layers(), block, digested);
+        spent[usize::from(digested)] += begin.elapsed();
     }
-    spent.as_secs_f64() / bytes as f64
+    let bytes = (pairs.max(1) * kv.page_bytes()) as f64;
+    spent[1].saturating_sub(spent[0]).as_secs_f64() / bytes
 }
 
 /// The next state of SplitMix64, mixed.

@@ -107,7 +107,7 @@ fn measure(
             sent.pages
         );
         ensure!(received.content == content, "what landed is not what was sent");
-        let digest_s_per_byte = load::digest_s_per_byte(kv);
+        let digest_s_per_byte = load::sender_digest_s_per_byte(kv, blocks);
         repetitions.push(Repetition { sent, received, digest_s_per_byte, tcp_bytes_per_s, iperf3_bytes_per_s });
     }
     repetitions.remove(0);

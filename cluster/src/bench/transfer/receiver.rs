@@ -143,7 +143,7 @@ impl ReceivingSide {
         // In a thread of its own, so that the connection stays alive.
         let checked = tokio::task::spawn_blocking(move || {
             let content = load::content(&load, &kv, load::receiver_blocks);
-            let digest_s_per_byte = load::digest_s_per_byte(&kv);
+            let digest_s_per_byte = load::receiver_digest_s_per_byte(&kv);
             load::clear(&kv);
             (content, digest_s_per_byte)
         });

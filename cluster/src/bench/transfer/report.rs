@@ -93,7 +93,7 @@ impl Cell {
         self.spread(|r| self.bytes as f64 / r.sent.usage.seconds / r.iperf3_bytes_per_s.unwrap_or(r.tcp_bytes_per_s))
     }
 
-    /// Share of the transfer's time that the digest takes on the side where it costs more.
+    /// Share of the transfer's time that the digest adds on the side where it costs more.
     pub fn digest_share(&self) -> f64 {
         let cost = self.spread(|r| r.digest_s_per_byte.max(r.received.digest_s_per_byte)).median;
         cost * self.rate().median

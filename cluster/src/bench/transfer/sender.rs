@@ -80,7 +80,7 @@ impl SendingSide {
                 self.begin(round, begun);
                 begun += 1;
             }
-            for (pages, bytes) in self.pump()? {
+            for (pages, bytes) in self.pump().await? {
                 settled += 1;
                 sent.pages += pages;
                 sent.bytes += bytes;
@@ -125,11 +125,11 @@ impl SendingSide {
     }
 
     /// Does what the machine wants done; returns pages and bytes of every prompt that was committed.
-    fn pump(&mut self) -> anyhow::Result<Vec<(u64, u64)>> {
+    async fn pump(&mut self) -> anyhow::Result<Vec<(u64, u64)>> {
         let mut committed = Vec::new();
         while let Some(output) = self.machine.poll_output() {
-            let page = |blocks, layer: u32, source: &_, page: &mut _| {
-                self.kv.page_in(blocks, layer as usize, source, page);
+            let page = |blocks, layer: u32, source: &_, seed, page: &mut _| {
+                self.kv.digested_page_in(blocks, layer as usize, source, seed, page)
             };
             match self.client.act(output, page, |_, bytes| bytes) {
                 None => {}
@@ -140,6 +140,7 @@ impl SendingSide {
                     bail!("the transfer of prompt {request} was aborted: {reason}");
                 }
             }
+            self.client.take_turns().await;
         }
         Ok(committed)
     }

@@ -2,6 +2,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod bytes;
+pub(crate) mod digest;
 pub(crate) mod matmul;
 pub(crate) mod rows;
 mod unpack;
