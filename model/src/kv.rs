@@ -560,6 +560,34 @@ mod tests {
         }
     }
 
+    /// Pages of 128 bytes, whose digest comes after the copy, and of 2048, whose digest comes with it.
+    #[test]
+    fn a_page_leaves_and_lands_with_its_digest() {
+        for head_dim in [4, 64] {
+            let format = KvFormat { dtype: KvDtype::F32, kv_heads: 1, head_dim, block_size: 4 };
+            let memory = KvMemory::new(format, 2, 3).expect("a small mapping");
+            let bytes: Vec<u8> = (0..memory.page_bytes()).map(|i| (i * 7) as u8).collect();
+            let digest = seeded_digest(9, &bytes);
+            assert_eq!(memory.land(1, BlockId(2), 9, bytes.chunks(100)), digest);
+            assert_eq!(*memory.read(1, BlockId(2)), bytes);
+
+            let source = PageSource { blocks: vec![BlockId(2)], skip: 0, tokens: 4 };
+            for (block_size, dtype) in [(4, CacheDtype::F32), (8, CacheDtype::F32), (4, CacheDtype::Bf16)] {
+                let shape = BlockShape::new(block_size, dtype).expect("a block holds a token");
+                let (mut plain, mut page) = (Vec::new(), vec![5; 3]);
+                memory.page_in(shape, 1, &source, &mut plain);
+                let got = memory.digested_page_in(shape, 1, &source, 9, &mut page);
+                assert_eq!((&page, got), (&plain, seeded_digest(9, &plain)), "{shape}, heads of {head_dim}");
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "the pieces are a page")]
+    fn a_page_that_is_too_short_does_not_land() {
+        memory().land(0, BlockId(0), 0, [&[0; 100][..]]);
+    }
+
     #[test]
     #[should_panic(expected = "does not hold its tokens")]
     fn a_source_that_is_too_short_panics() {
