@@ -44,6 +44,21 @@ pub enum KvClientEvent {
     },
 }
 
+/// A page that is to be sent.
+#[derive(Clone, Copy, Debug)]
+pub struct OutgoingPage<'a> {
+    /// The transfer.
+    pub request: RequestId,
+    /// Layer, from 0.
+    pub layer: u32,
+    /// Index of the receiver's block within the sequence.
+    pub index: u32,
+    /// The receiver's blocks.
+    pub blocks: BlockShape,
+    /// What the page is made from.
+    pub source: &'a PageSource,
+}
+
 /// All KV connections of a node that sends. Its methods never block.
 ///
 /// After a `Lost`, messages and pages for that peer are dropped until [`forget`](Self::forget) is called: they
@@ -93,13 +108,13 @@ impl KvClient {
         }
     }
 
-    /// Does what the sender's machine wants done; an event is the scheduler's. `page` makes a page of a layer in these blocks out
-    /// of the pool's, in a buffer with arbitrary contents, so that those may go the moment the hand-off is settled. `damage` gets it
-    /// after its digest was computed: tests break pages there.
+    /// Does what the sender's machine wants done; an event is the scheduler's. `fill` puts a page into a buffer with arbitrary
+    /// contents, so that what it is made from may go the moment the hand-off is settled. `damage` gets it after its digest was
+    /// computed: tests break pages there.
     pub fn act(
         &mut self,
         output: SenderOutput,
-        page: impl FnOnce(BlockShape, u32, &PageSource, &mut Vec<u8>),
+        fill: impl FnOnce(OutgoingPage<'_>, &mut Vec<u8>),
         damage: impl FnOnce(RequestId, Bytes) -> Bytes,
     ) -> Option<SendEvent> {
         match output {
@@ -110,7 +125,8 @@ impl KvClient {
                 }
             }
             SenderOutput::Ship { to, request, layer, index, source } => {
-                let bytes = self.buffers.fill(|buffer| page(to.blocks, layer, &source, buffer));
+                let page = OutgoingPage { request, layer, index, blocks: to.blocks, source: &source };
+                let bytes = self.buffers.fill(|buffer| fill(page, buffer));
                 let digest = page_digest(request, layer, index, &bytes);
                 let header = PageHeader { request, layer, index, len: bytes.len() as u32, digest };
                 self.ship(&to, header, damage(request, bytes));
