@@ -142,36 +142,39 @@ fn nothing_is_kept_without_a_taker_or_without_room() {
     let Some(device) = Emulated::for_tests() else { return };
     let to = shape(12, CacheDtype::F16);
     let table = blocks(0, 61, 8);
-    let pass = || BatchPlan { step: 0, items: vec![part(1, 4, 0..61, &table, to)] };
+    let pass = |request| BatchPlan { step: 0, items: vec![part(request, 4, 0..61, &table, to)] };
     let mut reference = engine(&device, memory(KvDtype::F32, 8, 8), LARGE);
     let kv = reference.kv().clone();
     kv.outgoing().open(RequestId(1));
-    reference.run(&pass(), &mut |layer| {
+    reference.run(&pass(1), &mut |layer| {
         if layer == 0 {
             kv.outgoing().close(RequestId(1));
         }
     });
     assert_eq!(kv.outgoing().bytes(), 0, "of a hand-off that ended during its pass");
-    for limits in [PassLimits { tokens: 4, sequences: 1 }, PassLimits { tokens: 16, sequences: 1 }] {
-        let mut engine = engine(&device, memory(KvDtype::F32, 8, 8), limits);
+    // A layer's are 9216 bytes. The first may have twice two blocks of 2048 at a time; the other twice three, of two layers of two passes.
+    for (tokens, want) in [(4, [0, 0]), (16, [12, 0])] {
+        let mut engine = engine(&device, memory(KvDtype::F32, 8, 8), PassLimits { tokens, sequences: 1 });
         let small = engine.kv().clone();
-        small.outgoing().open(RequestId(1));
-        engine.run(&pass(), &mut |_| {});
+        let made = [1, 2].map(|request| {
+            small.outgoing().open(RequestId(request));
+            engine.run(&pass(request), &mut |_| {});
+            small.outgoing().bytes()
+        });
+        assert_eq!(made, [want[0] * 1536; 2], "{tokens}");
         let mut page = Vec::new();
-        let mut made = [0, 0];
-        for index in 0..6 {
-            let source = PageSource::of(index, 12, 61, &table, 8);
-            for layer in 0..2 {
-                let want = by_the_cpu(&kv, to, layer, &source);
-                match small.outgoing().take(RequestId(1), layer as u32, index, &mut page) {
-                    true => made[layer] += 1,
+        for (request, want) in [1, 2].into_iter().zip(want) {
+            let mut made = 0;
+            for (index, layer) in (0..6).flat_map(|index| [(index, 0), (index, 1)]) {
+                let source = PageSource::of(index, 12, 61, &table, 8);
+                match small.outgoing().take(RequestId(request), layer as u32, index, &mut page) {
+                    true => made += 1,
                     false => small.page_in(to, layer, &source, &mut page),
                 }
-                assert!(page == want, "page {index} of layer {layer}");
+                assert!(page == by_the_cpu(&kv, to, layer, &source), "page {index} of layer {layer}");
             }
+            assert_eq!(made, want, "{tokens}");
         }
-        // A layer's are 9216 bytes. The one has room for two layers of two blocks of 2048, the other for two of three.
-        let want = if limits.tokens == 4 { [0, 0] } else { [6, 0] };
-        assert_eq!((made, small.outgoing().bytes()), (want, 0), "{limits:?}");
+        assert_eq!(small.outgoing().bytes(), 0);
     }
 }

@@ -26,6 +26,8 @@ const LAYERS_UNDER_WAY: usize = 3;
 /// Bytes that the pages made of a layer may take, as a multiple of the pages that they are made of: twice as wide a type, or the empty
 /// slots of short prompts in large blocks.
 const MADE_BYTES: usize = 2;
+/// Passes whose pages may wait to be sent: the one that is sent while the next is computed, and that.
+const OUTGOING_PASSES: usize = 2;
 
 /// The device's pages.
 pub struct DevicePages {
@@ -315,8 +317,8 @@ pub fn staging_bytes(format: &KvFormat, page_stride: usize, pass: PassLimits) ->
     (shipped + landing_pages(page_stride) * page_stride) as u64
 }
 
-/// Bytes of host memory for pages that were made and not yet sent: those of one pass. What a pass makes beyond that, because readers are
-/// slow, the host makes when they are ready.
+/// Bytes of host memory for pages that were made and not yet sent. What has no room, because readers are slow, the host makes when they are
+/// ready.
 pub fn outgoing_bytes(format: &KvFormat, page_stride: usize, pass: PassLimits, layers: usize) -> u64 {
-    (layers * layer_bytes(format, page_stride, pass)) as u64
+    (OUTGOING_PASSES * layers * layer_bytes(format, page_stride, pass)) as u64
 }
