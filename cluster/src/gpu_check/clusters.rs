@@ -21,7 +21,7 @@ const ANSWERS: usize = 3;
 /// Answers of the engine, from clusters.
 pub fn small(job: &Job<'_>) -> anyhow::Result<()> {
     let found = engine::find(job)?;
-    let mut verdict = |what, devices, blocks| {
+    let verdict = |what, devices, blocks| {
         let failure = check(job, devices, blocks, &found).err().map(|error| format!("{error:#}"));
         say(&Line::verdict(format!("cluster, {what}"), failure));
     };
