@@ -43,4 +43,4 @@ pub use dtype::{DType, Matrix, ShapeError};
 pub use kv::{AttentionItem, KvDtype, KvFormat, KvMove, KvWrite, e4m3_to_f32, f32_to_e4m3};
 #[cfg(not(loom))]
 pub use packed::Packed;
-pub use quant::{QuantizeError, dequantize_row, quantize_row};
+pub use quant::{QuantizeError, dequantize_row, e2m1_to_f32, quantize_row};

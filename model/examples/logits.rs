@@ -68,5 +68,6 @@ fn item(tokens: &[TokenId], start: usize, end: usize) -> PlanItem {
         start: start as u32,
         block_table: (0..end as u32).map(BlockId).collect(),
         sample: Some(SampleSpec { params, history: Vec::new(), prompt_len: 0, position: end as u32 }),
+        reader: None,
     }
 }

@@ -29,7 +29,8 @@ pub trait Engine: Send {
     /// Runs one pass and samples for every item that asks for it, in the order of the items.
     ///
     /// `on_layer(l)` is called once layer `l`'s keys and values of all items are in their pages: finished blocks of
-    /// that layer may be shipped while the next layer is computed.
+    /// that layer may be shipped while the next layer is computed. Pages for an item's reader may then be in
+    /// [`KvMemory::outgoing`]; an engine need not make them.
     ///
     /// # Panics
     ///

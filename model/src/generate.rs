@@ -175,18 +175,14 @@ fn check(
 /// Puts the KV of the first tokens into another memory, page by page.
 fn hand_over(from: &KvMemory, to: &KvMemory, tokens: usize) {
     let (own, size) = (from.format().block_size, to.format().block_size);
+    let table: Vec<BlockId> = (0..tokens.div_ceil(own) as u32).map(BlockId).collect();
     let mut page = Vec::new();
     let blocks = BlockShape::new(size as u32, cache_dtype(to.format().dtype)).expect("a block holds a token");
-    for (index, first) in (0..tokens).step_by(size).enumerate() {
-        let end = (first + size).min(tokens);
-        let source = PageSource {
-            blocks: (first / own..end.div_ceil(own)).map(|block| BlockId(block as u32)).collect(),
-            skip: (first % own) as u32,
-            tokens: (end - first) as u32,
-        };
+    for index in 0..tokens.div_ceil(size) as u32 {
+        let source = PageSource::of(index, size as u32, tokens as u32, &table, own as u32);
         for layer in 0..from.layers() {
             from.page_in(blocks, layer, &source, &mut page);
-            to.write(layer, BlockId(index as u32)).copy_from_slice(&page);
+            to.write(layer, BlockId(index)).copy_from_slice(&page);
         }
     }
 }
@@ -253,6 +249,7 @@ impl Sequence {
             start: start as u32,
             block_table: (0..end.div_ceil(block_size) as u32).map(BlockId).collect(),
             sample,
+            reader: None,
         };
         BatchPlan { step: self.step, items: vec![item] }
     }

@@ -15,6 +15,7 @@
 #![allow(unsafe_code, reason = "pages are handed out as slices of one mapping that engine and network share")]
 
 use crate::mapping::{self, HugePages, HugePagesGot};
+use crate::outgoing::Outgoing;
 use ridge_kernels::sync::page_lock::PageLocks;
 use ridge_kernels::{CopyTo, DigestedCopy, KvDtype, KvFormat, KvMove, convert_kv};
 use ridge_protocol::page::seeded_digest;
@@ -80,6 +81,7 @@ pub struct KvMemory {
     locks: PageLocks,
     /// Where an engine has a second copy of the pages.
     device: OnceLock<DeviceCopy>,
+    outgoing: Outgoing,
 }
 
 /// A device's copy of the pages.
@@ -145,6 +147,7 @@ impl KvMemory {
             huge_pages,
             locks,
             device: OnceLock::new(),
+            outgoing: Outgoing::default(),
         })
     }
 
@@ -167,6 +170,11 @@ impl KvMemory {
     /// The same for pages of this layout.
     pub fn page_stride_of(format: &KvFormat) -> usize {
         stride(format)
+    }
+
+    /// Pages in other nodes' blocks, made by an engine while it computed.
+    pub fn outgoing(&self) -> &Outgoing {
+        &self.outgoing
     }
 
     /// Whether the memory will be in huge pages.
@@ -225,20 +233,13 @@ impl KvMemory {
     /// or if this memory's type is not converted into theirs ([`CacheDtype::converts_into`]).
     pub fn page_in(&self, blocks: BlockShape, layer: usize, source: &PageSource, page: &mut Vec<u8>) {
         page.clear();
-        let to = KvFormat { dtype: kv_dtype(blocks.dtype), block_size: blocks.block_size() as usize, ..self.format };
+        let to = format_in(blocks, &self.format);
         if to == self.format {
             assert_eq!((source.blocks.len(), source.skip), (1, 0), "a page of the same shape is one of ours");
             return page.extend_from_slice(&self.read(layer, source.blocks[0]));
         }
         page.resize(to.page_bytes(), 0);
-        let (mut from, mut filled) = (source.skip as usize, 0);
-        let mut moves = Vec::with_capacity(source.blocks.len());
-        for block in &source.blocks {
-            let tokens = (self.format.block_size - from).min(source.tokens as usize - filled);
-            moves.push((*block, KvMove { from, to: filled, tokens }));
-            (from, filled) = (0, filled + tokens);
-        }
-        assert_eq!(filled, source.tokens as usize, "{source:?} does not hold its tokens");
+        let moves = moves_of(source, self.format.block_size);
         if self.converted_by_the_device(layer, &moves, &to, page) {
             return;
         }
@@ -261,9 +262,7 @@ impl KvMemory {
         seed: u64,
         page: &mut Vec<u8>,
     ) -> u128 {
-        let same =
-            kv_dtype(blocks.dtype) == self.format.dtype && blocks.block_size() as usize == self.format.block_size;
-        if !same || !DigestedCopy::takes(self.page_bytes()) {
+        if format_in(blocks, &self.format) != self.format || !DigestedCopy::takes(self.page_bytes()) {
             self.page_in(blocks, layer, source, page);
             return seeded_digest(seed, page);
         }
@@ -415,6 +414,28 @@ impl KvMemory {
         let (block, layer) = (page / self.layers, page % self.layers);
         self.map.as_mut_ptr().wrapping_add(block * self.block_stride + layer * self.stride)
     }
+}
+
+/// Pages of a model whose pages are `own`, in other blocks.
+pub(crate) fn format_in(blocks: BlockShape, own: &KvFormat) -> KvFormat {
+    KvFormat { dtype: kv_dtype(blocks.dtype), block_size: blocks.block_size() as usize, ..*own }
+}
+
+/// The moves that fill a page, in order, from blocks of `own` tokens.
+///
+/// # Panics
+///
+/// If the source does not hold the tokens that it names.
+pub(crate) fn moves_of(source: &PageSource, own: usize) -> Vec<(BlockId, KvMove)> {
+    let (mut from, mut filled) = (source.skip as usize, 0);
+    let mut moves = Vec::with_capacity(source.blocks.len());
+    for block in &source.blocks {
+        let tokens = (own - from).min(source.tokens as usize - filled);
+        moves.push((*block, KvMove { from, to: filled, tokens }));
+        (from, filled) = (0, filled + tokens);
+    }
+    assert_eq!(filled, source.tokens as usize, "{source:?} does not hold its tokens");
+    moves
 }
 
 /// The kernels' name for an element type.

@@ -18,6 +18,7 @@ pub mod grammar;
 pub mod kv;
 pub mod mapping;
 pub mod memory;
+pub mod outgoing;
 pub mod packed;
 pub mod rope;
 pub mod sampling;

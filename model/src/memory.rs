@@ -322,13 +322,16 @@ pub fn activation_bytes(spec: &ModelSpec, pass: PassLimits) -> u64 {
     floats * size_of::<f32>() as u64
 }
 
-/// Buffers of the pass on the host. Beside a device: logits, and pages on their way, as `cuda::pages` stages them.
+/// Buffers of the pass on the host. Beside a device: logits, and pages on their way, as `cuda::pages` stages and `outgoing` keeps them.
 fn host_activation_bytes(demand: &Demand<'_>) -> u64 {
     if demand.on_device.is_none() {
         return activation_bytes(demand.spec, demand.pass);
     }
-    let staging = crate::cuda::staging_bytes(&demand.format, KvMemory::page_stride_of(&demand.format), demand.pass);
-    staging + (demand.pass.sequences * demand.spec.vocab * size_of::<f32>()) as u64
+    let (format, pass) = (&demand.format, demand.pass);
+    let stride = KvMemory::page_stride_of(format);
+    let staging = crate::cuda::staging_bytes(format, stride, pass);
+    let outgoing = crate::cuda::outgoing_bytes(format, stride, pass, demand.spec.layers);
+    staging + outgoing + (pass.sequences * demand.spec.vocab * size_of::<f32>()) as u64
 }
 
 /// Everything that is neither weights nor KV nor a row of the pass; an estimate, see the constants.

@@ -26,7 +26,7 @@ pub mod wire;
 pub use ids::{BlockHash, BlockId, NodeId, NodeName, RequestId, Role, TokenId};
 pub use machine::Machine;
 pub use model::{BlockShape, CacheDtype, Conversion, KV_LAYOUT, ModelIdentity};
-pub use plan::{BatchPlan, NoToken, PlanItem, SampleSpec, TokenOut};
+pub use plan::{BatchPlan, NoToken, PlanItem, Reader, SampleSpec, TokenOut};
 pub use sampling::{Grammar, GrammarKind, SamplingParams};
 pub use step::Step;
 pub use time::{Duration, Instant};

@@ -1,6 +1,7 @@
 //! What a scheduler asks an engine to run, and what comes back.
 
 use crate::ids::{BlockId, RequestId, TokenId};
+use crate::model::BlockShape;
 use crate::sampling::SamplingParams;
 use serde::{Deserialize, Serialize, Serializer};
 use std::sync::Arc;
@@ -27,6 +28,24 @@ pub struct PlanItem {
     pub block_table: Vec<BlockId>,
     /// Sample a token after the last of `tokens`, or only fill the cache.
     pub sample: Option<SampleSpec>,
+    /// Who gets its KV, if that is sent away. An engine may make pages for it while it computes, or leave that to whoever sends.
+    pub reader: Option<Reader>,
+}
+
+/// What a sequence's KV is read in where it is sent to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct Reader {
+    /// The blocks there.
+    pub blocks: BlockShape,
+    /// Tokens that are sent: the page of the last one may be part-filled, all others are full.
+    pub tokens: u32,
+}
+
+impl Reader {
+    /// Its pages, as numbers of its blocks, that are complete once the tokens `start..end` are computed and were not before.
+    pub fn completed(&self, start: u32, end: u32) -> std::ops::Range<u32> {
+        self.blocks.filled_blocks(start, self.tokens)..self.blocks.filled_blocks(end, self.tokens)
+    }
 }
 
 /// How to sample after a plan item's last token.

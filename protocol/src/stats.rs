@@ -85,6 +85,8 @@ pub struct NodeStats {
     pub transfer_pages: u64,
     /// Of those that went out, the ones that were made from other blocks than the receiver's.
     pub converted_pages: u64,
+    /// Of these, the ones that the node's device had made while it computed.
+    pub device_converted_pages: u64,
     /// Hand-offs that were committed.
     pub transfers_committed: u64,
     /// Hand-offs that were aborted, by either side.

@@ -31,6 +31,20 @@ pub struct PageSource {
     pub tokens: u32,
 }
 
+impl PageSource {
+    /// Page `index` in blocks of `size` tokens of a sequence of `tokens`, which lies in `blocks` of `own` tokens each.
+    ///
+    /// # Panics
+    ///
+    /// If the sequence has no such page, or its tokens are not in `blocks`.
+    pub fn of(index: u32, size: u32, tokens: u32, blocks: &[BlockId], own: u32) -> Self {
+        let first = index * size;
+        let end = first.saturating_add(size).min(tokens);
+        let blocks = blocks[(first / own) as usize..end.div_ceil(own) as usize].to_vec();
+        Self { blocks, skip: first % own, tokens: end - first }
+    }
+}
+
 /// From the scheduler that has the KV to the sender.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum SendCommand {

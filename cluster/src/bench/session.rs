@@ -276,6 +276,7 @@ impl Session {
                 prompt_len: start as u32,
                 position: (start + count) as u32,
             }),
+            reader: None,
         }
     }
 

@@ -21,10 +21,16 @@ const ANSWERS: usize = 3;
 /// Answers of the engine, from clusters.
 pub fn small(job: &Job<'_>) -> anyhow::Result<()> {
     let found = engine::find(job)?;
-    for (what, prefill, decode) in kinds(job) {
-        let failure = check(job, prefill, decode, &found).err().map(|error| format!("{error:#}"));
+    let verdict = |what, devices, blocks| {
+        let failure = check(job, devices, blocks, &found).err().map(|error| format!("{error:#}"));
         say(&Line::verdict(format!("cluster, {what}"), failure));
+    };
+    for (what, prefill, decode) in kinds(job) {
+        verdict(what, (prefill, decode), &[]);
     }
+    // The device makes each page of several; as the type is the same, no token changes.
+    let device = job.args.device;
+    verdict("device, other blocks", (device, device), &["--prefill-block-size=16", "--block-size=64"]);
     Ok(())
 }
 
@@ -41,10 +47,16 @@ fn start(job: &Job<'_>, model: &str, devices: (DeviceChoice, DeviceChoice), more
     Embedded::start(&flags, Embedding { relays: None, restart_after: Duration::from_millis(100), start_timeout: left })
 }
 
-/// Starts a cluster and asks it for the continuation that the engine found: the same on the device, of the same length where
-/// another computes the answer.
-fn check(job: &Job<'_>, prefill: DeviceChoice, decode: DeviceChoice, found: &Found) -> anyhow::Result<()> {
-    let cluster = start(job, &found.model.path, (prefill, decode), &["--max-model-len=256"])?;
+/// Starts a cluster with these flags for blocks and asks it for the continuation that the engine found: the same on the device, of the
+/// same length where another computes the answer.
+fn check(
+    job: &Job<'_>,
+    (prefill, decode): (DeviceChoice, DeviceChoice),
+    blocks: &[&str],
+    found: &Found,
+) -> anyhow::Result<()> {
+    let flags = [&["--max-model-len=256"], blocks].concat();
+    let cluster = start(job, &found.model.path, (prefill, decode), &flags)?;
     let client = Client::new(&cluster.url(), None, ANSWER_TIMEOUT)?;
     let body = json!({
         "model": MODEL, "prompt": found.prompt, "max_tokens": ANSWER, "temperature": 0, "ignore_eos": true,

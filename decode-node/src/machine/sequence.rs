@@ -141,6 +141,7 @@ impl Sequence {
             start: self.computed,
             block_table: lease.blocks()[..Self::blocks_for(end, block_size)].to_vec(),
             sample,
+            reader: None,
         }
     }
 }

@@ -5,8 +5,8 @@ use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
 use ridge_kvtransfer::shell::record::{RecordError, RecordOptions, Recorded};
 use ridge_kvtransfer::shell::{
-    ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, KvServer, KvServerEvent, NodeTls, PageBytes,
-    TlsError,
+    ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, KvServer, KvServerEvent, NodeTls, OutgoingPage,
+    PageBytes, TlsError,
 };
 use ridge_kvtransfer::{Receiver, ReceiverConfig, ReceiverInput, ReceiverOutput, Sender, SenderConfig, SenderInput};
 use ridge_model::checkpoint::LoadProgress;
@@ -254,10 +254,10 @@ impl Shell {
                     }
                 }
             } else if let Some(output) = self.sender.poll_output() {
-                let page = |blocks, layer: u32, source: &_, seed, page: &mut _| {
-                    self.kv.digested_page_in(blocks, layer as usize, source, seed, page)
+                let fill = |page: OutgoingPage<'_>, buffer: &mut _| {
+                    self.kv.digested_page_in(page.blocks, page.layer as usize, page.source, page.seed(), buffer)
                 };
-                if let Some(event) = self.client.act(output, page, |_, bytes| bytes) {
+                if let Some(event) = self.client.act(output, fill, |_, bytes| bytes) {
                     self.machine.handle(self.clock.now(), DecodeInput::Sent(event));
                 }
                 self.client.take_turns().await;

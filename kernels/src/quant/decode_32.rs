@@ -7,6 +7,12 @@ pub(crate) const IQ4_NL: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1
 /// The e2m1 values, doubled (`kvalues_mxfp4`).
 pub(crate) const MXFP4: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
+/// OCP E2M1 to f32, exact, of the four low bits. As floats have it, the code 8 is -0.
+pub fn e2m1_to_f32(code: u8) -> f32 {
+    let magnitude = f32::from(MXFP4[usize::from(code & 7)]) / 2.0;
+    if code & 8 == 0 { magnitude } else { -magnitude }
+}
+
 /// The f16 at byte `at` of a block.
 #[inline(always)]
 pub(super) fn f16_at(block: &[u8], at: usize) -> f32 {

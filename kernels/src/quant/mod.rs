@@ -11,6 +11,7 @@ mod encode_32;
 mod encode_k;
 mod float;
 
+pub use decode_32::e2m1_to_f32;
 #[cfg(not(loom))]
 pub(crate) use decode_32::{IQ4_NL, MXFP4, e8m0_half};
 #[cfg(not(loom))]
@@ -116,6 +117,16 @@ fn each<const N: usize>(src: &[f32], dst: &mut Vec<u8>, encode: impl Fn(&[f32; N
 mod tests {
     use super::*;
     use crate::testing::Random;
+
+    #[test]
+    fn every_fp4_code_is_what_the_format_says() {
+        let magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0f32];
+        for code in 0..16u8 {
+            let want = magnitudes[usize::from(code & 7)].copysign(if code < 8 { 1.0 } else { -1.0 });
+            // As bits: 8 is minus zero. What lies above the four bits is another element's.
+            assert_eq!([code, code | 0xf0].map(|code| e2m1_to_f32(code).to_bits()), [want.to_bits(); 2], "{code}");
+        }
+    }
 
     /// Encoding then decoding stays within `limit` times the row's largest magnitude.
     fn check(dtype: DType, limit: f32) {

@@ -460,7 +460,8 @@ impl Sender {
             return;
         }
         while let Some((layer, index)) = session.next_page() {
-            let source = session.source(index, own.block_size());
+            let (size, own_size) = (session.to.blocks.block_size(), own.block_size());
+            let source = PageSource::of(index, size, session.tokens, &session.blocks, own_size);
             session.began.get_or_insert(now);
             self.stats.pages += 1;
             self.stats.bytes += page_bytes;
@@ -544,15 +545,6 @@ impl Session {
 
     fn pages(&self) -> u64 {
         u64::from(self.blocks_len()) * u64::from(self.layers)
-    }
-
-    /// Where the tokens of the receiver's block `index` lie in blocks of `own` tokens.
-    fn source(&self, index: u32, own: u32) -> PageSource {
-        let size = self.to.blocks.block_size();
-        let first = index * size;
-        let end = first.saturating_add(size).min(self.tokens);
-        let blocks = self.blocks[(first / own) as usize..end.div_ceil(own) as usize].to_vec();
-        PageSource { blocks, skip: first % own, tokens: end - first }
     }
 
     fn on_ready(&mut self, layer: u32, first: u32, end: u32) {

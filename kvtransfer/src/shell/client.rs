@@ -49,6 +49,28 @@ pub enum KvClientEvent {
     },
 }
 
+/// A page that is to be sent.
+#[derive(Clone, Copy, Debug)]
+pub struct OutgoingPage<'a> {
+    /// The transfer.
+    pub request: RequestId,
+    /// Layer, from 0.
+    pub layer: u32,
+    /// Index of the receiver's block within the sequence.
+    pub index: u32,
+    /// The receiver's blocks.
+    pub blocks: BlockShape,
+    /// What the page is made from.
+    pub source: &'a PageSource,
+}
+
+impl OutgoingPage<'_> {
+    /// Of its digest.
+    pub fn seed(&self) -> u64 {
+        page_seed(self.request, self.layer, self.index)
+    }
+}
+
 /// All KV connections of a node that sends. Its methods never block.
 ///
 /// After a `Lost`, messages and pages for that peer are dropped until [`forget`](Self::forget) is called: they
@@ -100,14 +122,13 @@ impl KvClient {
         }
     }
 
-    /// Does what the sender's machine wants done; an event is the scheduler's. `page` makes a page of a layer in these blocks out
-    /// of the pool's, in a buffer with arbitrary contents, so that those may go the moment the hand-off is settled, and gives its digest
-    /// by a seed. `damage` gets it
-    /// after its digest was computed: tests break pages there.
+    /// Does what the sender's machine wants done; an event is the scheduler's. `fill` puts a page into a buffer with arbitrary
+    /// contents, so that what it is made from may go the moment the hand-off is settled, and gives its digest. `damage` gets it
+    /// afterwards: tests break pages there.
     pub fn act(
         &mut self,
         output: SenderOutput,
-        page: impl FnOnce(BlockShape, u32, &PageSource, u64, &mut Vec<u8>) -> u128,
+        fill: impl FnOnce(OutgoingPage<'_>, &mut Vec<u8>) -> u128,
         damage: impl FnOnce(RequestId, Bytes) -> Bytes,
     ) -> Option<SendEvent> {
         match output {
@@ -118,8 +139,9 @@ impl KvClient {
                 }
             }
             SenderOutput::Ship { to, request, layer, index, source } => {
-                let (seed, mut digest) = (page_seed(request, layer, index), 0);
-                let bytes = self.buffers.fill(|buffer| digest = page(to.blocks, layer, &source, seed, buffer));
+                let page = OutgoingPage { request, layer, index, blocks: to.blocks, source: &source };
+                let mut digest = 0;
+                let bytes = self.buffers.fill(|buffer| digest = fill(page, buffer));
                 self.shipped += bytes.len();
                 let header = PageHeader { request, layer, index, len: bytes.len() as u32, digest };
                 self.ship(&to, header, damage(request, bytes));

@@ -25,7 +25,7 @@ mod tests;
 pub mod tls;
 
 pub use ca::{CaError, ClusterCa, NodeCert};
-pub use client::{KvClient, KvClientEvent};
+pub use client::{KvClient, KvClientEvent, OutgoingPage};
 pub use control::{Control, ControlError, ControlEvent, ControlHandle};
 pub use endpoint::{Congestion, ConnectFailure, Endpoint, EndpointError, TransportOptions};
 pub use link::{LinkEvent, LinkOptions};

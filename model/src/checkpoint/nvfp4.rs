@@ -10,7 +10,7 @@ use super::safetensors::Located;
 use super::tensors::bf16_rows;
 use super::{LoadError, Tensor};
 use ::safetensors::Dtype;
-use ridge_kernels::{DType, e4m3_to_f32};
+use ridge_kernels::{DType, e2m1_to_f32, e4m3_to_f32};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -20,8 +20,6 @@ pub const FORMAT: &str = "nvfp4-pack-quantized";
 const GROUP: usize = 16;
 /// Elements of a block of [`NvFp4::blocks`].
 const BLOCK: usize = 64;
-/// The magnitudes of e2m1.
-const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
 
 /// Codes and scales as devices take them apart.
 #[derive(Clone, Debug)]
@@ -92,14 +90,14 @@ fn interleave(codes: &[u8], scales: &[u8]) -> Vec<u8> {
 
 /// In bf16.
 fn dequantize(codes: &[u8], scales: &[u8], cols: usize, factor: f32) -> Vec<u8> {
+    let elements: [f32; 16] = std::array::from_fn(|code| e2m1_to_f32(code as u8));
     let values: Vec<f32> = (0..=u8::MAX).map(e4m3_to_f32).collect();
     let (row_codes, row_scales) = (cols / 2, cols / GROUP);
     bf16_rows(codes.len() / row_codes.max(1), cols, |row, out| {
         let (codes, scales) = (&codes[row * row_codes..], &scales[row * row_scales..]);
         for (at, value) in out.iter_mut().enumerate() {
             let code = codes[at / 2] >> (4 * (at % 2)) & 15;
-            let magnitude = E2M1[usize::from(code & 7)] * values[usize::from(scales[at / GROUP])] * factor;
-            *value = if code & 8 == 0 { magnitude } else { -magnitude };
+            *value = elements[usize::from(code)] * values[usize::from(scales[at / GROUP])] * factor;
         }
     })
 }

@@ -112,6 +112,7 @@ mod tests {
             start,
             block_table: table.iter().map(|block| BlockId(*block)).collect(),
             sample: sampled.then_some(sample),
+            reader: None,
         }
     }
 

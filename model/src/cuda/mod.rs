@@ -8,6 +8,7 @@
 mod attending;
 mod batch;
 mod graphs;
+mod made;
 pub mod monitor;
 mod pages;
 mod pass;
@@ -17,7 +18,7 @@ mod weights;
 
 pub use weights::WeightsError;
 
-pub(crate) use pages::staging_bytes;
+pub(crate) use pages::{outgoing_bytes, staging_bytes};
 
 use crate::checkpoint::{Checkpoint, LoadError};
 use crate::device::{DeviceOptions, KernelSet, ProductSet};
@@ -119,7 +120,7 @@ impl CudaEngine {
         let weights = upload(&device, checkpoint)?;
         // Before the pages, because measuring takes memory for a while.
         let products = pass::products(&device, &weights, limits, options)?;
-        let pages = DevicePages::new(&device, kv)?;
+        let pages = DevicePages::new(&device, kv, limits)?;
         let pass = Pass::new(&device, &weights, products, pages.format(), limits, options)?;
         let sampler = Sampler::new(&device, checkpoint.spec.vocab)?;
         Ok(Self { weights, pages, pass, sampler, constraints: constraints(checkpoint), cpu })

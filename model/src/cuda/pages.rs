@@ -1,13 +1,17 @@
 //! KV pages on the device, and their traffic with the host's.
 //!
 //! The device has a page for each page of [`KvMemory`], with the same bytes and at the same distances. What a pass writes of prompts
-//! is copied to the host's pages a layer at a time, beside the computing of later layers; what it writes of decode steps is fetched when
-//! somebody reads it there, converted on the way if its reader wants another shape. What arrived at the host from a peer is copied to the
-//! device before a pass reads it, many pages at a time. So network and schedulers see the host's pages alone, and a node's device is
-//! nobody else's concern.
+//! is copied to the host's pages a layer at a time, beside the computing of later layers; and where a prompt is read in blocks of
+//! another shape, pages in those are gathered and converted in one launch and come along ([`Made`], to [`Outgoing`]). What a pass writes
+//! of decode steps is fetched when somebody reads it there, converted on the way if its reader wants another shape. What arrived at the
+//! host from a peer, which is always in this node's shape (rule K-12), is copied to the device before a pass reads it, many pages at a
+//! time. So network and schedulers see the host's memory alone, and a node's device is nobody else's concern.
+//!
+//! [`Outgoing`]: crate::outgoing::Outgoing
 
 #![allow(unsafe_code, reason = "the device's memory is addressed by numbers")]
 
+use super::made::Made;
 use crate::kv::{FetchPage, KvMemory};
 use crate::memory::PassLimits;
 use ridge_kernels::cuda::ops::pages::{self, Move, Pages};
@@ -19,6 +23,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Layers whose pages may be on their way to the host at a time: the device stays busy while the host copies one of them.
 const LAYERS_UNDER_WAY: usize = 3;
+/// Bytes that the pages made of a layer may take, as a multiple of the pages that they are made of: twice as wide a type, or the empty
+/// slots of short prompts in large blocks.
+const MADE_BYTES: usize = 2;
+/// Passes whose pages may wait to be sent: the one that is sent while the next is computed, and that.
+const OUTGOING_PASSES: usize = 2;
 
 /// The device's pages.
 pub struct DevicePages {
@@ -30,6 +39,8 @@ pub struct DevicePages {
     /// Memory of earlier shipments, to be used again.
     spare: Vec<(Buffer, Pinned)>,
     place_bytes: usize,
+    /// Most bytes that the pages made of a layer may take.
+    made_bytes: usize,
     landing: Landing,
 }
 
@@ -50,7 +61,10 @@ struct Shipment {
     fetch: Fetch,
     staging: Buffer,
     layer: usize,
+    /// Whose pages come first.
     blocks: Vec<BlockId>,
+    /// What follows.
+    made: Arc<[Made]>,
 }
 
 /// Where pages lie on the device.
@@ -121,8 +135,8 @@ impl FetchPage for Pool {
 }
 
 impl DevicePages {
-    /// Allocates a page for each of the host's.
-    pub fn new(device: &Arc<dyn Device>, kv: Arc<KvMemory>) -> Result<Self, CudaError> {
+    /// Allocates a page for each of the host's. Pages of passes up to `limits` are made for readers of another shape.
+    pub fn new(device: &Arc<dyn Device>, kv: Arc<KvMemory>, limits: PassLimits) -> Result<Self, CudaError> {
         let (block_stride, page_stride) = (kv.block_stride(), kv.page_stride());
         let memory = Buffer::new(device, kv.blocks() * block_stride)?;
         // Slots that no token was written to are zero in every page, from the start.
@@ -137,8 +151,10 @@ impl DevicePages {
             numbers: Buffer::new(device, pages * size_of::<u32>())?,
             pages,
         };
-        let device = device.clone();
-        Ok(Self { under_way: VecDeque::new(), device, kv, pool, spare: Vec::new(), place_bytes: 0, landing })
+        kv.outgoing().allow(outgoing_bytes(kv.format(), page_stride, limits, kv.layers()) as usize);
+        let made_bytes = MADE_BYTES * layer_bytes(kv.format(), page_stride, limits);
+        let (under_way, device) = (VecDeque::new(), device.clone());
+        Ok(Self { under_way, device, kv, pool, spare: Vec::new(), place_bytes: 0, made_bytes, landing })
     }
 
     /// The layout of a page.
@@ -190,15 +206,18 @@ impl DevicePages {
         self.pool.of_layer(layer)
     }
 
-    /// Begins to copy a layer's pages of these blocks to the host, after everything asked of the device so far. `numbers` is the address
-    /// of the blocks' numbers. `landed` hears of layers that are there, in order.
+    /// Begins to copy a layer's pages of these blocks to the host, and those that are made of it if there is room for them there, after
+    /// everything asked of the device so far. `numbers` is the address of the blocks' numbers, `base` that of the numbers that `made` was
+    /// placed among. `landed` hears of layers that are there, in order.
     pub fn ship(
         &mut self,
         layer: usize,
         (blocks, numbers): (&[BlockId], u64),
+        (made, base): (&Arc<[Made]>, u64),
         landed: &mut dyn FnMut(usize),
     ) -> Result<(), CudaError> {
-        if blocks.is_empty() && self.under_way.is_empty() {
+        let made = if self.has_room(made) { made.clone() } else { Arc::default() };
+        if blocks.is_empty() && made.is_empty() && self.under_way.is_empty() {
             landed(layer);
             return Ok(());
         }
@@ -206,17 +225,37 @@ impl DevicePages {
             self.land(true, landed)?;
         }
         while self.land(false, landed)? {}
-        let bytes = blocks.len() * self.kv.page_stride();
+        let (own, stride) = (self.of_layer(layer), self.kv.page_stride());
+        let own_bytes = blocks.len() * stride;
+        let bytes = own_bytes + made.iter().map(Made::staged_bytes).sum::<usize>();
         let (staging, pinned) = self.place(bytes)?;
-        let gathered =
-            Pages { base: staging.address(), block_stride: self.kv.page_stride() as u64, ..self.of_layer(layer) };
+        let gathered = Pages { base: staging.address(), block_stride: stride as u64, ..own };
         // One behind the other on the device first: a copy per page would keep the host busy.
         // SAFETY: the numbers are of blocks of the pool, and the staging memory has a page for each.
-        unsafe { pages::copy(&*self.device, blocks.len(), (&self.of_layer(layer), numbers), (&gathered, 0))? };
+        unsafe { pages::copy(&*self.device, blocks.len(), (&own, numbers), (&gathered, 0))? };
+        let mut at = own_bytes;
+        for made in made.iter() {
+            let base_of_made = staging.at(at, made.staged_bytes());
+            let pages = Pages { format: made.format, base: base_of_made, block_stride: made.stride() as u64 };
+            // SAFETY: the moves are from blocks of the pool, and the staging memory has these pages behind the others.
+            unsafe {
+                if made.partial {
+                    self.device.fill(pages.base, 0, made.staged_bytes())?;
+                }
+                pages::move_tokens(&*self.device, (&made.moves, base + made.list), &own, &pages)?;
+            }
+            at += made.staged_bytes();
+        }
         // SAFETY: the staging memory is kept with the fetch, and used again only when that is done.
         let fetch = unsafe { Fetch::begin(&[(staging.address(), bytes)], pinned)? };
-        self.under_way.push_back(Shipment { fetch, staging, layer, blocks: blocks.to_vec() });
+        self.under_way.push_back(Shipment { fetch, staging, layer, blocks: blocks.to_vec(), made });
         Ok(())
+    }
+
+    /// Whether what can be made of a layer has room here and at the host, which is then claimed.
+    fn has_room(&self, made: &[Made]) -> bool {
+        let sum = |bytes: fn(&Made) -> usize| made.iter().map(bytes).sum::<usize>();
+        sum(Made::staged_bytes) <= self.made_bytes && self.kv.outgoing().claim(sum(Made::page_bytes))
     }
 
     /// Waits until everything shipped has landed.
@@ -225,14 +264,22 @@ impl DevicePages {
         Ok(())
     }
 
-    /// Puts the oldest shipment into the host's pages, if it is there or is to be waited for. Whether it did.
+    /// Puts the oldest shipment into the host's memory, if it is there or is to be waited for. Whether it did.
     fn land(&mut self, wait: bool, landed: &mut dyn FnMut(usize)) -> Result<bool, CudaError> {
         let Some(oldest) = self.under_way.front_mut() else { return Ok(false) };
         let Some(pinned) = oldest.fetch.take(wait)? else { return Ok(false) };
-        let Shipment { layer, blocks, staging, .. } = self.under_way.pop_front().expect("there is an oldest");
-        let page_bytes = self.kv.page_bytes();
-        for (block, page) in blocks.iter().zip(pinned.bytes().chunks_exact(self.kv.page_stride())) {
+        let Shipment { layer, blocks, made, staging, .. } = self.under_way.pop_front().expect("there is an oldest");
+        let (page_bytes, stride) = (self.kv.page_bytes(), self.kv.page_stride());
+        let (own, mut rest) = pinned.bytes().split_at(blocks.len() * stride);
+        for (block, page) in blocks.iter().zip(own.chunks_exact(stride)) {
             self.kv.write_copy(layer, *block).copy_from_slice(&page[..page_bytes]);
+        }
+        for made in made.iter() {
+            let (pages, others) = rest.split_at(made.staged_bytes());
+            for ((request, index), page) in made.pages.iter().zip(pages.chunks_exact(made.stride())) {
+                self.kv.outgoing().put(*request, layer as u32, *index, &page[..made.format.page_bytes()]);
+            }
+            rest = others;
         }
         self.spare.push((staging, pinned));
         landed(layer);
@@ -259,8 +306,19 @@ fn landing_pages(page_stride: usize) -> usize {
     (8usize << 20).div_ceil(page_stride)
 }
 
+/// Bytes of a layer's pages of the largest pass.
+fn layer_bytes(format: &KvFormat, page_stride: usize, pass: PassLimits) -> usize {
+    (pass.tokens.div_ceil(format.block_size) + pass.sequences) * page_stride
+}
+
 /// Bytes of staging memory, on each side, for passes up to `tokens` of prompts, and for what arrives.
 pub fn staging_bytes(format: &KvFormat, page_stride: usize, pass: PassLimits) -> u64 {
-    let shipped = LAYERS_UNDER_WAY * (pass.tokens.div_ceil(format.block_size) + pass.sequences);
-    ((shipped + landing_pages(page_stride)) * page_stride) as u64
+    let shipped = LAYERS_UNDER_WAY * (1 + MADE_BYTES) * layer_bytes(format, page_stride, pass);
+    (shipped + landing_pages(page_stride) * page_stride) as u64
+}
+
+/// Bytes of host memory for pages that were made and not yet sent. What has no room, because readers are slow, the host makes when they are
+/// ready.
+pub fn outgoing_bytes(format: &KvFormat, page_stride: usize, pass: PassLimits, layers: usize) -> u64 {
+    (OUTGOING_PASSES * layers * layer_bytes(format, page_stride, pass)) as u64
 }

@@ -12,6 +12,7 @@
 use super::attending::Attending;
 use super::batch::Batch;
 use super::graphs::{Graphs, Shape};
+use super::made::Made;
 use super::pages::DevicePages;
 use super::scratch::{Numbers, Scratch, Types, bytes_of};
 use super::weights::{DeviceWeights, Embed, Layer, Linear, Projection, measurable, scratch_of};
@@ -200,8 +201,12 @@ impl Pass {
         let (spec, prefill) = (&weights.spec, self.prefill);
         let whole = Attending::new(spec, prefill, &batch.steps, &batch.chunks, &mut numbers);
         let narrow = Attending::new(spec, prefill, &batch.sampled, &[], &mut numbers);
-        // Last, because their length is what changes as sequences grow: the other lists of steps stay where they are.
+        // Behind the others, because their length is what changes as sequences grow: the other lists of steps stay where they are.
         let tables = numbers.push(&batch.tables);
+        // No recorded launch reads these.
+        let mut made = Made::by(plan, &format);
+        made.iter_mut().for_each(|made| made.place(&mut numbers));
+        let made: Arc<[Made]> = made.into();
         self.scratch.fit_parts(whole.workspace_bytes().max(narrow.workspace_bytes()))?;
         let base = self.scratch.upload(&numbers)?;
         let [tokens, sampled_rows, writes_at, shipped] = at.map(|at| base + at);
@@ -241,13 +246,14 @@ impl Pass {
             // Once the device has been asked to write them.
             for layer in 0..layers {
                 pages.keep(layer, &batch.written_by_steps);
-                pages.ship(layer, (&[], 0), &mut landed)?;
+                pages.ship(layer, (&[], 0), (&made, base), &mut landed)?;
             }
         } else {
             step.run(&lists, &mut |layer| {
                 pages.keep(layer, &batch.written_by_steps);
                 if self.ship {
-                    return pages.ship(layer, (&batch.written_by_chunks, shipped), &mut landed);
+                    let own = (&batch.written_by_chunks[..], shipped);
+                    return pages.ship(layer, own, (&made, base), &mut landed);
                 }
                 pages.keep(layer, &batch.written_by_chunks);
                 landed(layer);

@@ -103,6 +103,7 @@ pub fn item(request: u64, tokens: &[TokenId], start: usize, table: &[BlockId]) -
         start: start as u32,
         block_table: table.to_vec(),
         sample: Some(SampleSpec { params, history: Vec::new(), prompt_len: 0, position }),
+        reader: None,
     }
 }
 

@@ -7,11 +7,12 @@ use ridge_protocol::stats::NodeStats;
 use ridge_protocol::transfer::{Outcome, SendCommand, SendEvent, SendJob};
 use ridge_protocol::wire::{FinishReason, NodeError, NodeToRouter, PrefillRequest, Receipt, RouterToNode};
 use ridge_protocol::{
-    BatchPlan, BlockHash, Duration, Instant, Machine, NoToken, PlanItem, RequestId, SampleSpec, SamplingParams, Step,
-    TokenId, TokenOut,
+    BatchPlan, BlockHash, Duration, Instant, Machine, NoToken, PlanItem, Reader, RequestId, SampleSpec, SamplingParams,
+    Step, TokenId, TokenOut,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Hashes in one message about the prefix cache.
@@ -85,6 +86,11 @@ impl Prompt {
 
     fn remaining(&self) -> u32 {
         self.len() - self.computed
+    }
+
+    /// Who gets its KV, if anybody.
+    fn reader(&self) -> Option<Reader> {
+        self.request.to.as_ref().map(|to| Reader { blocks: to.blocks, tokens: self.len() })
     }
 
     /// Hashes of its full blocks, were they of `size` tokens; this node's own hold `own`.
@@ -268,11 +274,11 @@ impl PrefillNode {
         };
         for chunk in chunks {
             let prompt = &self.prompts[&chunk.request];
-            let Some(to) = prompt.request.to.as_ref().filter(|_| prompt.phase == Phase::Running) else { continue };
+            let Some(reader) = prompt.reader().filter(|_| prompt.phase == Phase::Running) else { continue };
             // A chunk ends on one of this node's block boundaries unless it ends the prompt: of the receiver's blocks the
             // last one that it touches may be finished by a later chunk.
-            let filled = |computed| to.blocks.filled_blocks(computed, prompt.len());
-            let (request, first, end) = (chunk.request, filled(chunk.start), filled(chunk.end));
+            let Range { start: first, end } = reader.completed(chunk.start, chunk.end);
+            let request = chunk.request;
             if first < end {
                 let ready = SendCommand::Ready { request, layer, first, end };
                 self.outputs.push_back(PrefillOutput::Transfer(ready));
@@ -512,6 +518,7 @@ fn item(prompt: &Prompt, start: u32, end: u32, block_size: u32) -> PlanItem {
         start,
         block_table: lease.blocks()[..end.div_ceil(block_size) as usize].to_vec(),
         sample,
+        reader: prompt.reader(),
     }
 }
 

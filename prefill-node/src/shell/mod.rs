@@ -8,7 +8,7 @@ use ridge_kvtransfer::shell::link::{self, LinkEvent, LinkOptions};
 use ridge_kvtransfer::shell::process::{Clock, Status};
 use ridge_kvtransfer::shell::record::{RecordError, RecordOptions, Recorded};
 use ridge_kvtransfer::shell::{
-    ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, Link, NodeTls, TlsError,
+    ControlHandle, Endpoint, EndpointError, KvClient, KvClientEvent, Link, NodeTls, OutgoingPage, TlsError,
 };
 use ridge_kvtransfer::{Sender, SenderConfig, SenderInput};
 use ridge_model::checkpoint::LoadProgress;
@@ -16,7 +16,9 @@ use ridge_model::cuda::monitor::Monitor;
 use ridge_model::kv::KvMemory;
 use ridge_model::memory::PassLimits;
 use ridge_model::worker::{EngineOptions, SetupError, Worker, WorkerDied, WorkerEvent, load_engine};
+use ridge_protocol::page::seeded_digest;
 use ridge_protocol::stats::LinkStats;
+use ridge_protocol::transfer::{SendCommand, SendEvent};
 use ridge_protocol::wire::{NodeHello, NodeToRouter};
 use ridge_protocol::{Duration, Machine, Role};
 use std::future::Future;
@@ -210,14 +212,21 @@ impl Shell {
             if let Some(output) = self.machine.poll_output() {
                 self.act(output)?;
             } else if let Some(output) = self.sender.poll_output() {
-                let page = |blocks, layer: u32, source: &_, seed, page: &mut _| {
-                    self.kv.digested_page_in(blocks, layer as usize, source, seed, page)
+                let kv = &self.kv;
+                let fill = |page: OutgoingPage<'_>, buffer: &mut _| {
+                    // Made while it was computed, if there was room; else out of the node's own pages now.
+                    if kv.outgoing().take(page.request, page.layer, page.index, buffer) {
+                        return seeded_digest(page.seed(), buffer);
+                    }
+                    kv.digested_page_in(page.blocks, page.layer as usize, page.source, page.seed(), buffer)
                 };
                 let damage = |request, bytes| match &mut self.damage {
                     Some(damage) => damage.apply(request, bytes),
                     None => bytes,
                 };
-                if let Some(event) = self.client.act(output, page, damage) {
+                if let Some(event) = self.client.act(output, fill, damage) {
+                    let SendEvent::Settled { request, .. } = &event;
+                    self.kv.outgoing().close(*request);
                     self.machine.handle(self.clock.now(), PrefillInput::Transfer(event));
                 }
                 self.client.take_turns().await;
@@ -231,12 +240,19 @@ impl Shell {
         match output {
             PrefillOutput::Run(plan) => self.worker.run(plan)?,
             PrefillOutput::Transfer(command) => {
+                match &command {
+                    // Before the pass that makes its first pages.
+                    SendCommand::Begin(job) => self.kv.outgoing().open(job.request),
+                    SendCommand::Cancel { request, .. } => self.kv.outgoing().close(*request),
+                    _ => {}
+                }
                 self.sender.handle(self.clock.now(), SenderInput::Command(command));
             }
             PrefillOutput::ToRouter(mut message) => {
                 match &mut message {
                     NodeToRouter::Stats(stats) => {
                         self.sender.stats().report(stats);
+                        stats.device_converted_pages = self.kv.outgoing().taken();
                         stats.protocol_errors = self.endpoint.protocol_errors();
                         stats.device = self.monitor.as_ref().map(Monitor::latest);
                         let stopped = [self.machine.recordings_stopped(), self.sender.recordings_stopped()];

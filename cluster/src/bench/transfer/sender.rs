@@ -8,7 +8,7 @@ use super::load;
 use super::usage::{Since, Usage};
 use anyhow::{Context, bail, ensure};
 use ridge_kvtransfer::shell::process::Clock;
-use ridge_kvtransfer::shell::{Endpoint, KvClient, KvClientEvent, Link, NodeTls, TransportOptions};
+use ridge_kvtransfer::shell::{Endpoint, KvClient, KvClientEvent, Link, NodeTls, OutgoingPage, TransportOptions};
 use ridge_kvtransfer::{Sender, SenderConfig, SenderInput};
 use ridge_model::kv::KvMemory;
 use ridge_protocol::transfer::{KvPeer, Outcome, SendCommand, SendEvent, SendJob};
@@ -128,10 +128,10 @@ impl SendingSide {
     async fn pump(&mut self) -> anyhow::Result<Vec<(u64, u64)>> {
         let mut committed = Vec::new();
         while let Some(output) = self.machine.poll_output() {
-            let page = |blocks, layer: u32, source: &_, seed, page: &mut _| {
-                self.kv.digested_page_in(blocks, layer as usize, source, seed, page)
+            let fill = |page: OutgoingPage<'_>, buffer: &mut _| {
+                self.kv.digested_page_in(page.blocks, page.layer as usize, page.source, page.seed(), buffer)
             };
-            match self.client.act(output, page, |_, bytes| bytes) {
+            match self.client.act(output, fill, |_, bytes| bytes) {
                 None => {}
                 Some(SendEvent::Settled { outcome: Outcome::Committed { pages, bytes, .. }, .. }) => {
                     committed.push((pages, bytes));

@@ -11,10 +11,8 @@ use crate::cuda::ops::scaled::{
 };
 use crate::cuda::planes::Blocks;
 use crate::kv::{e4m3_to_f32, f32_to_e4m3};
+use crate::quant::e2m1_to_f32;
 use std::sync::Arc;
-
-/// The magnitudes of fp4 (e2m1).
-const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
 
 pub(super) fn run(checks: &mut Checks<'_>) {
     let (rows_max, size_max) = (checks.size(20, 700), checks.size(2, 40));
@@ -57,9 +55,7 @@ fn weight(draw: &mut Draw, dtype: ScaledType, n: usize, k: usize) -> (Vec<u8>, V
             for _ in 0..n * k / 64 {
                 let (scales, pairs) = (fp8(4), fp8(32));
                 for e in 0..64 {
-                    let code = pairs[e / 2] >> (4 * (e % 2)) & 15;
-                    let magnitude = E2M1[usize::from(code & 7)];
-                    let value = if code & 8 == 0 { magnitude } else { -magnitude };
+                    let value = e2m1_to_f32(pairs[e / 2] >> (4 * (e % 2)));
                     values.push(value * e4m3_to_f32(scales[e / 16]));
                 }
                 bytes.extend(scales.into_iter().chain(pairs));

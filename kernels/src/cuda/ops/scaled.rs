@@ -227,6 +227,7 @@ mod tests {
     use crate::cuda::ops::testing::{encode, on, poisoned, read};
     use crate::cuda::planes::Blocks;
     use crate::kv::e4m3_to_f32;
+    use crate::quant::e2m1_to_f32;
     use crate::testing::{Random, assert_close};
     use crate::{Matrix, reference};
     use std::sync::Arc;
@@ -251,7 +252,6 @@ mod tests {
 
     /// Random bytes of a weight, what they mean without their factors, and the factors.
     fn weight(random: &mut Random, dtype: ScaledType, n: usize, k: usize) -> (Vec<u8>, Vec<f32>, Vec<f32>) {
-        const E2M1: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
         let (mut bytes, mut values) = (Vec::new(), Vec::new());
         match dtype {
             ScaledType::E4M3 | ScaledType::E4M3Blocks => {
@@ -263,9 +263,7 @@ mod tests {
                     let scales: [u8; 4] = std::array::from_fn(|_| fp8(random));
                     let pairs: [u8; 32] = std::array::from_fn(|_| random.bits() as u8);
                     for e in 0..64 {
-                        let code = pairs[e / 2] >> (4 * (e % 2)) & 15;
-                        let magnitude = E2M1[usize::from(code & 7)];
-                        let value = if code & 8 == 0 { magnitude } else { -magnitude };
+                        let value = e2m1_to_f32(pairs[e / 2] >> (4 * (e % 2)));
                         values.push(value * e4m3_to_f32(scales[e / 16]));
                     }
                     bytes.extend(scales.iter().chain(&pairs));

@@ -1,7 +1,8 @@
 //! Prompts for a decode node whose blocks are not this node's: what is offered and said to be ready are the receiver's blocks.
 
-use super::bench::{Bench, config, peer_with, prompt, shared};
+use super::bench::{Bench, alone, config, peer_with, prompt, shared};
 use ridge_blocks::hash_blocks;
+use ridge_protocol::Reader;
 use ridge_protocol::transfer::SendCommand;
 use ridge_protocol::wire::PrefillRequest;
 
@@ -19,6 +20,9 @@ fn check_ready(block_size: u32, want: [&[&str]; 2]) {
     for want in want {
         let plan = bench.pass.clone().expect("a pass runs");
         assert_eq!(plan.items.len(), 1);
+        // The engine is told the same, and may make the pages while it computes.
+        let blocks = peer_with(block_size).blocks;
+        assert_eq!(plan.items[0].reader, Some(Reader { blocks, tokens: 14 }));
         bench.layer(0);
         bench.layer(1);
         bench.says(want);
@@ -72,6 +76,13 @@ fn a_cached_prefix_is_ready_as_far_as_it_fills_the_receivers_blocks() {
     bench.send(to_blocks_of(16, shared(3, 14)));
     let ready = |output: &PrefillOutput| matches!(output, PrefillOutput::Transfer(SendCommand::Ready { .. }));
     assert!(!bench.seen.iter().any(ready), "{:?}", bench.seen);
+}
+
+#[test]
+fn what_nobody_continues_has_no_reader() {
+    let mut bench = Bench::new(config());
+    bench.send(alone(prompt(1, 14)));
+    assert!(bench.pass.clone().expect("a pass runs").items.iter().all(|item| item.reader.is_none()));
 }
 
 #[test]

@@ -124,7 +124,7 @@ fn nodes(page: &mut Page, nodes: &[NodeView]) {
             n.stats.recordings_stopped.into()
         }),
     ];
-    let counters: [(&str, &str, Read); 11] = [
+    let counters: [(&str, &str, Read); 12] = [
         ("ridge_kv_transfers_committed_total", "Hand-offs committed.", |n| n.stats.transfers_committed),
         ("ridge_kv_transfers_aborted_total", "Hand-offs aborted by either side.", |n| n.stats.transfers_aborted),
         ("ridge_kv_digest_failures_total", "KV pages whose digest did not match.", |n| n.stats.digest_failures),
@@ -142,6 +142,11 @@ fn nodes(page: &mut Page, nodes: &[NodeView]) {
             "ridge_kv_converted_pages_total",
             "KV pages sent that were made from blocks of another size or type than the receiver's.",
             |n| n.stats.converted_pages,
+        ),
+        (
+            "ridge_kv_device_converted_pages_total",
+            "Of those, the ones that the node's device had made while it computed.",
+            |n| n.stats.device_converted_pages,
         ),
         ("ridge_engine_steps_total", "Engine passes run.", |n| n.stats.steps),
     ];
