@@ -208,6 +208,10 @@ impl Builder {
             // If it cannot be noted, the next process checks again.
             let _ = File::options().write(true).open(path).and_then(|file| file.write_all_at(&checked.bytes(), 0));
         }
+        let renewed = file.renew_small_pages();
+        if renewed > 0 {
+            tracing::info!(bytes = renewed, path = %path.display(), "packed weights that were in small pages were read again");
+        }
         Some(file)
     }
 

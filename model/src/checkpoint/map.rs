@@ -67,6 +67,41 @@ impl FileMap {
         let _ = self.map.advise(memmap2::Advice::HugePage);
     }
 
+    /// Has those pieces of 2 MiB that the page cache holds in small pages read again, each as one huge page, and says how many bytes
+    /// that were. Where memory was short for a while, parts of a file are dropped and come back small, and stay so for as long as
+    /// they are in memory: with a tenth of the weights in small pages, decoding was measured to be a fifth slower. Does nothing if most
+    /// are small, because then the file system has no others. What another process has mapped stays as it is.
+    #[cfg(target_os = "linux")]
+    #[allow(unsafe_code, reason = "a private read-only file mapping loses nothing")]
+    pub fn renew_small_pages(&self) -> usize {
+        let (base, pieces) = (self.map.as_ptr().addr(), self.map.len() / HUGE_PAGE_BYTES);
+        if !base.is_multiple_of(HUGE_PAGE_BYTES) {
+            return 0;
+        }
+        let touch = |piece: usize| std::hint::black_box(self.map[piece * HUGE_PAGE_BYTES]);
+        (0..pieces).for_each(|piece| _ = touch(piece));
+        let Ok(small) = pagemap::small_pieces(base, pieces) else { return 0 };
+        if small.len() * 2 > pieces {
+            return 0;
+        }
+        for &piece in &small {
+            let start = piece * HUGE_PAGE_BYTES;
+            // SAFETY: as in `release`.
+            let _ =
+                unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, HUGE_PAGE_BYTES) };
+            let len = std::num::NonZeroU64::new(HUGE_PAGE_BYTES as u64);
+            let _ = rustix::fs::fadvise(&*self.file, start as u64, len, rustix::fs::Advice::DontNeed);
+            touch(piece);
+        }
+        small.len() * HUGE_PAGE_BYTES
+    }
+
+    /// Elsewhere nothing is known about pages.
+    #[cfg(not(target_os = "linux"))]
+    pub fn renew_small_pages(&self) -> usize {
+        0
+    }
+
     /// Asks the kernel to read the file ahead. A hint: failure is of no consequence.
     pub fn will_need(&self) {
         let _ = self.map.advise(memmap2::Advice::WillNeed);
@@ -105,5 +140,116 @@ impl NewFile {
         // A hint: without it pages of the cache are smaller, and so are those that readers map.
         let _ = map.advise(memmap2::Advice::HugePage);
         Ok(write(&mut map[start - from..][..bytes]))
+    }
+}
+
+/// How this process's memory is mapped (`PAGEMAP_SCAN` of linux/fs.h, Linux 6.7 and later).
+#[cfg(target_os = "linux")]
+#[allow(unsafe_code, reason = "an ioctl that rustix does not have")]
+mod pagemap {
+    use crate::mapping::HUGE_PAGE_BYTES;
+    use rustix::ioctl::{Updater, ioctl, opcode};
+    use std::fs::File;
+    use std::io;
+
+    const PRESENT: u64 = 1 << 3;
+    const HUGE: u64 = 1 << 6;
+
+    /// `struct page_region`.
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct Region {
+        start: u64,
+        end: u64,
+        categories: u64,
+    }
+
+    /// `struct pm_scan_arg`.
+    #[repr(C)]
+    struct Scan {
+        size: u64,
+        flags: u64,
+        start: u64,
+        end: u64,
+        walk_end: u64,
+        vec: u64,
+        vec_len: u64,
+        max_pages: u64,
+        category_inverted: u64,
+        category_mask: u64,
+        category_anyof_mask: u64,
+        return_mask: u64,
+    }
+
+    /// Which of so many pieces of 2 MiB from `base` on have pages that are there and not huge, in rising order.
+    pub fn small_pieces(base: usize, pieces: usize) -> io::Result<Vec<usize>> {
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let (mut start, end) = (base as u64, (base + pieces * HUGE_PAGE_BYTES) as u64);
+        let mut small = Vec::new();
+        while start < end {
+            let mut regions = [Region::default(); 512];
+            let mut scan = Scan {
+                size: size_of::<Scan>() as u64,
+                flags: 0,
+                start,
+                end,
+                walk_end: 0,
+                vec: regions.as_mut_ptr().addr() as u64,
+                vec_len: regions.len() as u64,
+                max_pages: 0,
+                category_inverted: HUGE,
+                category_mask: PRESENT | HUGE,
+                category_anyof_mask: 0,
+                return_mask: PRESENT,
+            };
+            const SCAN: rustix::ioctl::Opcode = opcode::read_write::<Scan>(b'f', 16);
+            // SAFETY: the argument is what the call takes, and `vec` is valid for `vec_len` regions until it returns.
+            unsafe { ioctl(&pagemap, Updater::<SCAN, Scan>::new(&mut scan))? };
+            // Regions that were not written are empty.
+            for region in regions.iter().filter(|region| region.start < region.end) {
+                let piece = |address: u64| (address as usize - base) / HUGE_PAGE_BYTES;
+                small.extend(piece(region.start)..=piece(region.end - 1));
+            }
+            if scan.walk_end <= start {
+                break;
+            }
+            start = scan.walk_end;
+        }
+        small.dedup();
+        Ok(small)
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// Where the file system has huge pages, a piece that was read small is huge again; everywhere the bytes stay.
+    #[test]
+    fn small_pages_are_renewed() {
+        const PIECES: usize = 8;
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("weights");
+        let bytes: Vec<u8> = (0..PIECES * HUGE_PAGE_BYTES).map(|i| (i / 4096 * 7 + i) as u8).collect();
+        std::fs::write(&path, &bytes).expect("a file");
+        let file = File::open(&path).expect("there");
+        file.sync_all().expect("on disk");
+        let drop_from_cache = || rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("a hint");
+        drop_from_cache();
+        // One piece is read small.
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).expect("a hint");
+        file.read_exact_at(&mut [0; 100], (3 * HUGE_PAGE_BYTES + 4096) as u64).expect("long enough");
+
+        let map = FileMap::open(&path).expect("it maps");
+        map.prefer_huge_pages();
+        let renewed = map.renew_small_pages();
+        assert_eq!(map.bytes(), bytes);
+        let base = map.map.as_ptr().addr();
+        if renewed > 0 {
+            assert_eq!(renewed, HUGE_PAGE_BYTES);
+            assert_eq!(pagemap::small_pieces(base, PIECES).expect("it just could"), [0; 0]);
+        } else {
+            eprintln!("not shown: this file system or kernel has no huge pages in its page cache");
+        }
     }
 }
