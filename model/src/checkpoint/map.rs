@@ -194,7 +194,8 @@ mod pagemap {
                 start,
                 end,
                 walk_end: 0,
-                vec: regions.as_mut_ptr().addr() as u64,
+                // Exposed: the kernel writes through the number, which the compiler must know of.
+                vec: regions.as_mut_ptr().expose_provenance() as u64,
                 vec_len: regions.len() as u64,
                 max_pages: 0,
                 category_inverted: HUGE,
@@ -234,8 +235,7 @@ mod tests {
         std::fs::write(&path, &bytes).expect("a file");
         let file = File::open(&path).expect("there");
         file.sync_all().expect("on disk");
-        let drop_from_cache = || rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("a hint");
-        drop_from_cache();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).expect("a hint");
         // One piece is read small.
         rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random).expect("a hint");
         file.read_exact_at(&mut [0; 100], (3 * HUGE_PAGE_BYTES + 4096) as u64).expect("long enough");

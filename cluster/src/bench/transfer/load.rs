@@ -137,7 +137,7 @@ fn added_s_per_byte(kv: &KvMemory, mut copy: impl FnMut(usize, BlockId, bool)) -
     let mut spent = [Duration::ZERO; 2];
     let pairs = DIGEST_PAGES.min(kv.blocks() * kv.layers()) / 2;
     for i in 0..2 * pairs {
-        let (block, digested) = (BlockId((i / kv.layers()) as u32), (i % 2 == 1));
+        let (block, digested) = (BlockId((i / kv.layers()) as u32), i % 2 == 1);
         let begin = Instant::now();
         copy(i % kv.layers(), block, digested);
         spent[usize::from(digested)] += begin.elapsed();
