@@ -142,6 +142,14 @@ impl Vector for Zmm {
         })
     }
     #[inline(always)]
+    fn times_exp2(self, n: Self) -> Self {
+        // SAFETY: `self` proves AVX-512.
+        Zmm(unsafe {
+            let keep = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(n.0, _mm512_set1_ps(-126.0));
+            _mm512_maskz_scalef_ps(keep, self.0, n.0)
+        })
+    }
+    #[inline(always)]
     fn sum(self) -> f32 {
         // SAFETY: `self` proves AVX-512.
         unsafe { sum_xmm(fold_ymm(fold_zmm(self.0))) }

@@ -88,6 +88,11 @@ pub(crate) trait Vector: Copy {
     fn exp2_integral(self) -> Self;
     /// Lanes where `probe < limit` become +0.
     fn zero_below(self, probe: Self, limit: f32) -> Self;
+    /// `self * 2^n` for integral lanes of `n` up to 127; +0 where `n < -126`, whatever `self` is there.
+    #[inline(always)]
+    fn times_exp2(self, n: Self) -> Self {
+        self.mul(n.exp2_integral()).zero_below(n, -126.0)
+    }
     /// Sum of the lanes, in a fixed tree.
     fn sum(self) -> f32;
     /// Largest lane.
@@ -226,6 +231,19 @@ pub(crate) trait BytesDot<V: Vector> {
 pub(crate) fn constant<V: Vector>(_proof: V, v: f32) -> V {
     // SAFETY: a value of V exists.
     unsafe { V::splat(v) }
+}
+
+/// 2^x for x up to 127, to 2 ulp: a minimax polynomial on -1/2..=1/2 that is 1 at 0. Exactly 0 where x rounds to less than -126,
+/// -inf included. It takes half the instructions of [`exp`].
+#[inline(always)]
+pub(crate) fn exp2<V: Vector>(x: V) -> V {
+    let n = x.round();
+    let r = x.sub(n);
+    let p = constant(x, 1.326_472_7e-3).fma(r, constant(x, 9.671_513e-3));
+    let p = p.fma(r, constant(x, 5.550_733_6e-2));
+    let p = p.fma(r, constant(x, 0.240_222_42));
+    let p = p.fma(r, constant(x, 0.693_147));
+    p.fma(r, constant(x, 1.0)).times_exp2(n)
 }
 
 /// e^x to about 1 ulp (Cephes' polynomial on |r| <= ln2 / 2); exactly 0 below -87, so that a masked score weighs nothing.

@@ -9,10 +9,10 @@
 //!     for each tile of 128 keys of the split:
 //!         scores[query][key] = q . k
 //!         for each query that sees a key of the tile:
-//!             m' = max(m, scale * its scores); p = e^(scale * score - m'), 0 where masked
-//!             l = l e^(m - m') + sum p;  o = o e^(m - m') + sum p v;  m = m'
-//!     M' = max(M, m); L = L e^(M - M') + l e^(m - M'); O likewise; M = M'
-//! O / L is the answer
+//!             m' = max(m, scale * its scores); p = 2^(scale * score - m'), 0 where masked
+//!             l = l 2^(m - m') + sum p;  o = o 2^(m - m') + sum p v;  m = m'
+//!     M' = max(M, m); L = L 2^(M - M') + l 2^(m - M'); O likewise; M = M'
+//! O / L is the answer; log2 e is part of the scale, so that powers are of 2
 //! ```
 //!
 //! Splits and tiles are cut at absolute positions, a key outside a query's view is skipped or weighs exactly 0, a score is one
@@ -34,7 +34,7 @@ use crate::kv::{AttentionItem, KvDtype, KvFormat};
 use products::{Ahead, Strips, Values, score, weigh};
 use softmax::{Tally, absorb, finish, merge};
 use std::ops::Range;
-use tile::{Brain, Element, Fp8, Half, Int8, Keys, Scales, Single};
+use tile::{Brain, Decoded, Element, Fp8, Half, Int8, Keys, Scales, Single};
 
 /// Keys per tile: what is done once per tile costs a fifth as much as the products with 64 keys, and a tenth with these.
 pub(crate) const TILE: usize = 128;
@@ -281,21 +281,20 @@ unsafe fn compute_split<V: Strips, E: Element>(
         if E::SCALED {
             tile::load_scales(run, begin, used.clone(), scales);
         }
+        let ahead = if begin + TILE < to { Ahead { run, begin: begin + TILE } } else { after };
+        let count = used.end - begin;
         // SAFETY: the features and the type, by contract.
         unsafe {
             if direct {
-                let ahead = if begin + TILE < to { Ahead { run, begin: begin + TILE } } else { after };
-                let next = Keys::of_pages::<V>(ahead.run, ahead.begin);
-                score::<V, E>(run, queries, &Keys::of_pages::<V>(run, begin), &next, used.end - begin, scores);
+                score::<V, E>(run, queries, &Keys::of_pages::<V>(run, begin), ahead, count, scores);
                 absorb::<V, E>(run, rows.clone(), begin, tally, scores, scales);
-                weigh::<V, E>(run, rows, begin, &Values::Pages(run), Some(ahead), tally, scores);
+                weigh::<V, E>(run, rows, begin, &Values::Pages(run), ahead, tally, scores);
             } else {
-                let keys = tile::decode_keys::<V, E>(run, begin, used.clone(), keys);
-                let keys = Keys::of_tile::<V>(keys);
-                score::<V, Single>(run, queries, &keys, &keys, used.end - begin, scores);
+                let keys = Keys::of_tile::<V>(tile::decode_keys::<V, E>(run, begin, used.clone(), keys));
+                score::<V, Decoded>(run, queries, &keys, ahead, count, scores);
                 absorb::<V, E>(run, rows.clone(), begin, tally, scores, scales);
-                let values = tile::decode_values::<V, E>(run, begin, used, values);
-                weigh::<V, Single>(run, rows, begin, &Values::Tile(values), None, tally, scores);
+                let values = Values::Tile(tile::decode_values::<V, E>(run, begin, used, values));
+                weigh::<V, Decoded>(run, rows, begin, &values, ahead, tally, scores);
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The two products of attention, in register tiles: queries with keys, weights with values.
 
 use super::softmax::Tally;
-use super::tile::{Element, Keys, Single};
+use super::tile::{Decoded, Element, Keys};
 use super::{Run, TILE};
 use crate::cpu::vector::Vector;
 use std::ops::Range;
@@ -32,7 +32,7 @@ impl Values<'_> {
             }
             Values::Tile(tile) => {
                 let width = run.width();
-                (tile[key * width..TILE * width].as_ptr().cast(), TILE - key, width * Single::BYTES)
+                (tile[key * width..TILE * width].as_ptr().cast(), TILE - key, width * Decoded::BYTES)
             }
         }
     }
@@ -54,6 +54,20 @@ impl Ahead<'_> {
         let (fmt, pos) = (self.run.fmt, self.begin + key);
         let page = self.run.pages[(pos / fmt.block_size).min(self.run.pages.len() - 1)];
         page.as_ptr().wrapping_add(fmt.value(self.run.kv_head, pos % fmt.block_size))
+    }
+
+    /// Asks for the values of some keys of the tile, and for as large a part of its keys: these lie across one another.
+    #[inline(always)]
+    fn ask<V: Vector>(&self, keys: Range<usize>) {
+        let fmt = self.run.fmt;
+        let between = fmt.value(self.run.kv_head, 0) - fmt.key(self.run.kv_head, 0, 0);
+        for key in keys {
+            let value = self.value(key);
+            for line in (0..fmt.head_dim * fmt.dtype.bytes()).step_by(LINE) {
+                V::prefetch_far(value.wrapping_add(line));
+                V::prefetch_far(value.wrapping_sub(between).wrapping_add(line));
+            }
+        }
     }
 }
 
@@ -113,7 +127,7 @@ fn strip<V: Vector>(left: usize) -> usize {
 }
 
 /// Products of some of the run's queries with the first `count` keys of a tile (and a few more, which mean nothing), into
-/// their rows of `scores` `[queries][TILE]`. The keys of `ahead` are asked for.
+/// their rows of `scores` `[queries][TILE]`. The keys of `ahead` are asked for; its values too if the keys are decoded.
 ///
 /// # Safety
 /// The CPU has `V`'s features; the keys are `E`s of the run's head. (Lengths are asserted.)
@@ -122,21 +136,26 @@ pub(super) unsafe fn score<V: Strips, E: Element>(
     run: &Run<'_>,
     queries: Range<usize>,
     keys: &Keys,
-    ahead: &Keys,
+    ahead: Ahead<'_>,
     count: usize,
     scores: &mut [f32],
 ) {
     let dim = run.fmt.head_dim;
+    let next = if E::NEAR { *keys } else { Keys::of_pages::<V>(ahead.run, ahead.begin) };
+    let share = |i: usize| (i - queries.start) * TILE / queries.len();
     let mut i = queries.start;
     while i < queries.end {
         let n = strip::<V>(queries.end - i);
+        if E::NEAR {
+            ahead.ask::<V>(share(i)..share(i + n));
+        }
         let mut q = [run.q.as_ptr(); 6];
         for (j, q) in q.iter_mut().enumerate().take(n) {
             *q = run.q[run.offset(i + j)..][..dim].as_ptr();
         }
         let out = scores[i * TILE..][..n * TILE].as_mut_ptr();
         // SAFETY: `n` pointers to `dim` floats and room for `n * TILE` scores, checked above; the keys by contract.
-        unsafe { for_strip!(n, score_strip(&q, dim, keys, ahead, count, out)) };
+        unsafe { for_strip!(n, score_strip(&q, dim, keys, &next, count, out)) };
         i += n;
     }
 }
@@ -168,7 +187,7 @@ pub(crate) unsafe fn score_strip<V: Vector, E: Element, const N: usize>(
                 for j in 0..4 {
                     k[j] = k[j].wrapping_add(keys.stride);
                     // Registers may be shorter than lines.
-                    if next[j].addr() % LINE < V::LANES * E::BYTES {
+                    if !E::NEAR && next[j].addr() % LINE < V::LANES * E::BYTES {
                         V::prefetch_far(next[j]);
                     }
                     next[j] = next[j].wrapping_add(ahead.stride);
@@ -192,7 +211,7 @@ pub(crate) unsafe fn score_strip<V: Vector, E: Element, const N: usize>(
 }
 
 /// Adds, for each query of `rows`, the values of the keys it sees in the tile at `begin`, times their weights
-/// `[queries][TILE]`, in the order of the keys. The values of `ahead` are asked for.
+/// `[queries][TILE]`, in the order of the keys. The values of `ahead` are asked for, unless these are decoded.
 ///
 /// # Safety
 /// The CPU has `V`'s features; the values are `E`s. (Lengths are asserted.)
@@ -202,7 +221,7 @@ pub(super) unsafe fn weigh<V: Strips, E: Element>(
     rows: Range<usize>,
     begin: usize,
     values: &Values<'_>,
-    ahead: Option<Ahead<'_>>,
+    ahead: Ahead<'_>,
     tally: &mut Tally<'_>,
     weights: &[f32],
 ) {
@@ -246,7 +265,7 @@ pub(crate) struct Strip<'a> {
     run: &'a Run<'a>,
     begin: usize,
     values: &'a Values<'a>,
-    ahead: Option<Ahead<'a>>,
+    ahead: Ahead<'a>,
     width: usize,
 }
 
@@ -303,12 +322,14 @@ unsafe fn weigh_registers<V: Vector, E: Element, const N: usize, const R: usize>
         while key < keys.end {
             let (values, count, stride) = strip.values.rows_from(strip.run, strip.begin, key);
             let count = count.min(keys.end - key);
-            let ahead = strip.ahead.map_or(values, |ahead| ahead.value(key)).wrapping_add(at * E::BYTES);
+            let ahead = strip.ahead.value(key).wrapping_add(at * E::BYTES);
             let (values, weights) = (values.add(at * E::BYTES), weights.add(key));
             for key in 0..count {
                 let row = values.add(key * stride);
-                for line in (0..R * V::LANES * E::BYTES).step_by(LINE) {
-                    V::prefetch_far(ahead.wrapping_add(key * stride + line));
+                if !E::NEAR {
+                    for line in (0..R * V::LANES * E::BYTES).step_by(LINE) {
+                        V::prefetch_far(ahead.wrapping_add(key * stride + line));
+                    }
                 }
                 let mut v = [V::splat(0.0); R];
                 let (pairs, single) = v.as_chunks_mut::<2>();

@@ -2,16 +2,17 @@
 
 use super::tile::{Element, Scales};
 use super::{PAD, Run, SPLIT, TILE};
-use crate::cpu::vector::{Vector, exp};
+use crate::cpu::vector::{Vector, exp2};
+use std::f32::consts::LOG2_E;
 use std::ops::Range;
 
 /// The state of a run's queries after some keys.
 pub(super) struct Tally<'a> {
-    /// Largest scaled score.
+    /// Largest scaled score, times log2 e: then the powers are of 2, which cost half as much as those of e.
     pub(super) max: &'a mut [f32],
-    /// Sum of `e^(score - max)`.
+    /// Sum of `2^(score - max)`.
     pub(super) sum: &'a mut [f32],
-    /// Sum of `e^(score - max) * value`, `[queries][width]`.
+    /// Sum of `2^(score - max) * value`, `[queries][width]`.
     pub(super) output: &'a mut [f32],
 }
 
@@ -78,7 +79,7 @@ pub(super) unsafe fn absorb<V: Vector, E: Element>(
     scales: &Scales,
 ) {
     let (group, width) = (run.group(), run.width());
-    let factor = run.scale * E::UNIT;
+    let factor = run.scale * E::UNIT * LOG2_E;
     let end = rows.end * group;
     // As many queries at a time as a register has lanes, so that what is one number per query is done for all of them.
     for first in (rows.start * group..end).step_by(V::LANES) {
@@ -102,8 +103,8 @@ pub(super) unsafe fn absorb<V: Vector, E: Element>(
         unsafe {
             let old = read::<V>(&tally.max[block.clone()]);
             let new = read::<V>(&largest[..V::LANES]).mul(V::splat(factor)).max(old);
-            // Before a query's first key the old maximum is -inf, and e^-inf is 0 here as it should be.
-            exp(old.sub(new)).store(rescale.as_mut_ptr());
+            // Before a query's first key the old maximum is -inf, and 2^-inf is 0 here as it should be.
+            exp2(old.sub(new)).store(rescale.as_mut_ptr());
             write(new, &mut tally.max[block.clone()]);
             for (i, scores) in scores.iter_mut().enumerate() {
                 sums[i] = weights::<V, E>(scores, factor, tally.max[first + i], &scales.values);
@@ -150,7 +151,7 @@ unsafe fn max<V: Vector>(scores: &[f32; TILE]) -> f32 {
     }
 }
 
-/// Scores to `e^(factor * score - max)`, times the values' scales where there are any; returns the sum without those.
+/// Scores to `2^(factor * score - max)`, times the values' scales where there are any; returns the sum without those.
 ///
 /// # Safety
 /// The CPU has `V`'s features.
@@ -162,7 +163,7 @@ unsafe fn weights<V: Vector, E: Element>(scores: &mut [f32; TILE], factor: f32, 
         let mut total = V::splat(0.0);
         for at in (0..TILE).step_by(V::LANES) {
             let p = scores.as_mut_ptr().add(at);
-            let e = exp(V::load(p).fma(factor, shift));
+            let e = exp2(V::load(p).fma(factor, shift));
             total = total.add(e);
             if E::SCALED {
                 e.mul(V::load(scales.as_ptr().add(at))).store(p);
@@ -190,7 +191,7 @@ pub(super) unsafe fn merge<V: Vector>(run: &Run<'_>, split: usize, total: &mut T
         unsafe {
             let (before, added) = (read::<V>(&total.max[block.clone()]), read::<V>(&part.max[block.clone()]));
             let max = before.max(added);
-            let (a, b) = (exp(before.sub(max)), exp(added.sub(max)));
+            let (a, b) = (exp2(before.sub(max)), exp2(added.sub(max)));
             let sum = read::<V>(&part.sum[block.clone()]).mul(b);
             let sum = read::<V>(&total.sum[block.clone()]).fma(a, sum);
             write(max, &mut total.max[block.clone()]);

@@ -14,6 +14,8 @@ pub(crate) trait Element {
     const UNIT: f32 = 1.0;
     /// Whether each vector has a scale.
     const SCALED: bool = false;
+    /// Whether the elements are in a cache already, because this thread has just decoded them.
+    const NEAR: bool = false;
 
     /// Reads a register of elements.
     ///
@@ -61,6 +63,8 @@ pub(crate) trait Element {
 }
 
 pub(crate) struct Single;
+/// Floats of a decoded tile.
+pub(crate) struct Decoded;
 pub(crate) struct Half;
 pub(crate) struct Brain;
 pub(crate) struct Fp8;
@@ -77,6 +81,21 @@ impl Element for Single {
     unsafe fn one(p: *const u8) -> f32 {
         // SAFETY: by contract.
         unsafe { p.cast::<f32>().read_unaligned() }
+    }
+}
+
+impl Element for Decoded {
+    const BYTES: usize = 4;
+    const NEAR: bool = true;
+    #[inline(always)]
+    unsafe fn load<V: Vector>(p: *const u8) -> V {
+        // SAFETY: passed on.
+        unsafe { Single::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn one(p: *const u8) -> f32 {
+        // SAFETY: passed on.
+        unsafe { Single::one(p) }
     }
 }
 
@@ -165,6 +184,7 @@ pub(super) fn is_direct<V: Vector>(run: &Run<'_>) -> bool {
 }
 
 /// The transposed keys of a tile: where each register of them starts, for the head's first element.
+#[derive(Clone, Copy)]
 pub(crate) struct Keys {
     registers: [*const u8; TILE / 4],
     /// Bytes from one element to the next.
