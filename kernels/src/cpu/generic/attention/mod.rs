@@ -43,7 +43,7 @@ pub(crate) const TILE: usize = 128;
 pub(crate) const SPLIT: usize = 512;
 /// Most queries of a run (rows times grouped heads), unless one row has more: enough to pay for decoding a tile,
 /// few enough that queries, scores and outputs stay in the second-level cache.
-pub(crate) const RUN_QUERIES: usize = 128;
+pub(crate) const RUN_QUERIES: usize = 192;
 /// Rows of scratch are multiples of this many floats, the widest register.
 const PAD: usize = 16;
 
