@@ -43,7 +43,7 @@ pub(crate) const TILE: usize = 128;
 pub(crate) const SPLIT: usize = 512;
 /// Most queries of a run (rows times grouped heads), unless one row has more: enough to pay for decoding a tile,
 /// few enough that queries, scores and outputs stay in the second-level cache.
-pub(crate) const RUN_QUERIES: usize = 192;
+pub(crate) const RUN_QUERIES: usize = 384;
 /// Rows of scratch are multiples of this many floats, the widest register.
 const PAD: usize = 16;
 
@@ -282,16 +282,15 @@ unsafe fn compute_split<V: Strips, E: Element>(
             tile::load_scales(run, begin, used.clone(), scales);
         }
         let ahead = if begin + TILE < to { Ahead { run, begin: begin + TILE } } else { after };
-        let count = used.end - begin;
         // SAFETY: the features and the type, by contract.
         unsafe {
             if direct {
-                score::<V, E>(run, queries, &Keys::of_pages::<V>(run, begin), ahead, count, scores);
+                score::<V, E>(run, queries, begin, &Keys::of_pages::<V>(run, begin), ahead, scores);
                 absorb::<V, E>(run, rows.clone(), begin, tally, scores, scales);
                 weigh::<V, E>(run, rows, begin, &Values::Pages(run), ahead, tally, scores);
             } else {
                 let keys = Keys::of_tile::<V>(tile::decode_keys::<V, E>(run, begin, used.clone(), keys));
-                score::<V, Decoded>(run, queries, &keys, ahead, count, scores);
+                score::<V, Decoded>(run, queries, begin, &keys, ahead, scores);
                 absorb::<V, E>(run, rows.clone(), begin, tally, scores, scales);
                 let values = Values::Tile(tile::decode_values::<V, E>(run, begin, used, values));
                 weigh::<V, Decoded>(run, rows, begin, &values, ahead, tally, scores);

@@ -126,7 +126,7 @@ fn strip<V: Vector>(left: usize) -> usize {
     left.div_ceil(left.div_ceil(V::TILE_QUERIES))
 }
 
-/// Products of some of the run's queries with the first `count` keys of a tile (and a few more, which mean nothing), into
+/// Products of some of the run's queries with the keys they see of the tile at `begin` (and others, which mean nothing), into
 /// their rows of `scores` `[queries][TILE]`. The keys of `ahead` are asked for; its values too if the keys are decoded.
 ///
 /// # Safety
@@ -135,9 +135,9 @@ fn strip<V: Vector>(left: usize) -> usize {
 pub(super) unsafe fn score<V: Strips, E: Element>(
     run: &Run<'_>,
     queries: Range<usize>,
+    begin: usize,
     keys: &Keys,
     ahead: Ahead<'_>,
-    count: usize,
     scores: &mut [f32],
 ) {
     let dim = run.fmt.head_dim;
@@ -153,6 +153,8 @@ pub(super) unsafe fn score<V: Strips, E: Element>(
         for (j, q) in q.iter_mut().enumerate().take(n) {
             *q = run.q[run.offset(i + j)..][..dim].as_ptr();
         }
+        // The last query of a strip sees the most.
+        let count = run.seen((i + n - 1) / run.group(), begin).end;
         let out = scores[i * TILE..][..n * TILE].as_mut_ptr();
         // SAFETY: `n` pointers to `dim` floats and room for `n * TILE` scores, checked above; the keys by contract.
         unsafe { for_strip!(n, score_strip(&q, dim, keys, &next, count, out)) };
