@@ -13,6 +13,8 @@ pub mod hub;
 pub mod llama2c;
 mod map;
 pub mod nvfp4;
+#[cfg(target_os = "linux")]
+mod pagemap;
 pub mod safetensors;
 mod tensors;
 

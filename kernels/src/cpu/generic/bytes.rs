@@ -135,10 +135,10 @@ unsafe fn byte_tiles<V: Vector, B: ByteTiles<V>, Q: Kind>(
             // SAFETY: the tile's words, scales and sums of x start at its first row times those of a row.
             unsafe {
                 let first = groups.start * span.len();
-                let words = job.x.words(span.start).add(first * Q::G / 4);
+                let [words, next] = job.words(tile);
                 let t = ByteTile {
-                    words,
-                    next: if tile + 1 < job.tiles.end { job.x.words(span.end).add(first * Q::G / 4) } else { words },
+                    words: words.add(first * Q::G / 4),
+                    next: next.wrapping_add(first * Q::G / 4),
                     x_scales: job.x.scales(span.start).add(first * Q::G / QUANT_BLOCK),
                     x_sums: if Q::G == 16 { job.x.sums_16(span.start) } else { job.x.sums_32(span.start) }.add(first),
                     w,

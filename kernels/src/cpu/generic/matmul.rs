@@ -68,6 +68,16 @@ pub(crate) struct Job<'a> {
     pub(crate) y_stride: usize,
 }
 
+impl Job<'_> {
+    /// The words of x of a tile, and those of the one after it: its own again for the last, because somebody asks for them.
+    #[inline(always)]
+    pub(super) fn words(&self, tile: usize) -> [*const u32; 2] {
+        let span = self.x.tile(tile);
+        let next = if tile + 1 < self.tiles.end { span.end } else { span.start };
+        [self.x.words(span.start), self.x.words(next)]
+    }
+}
+
 /// 16 floats, aligned to a cache line.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -366,12 +376,8 @@ unsafe fn float_tiles<V: Vector, D: WordsDot<V>>(
             call += 1;
             // SAFETY: the tile's words of x start at its first row times the words of a row; everything else is as by contract.
             unsafe {
-                let x = job.x.words(span.start).add(units.start * D::STEPS * span.len());
-                let next = if tile + 1 < job.tiles.end {
-                    job.x.words(span.end).add(units.start * D::STEPS * span.len())
-                } else {
-                    x
-                };
+                let first = units.start * D::STEPS * span.len();
+                let [x, next] = job.words(tile);
                 let start = w.start.add(column * w.column);
                 let sums = sums.add((span.start - rows.start) * STRIP + column);
                 by_rows!(
@@ -379,7 +385,7 @@ unsafe fn float_tiles<V: Vector, D: WordsDot<V>>(
                     [float_tile],
                     [V, D],
                     V::FOUR,
-                    ([x, next], start, w.unit, units.len(), ahead, sums, fresh)
+                    ([x.add(first), next.wrapping_add(first)], start, w.unit, units.len(), ahead, sums, fresh)
                 );
             }
         }
