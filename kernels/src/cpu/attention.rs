@@ -1,15 +1,15 @@
 //! Attention: cuts the items into pieces (one key/value head, a few rows, some splits of the context) and shares them out.
 //! Also the writing of the cache.
 
-use super::generic::attention::{Piece, RUN_QUERIES, Run, SPLIT, Scratch};
+use super::generic::attention::{Piece, RUN_QUERIES_MAX, RUN_QUERIES_MIN, Run, SPLIT, Scratch};
 use super::{Cpu, Shared};
 use crate::kv::{AttentionItem, KvFormat, KvWrite};
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Mutex;
 
-/// Tasks per thread below which a run is cut at its splits: the last task to end keeps the other threads waiting for about
-/// one part in as many.
+/// Tasks per thread below which runs become shorter, and then are cut at their splits: the last task to end keeps the other
+/// threads waiting for about one part in as many.
 const TASKS_PER_THREAD: usize = 8;
 
 thread_local! {
@@ -51,7 +51,9 @@ impl Cpu {
         assert!(q.len().is_multiple_of(heads * fmt.head_dim));
         check_items(fmt, items, q.len() / (heads * fmt.head_dim));
 
-        let run_rows = (RUN_QUERIES * fmt.kv_heads / heads).max(1);
+        let queries = heads * items.iter().map(|item| item.rows).sum::<usize>();
+        let run_queries = (queries / (self.threads() * TASKS_PER_THREAD)).clamp(RUN_QUERIES_MIN, RUN_QUERIES_MAX);
+        let run_rows = (run_queries * fmt.kv_heads / heads).max(1);
         let out = Shared(out.as_mut_ptr());
         let runs: Vec<Run<'_>> = items
             .iter()

@@ -41,9 +41,11 @@ pub(crate) const TILE: usize = 128;
 /// Keys per split. A split of a head of 64 in bf16 is 128 KiB, about 10 us of memory time: a hundred times what it costs to
 /// hand out a task, and joining its result is 1 % of computing it. Shorter would serve more threads than machines have.
 pub(crate) const SPLIT: usize = 512;
-/// Most queries of a run (rows times grouped heads), unless one row has more: enough to pay for decoding a tile,
-/// few enough that queries, scores and outputs stay in the second-level cache.
-pub(crate) const RUN_QUERIES: usize = 384;
+/// Most queries of a run (rows times grouped heads), unless one row has more. The more, the less is decoded: a tile once per run;
+/// these, their scores and their outputs just stay in the second-level cache.
+pub(crate) const RUN_QUERIES_MAX: usize = 384;
+/// Queries that pay for decoding a tile: where threads are many, runs become as short as this to occupy them all.
+pub(crate) const RUN_QUERIES_MIN: usize = 96;
 /// Rows of scratch are multiples of this many floats, the widest register.
 const PAD: usize = 16;
 
