@@ -35,9 +35,10 @@ pub const MEASURED_ROWS: usize = 2048;
 const PROBES: [usize; 5] = [1, 17, 64, 129, 500];
 /// Rows that stand in front of the probe in a second try: rows begin at multiples of 16 bytes whatever k is.
 const PROBE_BEHIND: usize = 24;
-/// How far the results of another implementation may be from ours, root mean squares compared. Rounding to 16 bits costs 2^-9 at most,
-/// sums of fp8 in another order less; a factor in the wrong place costs about one.
-const DIFFERENCE_MAX: f64 = 0.01;
+/// How far the results of another implementation may be from ours, root mean squares compared. Rounding to 16 bits costs 2^-9 at most;
+/// tensor cores that keep few bits of fp8's sums cost more, and not the same in every kernel; a row or factor in the wrong place costs
+/// about all there is.
+const DIFFERENCE_MAX: f64 = 0.05;
 /// When this has passed, matrices get the best of what was tried, which is at least our own kernel.
 const BUDGET: Duration = Duration::from_secs(20);
 /// How long others wait for who measures: the budget, and compiling kernels on a machine's first start.
