@@ -269,6 +269,12 @@ impl Products {
             };
             choices.push(choice);
         }
+        if !measured.is_empty() && Instant::now() >= until {
+            tracing::info!(
+                "measuring products took its {} s: what is left keeps the best that was tried",
+                BUDGET.as_secs()
+            );
+        }
         Ok((choices, measured))
     }
 
@@ -315,8 +321,8 @@ impl Products {
                 Vec::new()
             });
             for variant in variants {
+                // Our own kernel is the first, and always tried.
                 if !tried.is_empty() && Instant::now() >= until {
-                    tracing::debug!("{name} is not tried for {key:?}: the time for measuring is used up");
                     break;
                 }
                 self.settle(key, index, halves, variant);

@@ -1,15 +1,14 @@
 //! NVIDIA's cuBLASLt as it is called: a handle, and products as it is told of them. No device has run this.
 //!
-//! Read [`Library`] and [`Problem`].
+//! The types are cudarc's; the functions are looked up here, because cudarc looks for the libraries of the version of CUDA alone that it
+//! was built for. Read [`Library`], [`Problem`] and [`Functions`].
 
 use crate::DType;
 use crate::cuda::device::{Buffer, CudaError, Device};
 use crate::cuda::ops::gemm::{ADD_F32, Operands, Product, Variant};
-use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
-use std::ffi::c_void;
-use std::panic::catch_unwind;
-use std::sync::Arc;
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::sync::{Arc, OnceLock};
 
 /// What NVIDIA recommends on Hopper; older devices need less.
 pub const WORKSPACE_BYTES: usize = 32 << 20;
@@ -19,10 +18,12 @@ const SUGGESTIONS: usize = 8;
 /// would refuse some of them.
 const ALIGNED: u32 = 16;
 
+/// Where the loader looks for it, best first.
+const NAMES: [&str; 3] = ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"];
+
 /// Whether the library is on this machine.
 pub fn is_present() -> bool {
-    // SAFETY: loading NVIDIA's library runs its initialisers, which are those of a plain shared library.
-    unsafe { sys::is_culib_present() }
+    Functions::get().is_ok()
 }
 
 /// The library on one device.
@@ -31,17 +32,13 @@ pub struct Library {
     pub device: Arc<dyn Device>,
     handle: sys::cublasLtHandle_t,
     workspace: Buffer,
-    set: SetAttribute,
+    lt: &'static Functions,
 }
 
 // SAFETY: cublasLt handles may be used from any thread, also at once ("Thread safety" in its documentation).
 unsafe impl Send for Library {}
 // SAFETY: as above.
 unsafe impl Sync for Library {}
-
-fn call<T>(call: &'static str, result: Result<T, CublasError>) -> Result<T, CudaError> {
-    result.map_err(|error| CudaError::Call { call, reason: error.to_string() })
-}
 
 impl Library {
     /// Opens it.
@@ -54,22 +51,18 @@ impl Library {
             let name = &device.properties().name;
             return Err(CudaError::Unavailable(format!("cuBLASLt does not run on {name}")));
         }
-        if !is_present() {
-            return Err(CudaError::Unavailable("cuBLASLt (libcublasLt) is not on this machine".into()));
-        }
-        let set = SetAttribute::load()?;
+        let lt = Functions::get()?;
         let workspace = Buffer::new(device, WORKSPACE_BYTES)?;
-        // A library that lacks a function would make cudarc panic: it is found out here, once.
-        let handle = catch_unwind(result::create_handle)
-            .map_err(|_| CudaError::Unavailable("the cuBLASLt on this machine is incomplete".into()))?;
-        let handle = call("cublasLtCreate", handle)?;
-        Ok(Self { device: device.clone(), handle, workspace, set })
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the handle goes to where it says; the device's context is current.
+        lt.check("cublasLtCreate", unsafe { (lt.create)(&raw mut handle) })?;
+        Ok(Self { device: device.clone(), handle, workspace, lt })
     }
 
     /// The library's version, such as 120605.
     pub fn version(&self) -> usize {
         // SAFETY: takes nothing and returns a number.
-        unsafe { sys::cublasLtGetVersion() }
+        unsafe { (self.lt.version)() }
     }
 
     /// The kernels that it would take for a product whose factors it applies as `scaling` says, best first.
@@ -78,14 +71,14 @@ impl Library {
     ///
     /// If it has none, or does not know such products.
     pub fn suggestions(&self, p: &Product, scaling: Scaling) -> Result<Vec<Variant>, CudaError> {
-        let problem = Problem::new(self.set, p, scaling)?;
-        let preference = Preference::new()?;
+        let problem = Problem::new(self.lt, p, scaling)?;
+        let preference = Preference::new(self.lt)?;
         // SAFETY: the library fills the first `found` of them, and zeros are values of this structure of numbers.
         let mut results: [sys::cublasLtMatmulHeuristicResult_t; SUGGESTIONS] = unsafe { std::mem::zeroed() };
         let mut found = 0;
         // SAFETY: all descriptors are alive, and there is room for as many as are asked for.
         let asked = unsafe {
-            sys::cublasLtMatmulAlgoGetHeuristic(
+            (self.lt.suggest)(
                 self.handle,
                 problem.operation.0,
                 problem.a.0,
@@ -93,12 +86,12 @@ impl Library {
                 problem.d.0,
                 problem.d.0,
                 preference.0,
-                SUGGESTIONS as i32,
+                SUGGESTIONS as c_int,
                 results.as_mut_ptr(),
                 &raw mut found,
             )
         };
-        call("cublasLtMatmulAlgoGetHeuristic", asked.result())?;
+        self.lt.check("cublasLtMatmulAlgoGetHeuristic", asked)?;
         let found = usize::try_from(found).unwrap_or(0).min(SUGGESTIONS);
         let usable = results[..found].iter().filter(|result| result.state.result().is_ok());
         Ok(usable.map(|result| Variant(result.algo.data)).collect())
@@ -111,21 +104,21 @@ impl Library {
     /// As [`super::Gemm::multiply`]; with [`Scaling::Blocks`], the factors of x are as that has them.
     pub unsafe fn compute(&self, p: &Product, scaling: Scaling, kernel: Variant) -> Result<(), CudaError> {
         let stream = self.device.raw_stream().ok_or_else(|| CudaError::Unavailable("no CUDA stream".into()))?;
-        let Problem { a, b, d, operation } = &Problem::new(self.set, p, scaling)?;
+        let Problem { a, b, d, operation } = &Problem::new(self.lt, p, scaling)?;
         let beta = if p.finish == ADD_F32 { 1.0f32 } else { 0.0 };
         let (alpha, kernel) = (1.0f32, sys::cublasLtMatmulAlgo_t { data: kernel.0 });
         // SAFETY: the operands are the caller's promise and the layouts are of their shapes; the workspace belongs to this value
         // and the stream's order keeps products that use it apart. The library checks the kernel.
         let done = unsafe {
-            result::matmul(
+            (self.lt.multiply)(
                 self.handle,
                 operation.0,
                 (&raw const alpha).cast(),
-                (&raw const beta).cast(),
                 p.w as *const c_void,
                 a.0,
                 p.x as *const c_void,
                 b.0,
+                (&raw const beta).cast(),
                 p.y as *const c_void,
                 d.0,
                 p.y as *mut c_void,
@@ -136,15 +129,15 @@ impl Library {
                 stream as sys::cudaStream_t,
             )
         };
-        call("cublasLtMatmul", done)
+        self.lt.check("cublasLtMatmul", done)
     }
 }
 
 impl Drop for Library {
     fn drop(&mut self) {
         // SAFETY: created by `open`, and used by nobody after this.
-        if let Err(error) = unsafe { result::destroy_handle(self.handle) } {
-            tracing::warn!("cublasLtDestroy: {error}");
+        if let Err(error) = self.lt.check("cublasLtDestroy", unsafe { (self.lt.destroy)(self.handle) }) {
+            tracing::warn!("{error}");
         }
     }
 }
@@ -171,13 +164,13 @@ struct Problem {
 }
 
 impl Problem {
-    fn new(set: SetAttribute, p: &Product, scaling: Scaling) -> Result<Self, CudaError> {
+    fn new(lt: &'static Functions, p: &Product, scaling: Scaling) -> Result<Self, CudaError> {
         let (m, n, k) = (p.shape.m, p.shape.n, p.shape.k);
         let operand = match p.operands() {
             Operands::Plain(dtype) => data_type(dtype),
             Operands::Fp8 | Operands::Fp8Blocks => sys::cudaDataType_t::CUDA_R_8F_E4M3,
         };
-        let operation = Operation::new(set)?;
+        let operation = Operation::new(lt)?;
         if let (Some(factors), Some([of_w, of_x])) = (p.fp8, modes(scaling)) {
             operation.set(A_SCALE_MODE, &of_w.to_ne_bytes())?;
             operation.set(B_SCALE_MODE, &of_x.to_ne_bytes())?;
@@ -185,9 +178,9 @@ impl Problem {
             operation.set(B_SCALE_POINTER, &factors.x.to_ne_bytes())?;
         }
         Ok(Self {
-            a: Layout::new(operand, k, n)?,
-            b: Layout::new(operand, k, m)?,
-            d: Layout::new(data_type(p.result()), n, m)?,
+            a: Layout::new(lt, operand, k, n)?,
+            b: Layout::new(lt, operand, k, m)?,
+            d: Layout::new(lt, data_type(p.result()), n, m)?,
             operation,
         })
     }
@@ -209,97 +202,190 @@ const B_SCALE_POINTER: u32 = 18;
 const A_SCALE_MODE: u32 = 31;
 const B_SCALE_MODE: u32 = 32;
 
-/// `cublasLtMatmulDescSetAttribute` with attributes as numbers: a library that does not know one says so.
-#[derive(Clone, Copy, Debug)]
-struct SetAttribute(unsafe extern "C" fn(sys::cublasLtMatmulDesc_t, u32, *const c_void, usize) -> u32);
-
-impl SetAttribute {
-    fn load() -> Result<Self, CudaError> {
-        // SAFETY: the library is present, and this is its signature; enums are unsigned in C.
-        let found = unsafe { sys::culib().get(b"cublasLtMatmulDescSetAttribute\0") };
-        let found = found.map_err(|error| CudaError::Unavailable(format!("cuBLASLt: {error}")))?;
-        Ok(Self(*found))
-    }
-}
-
 /// A matrix's type and shape, column-major as the library has it.
-struct Layout(sys::cublasLtMatrixLayout_t);
+struct Layout(sys::cublasLtMatrixLayout_t, &'static Functions);
 
 impl Layout {
-    fn new(element: sys::cudaDataType_t, rows: usize, cols: usize) -> Result<Self, CudaError> {
-        let layout = result::create_matrix_layout(element, rows as u64, cols as u64, rows as i64);
-        Ok(Self(call("cublasLtMatrixLayoutCreate", layout)?))
+    fn new(lt: &'static Functions, element: sys::cudaDataType_t, rows: usize, cols: usize) -> Result<Self, CudaError> {
+        let mut layout = std::ptr::null_mut();
+        // SAFETY: the layout goes to where it says.
+        let made = unsafe { (lt.new_layout)(&raw mut layout, element as u32, rows as u64, cols as u64, rows as i64) };
+        lt.check("cublasLtMatrixLayoutCreate", made)?;
+        Ok(Self(layout, lt))
     }
 }
 
 impl Drop for Layout {
     fn drop(&mut self) {
         // SAFETY: created by `new`; nobody else destroys it.
-        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+        unsafe { (self.1.end_layout)(self.0) };
     }
 }
 
-struct Operation(sys::cublasLtMatmulDesc_t, SetAttribute);
+struct Operation(sys::cublasLtMatmulDesc_t, &'static Functions);
 
 impl Operation {
     /// `aᵀ · b` with f32 sums; fast accumulation, which shortens those of fp8, stays off.
-    fn new(set: SetAttribute) -> Result<Self, CudaError> {
-        let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let operation = result::create_matmul_desc(compute, sys::cudaDataType_t::CUDA_R_32F);
-        let operation = Self(call("cublasLtMatmulDescCreate", operation)?, set);
+    fn new(lt: &'static Functions) -> Result<Self, CudaError> {
+        let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
+        let mut operation = std::ptr::null_mut();
+        // SAFETY: the description goes to where it says.
+        let made = unsafe { (lt.new_operation)(&raw mut operation, compute as u32, scale as u32) };
+        lt.check("cublasLtMatmulDescCreate", made)?;
+        let operation = Self(operation, lt);
         // CUBLAS_OP_T.
         operation.set(TRANSA, &1i32.to_ne_bytes())?;
         Ok(operation)
     }
 
+    /// Sets an attribute, by its number: a library that does not know it says so.
     fn set(&self, attribute: u32, value: &[u8]) -> Result<(), CudaError> {
-        // SAFETY: the descriptor is alive, and the library checks the attribute and its length.
-        match unsafe { (self.1.0)(self.0, attribute, value.as_ptr().cast(), value.len()) } {
-            0 => Ok(()),
-            code => Err(CudaError::Call {
-                call: "cublasLtMatmulDescSetAttribute",
-                reason: format!("attribute {attribute} is refused with {code}"),
-            }),
-        }
+        // SAFETY: the description is alive, and the library checks the attribute and its length.
+        let set = unsafe { (self.1.set_operation)(self.0, attribute, value.as_ptr().cast(), value.len()) };
+        self.1.check("cublasLtMatmulDescSetAttribute", set)
     }
 }
 
 impl Drop for Operation {
     fn drop(&mut self) {
         // SAFETY: created by `new`; nobody else destroys it.
-        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+        unsafe { (self.1.end_operation)(self.0) };
     }
 }
 
-struct Preference(sys::cublasLtMatmulPreference_t);
+// `cublasLtMatmulPreferenceAttributes_t`.
+const MAX_WORKSPACE_BYTES: u32 = 1;
+const MIN_ALIGNMENT_BYTES: [u32; 4] = [5, 6, 7, 8];
+
+struct Preference(sys::cublasLtMatmulPreference_t, &'static Functions);
 
 impl Preference {
-    fn new() -> Result<Self, CudaError> {
-        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
-        let preference = Self(call("cublasLtMatmulPreferenceCreate", result::create_matmul_pref())?);
-        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &(WORKSPACE_BYTES as u64).to_ne_bytes())?;
-        for operand in [
-            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
-        ] {
+    fn new(lt: &'static Functions) -> Result<Self, CudaError> {
+        let mut preference = std::ptr::null_mut();
+        // SAFETY: the preference goes to where it says.
+        let made = unsafe { (lt.new_preference)(&raw mut preference) };
+        lt.check("cublasLtMatmulPreferenceCreate", made)?;
+        let preference = Self(preference, lt);
+        preference.set(MAX_WORKSPACE_BYTES, &(WORKSPACE_BYTES as u64).to_ne_bytes())?;
+        for operand in MIN_ALIGNMENT_BYTES {
             preference.set(operand, &ALIGNED.to_ne_bytes())?;
         }
         Ok(preference)
     }
 
-    fn set(&self, attribute: sys::cublasLtMatmulPreferenceAttributes_t, value: &[u8]) -> Result<(), CudaError> {
-        // SAFETY: the preference is alive, and the library checks the length.
-        let set = unsafe { result::set_matmul_pref_attribute(self.0, attribute, value.as_ptr().cast(), value.len()) };
-        call("cublasLtMatmulPreferenceSetAttribute", set)
+    fn set(&self, attribute: u32, value: &[u8]) -> Result<(), CudaError> {
+        // SAFETY: the preference is alive, and the library checks the attribute and its length.
+        let set = unsafe { (self.1.set_preference)(self.0, attribute, value.as_ptr().cast(), value.len()) };
+        self.1.check("cublasLtMatmulPreferenceSetAttribute", set)
     }
 }
 
 impl Drop for Preference {
     fn drop(&mut self) {
         // SAFETY: created by `new`; nobody else destroys it.
-        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+        unsafe { (self.1.end_preference)(self.0) };
+    }
+}
+
+/// `cublasStatus_t`, 0 being success. Other enums that are passed are unsigned numbers as well.
+type Status = u32;
+
+/// The library's functions. They live as long as the process: what was found is never closed.
+#[derive(Debug)]
+struct Functions {
+    create: unsafe extern "C" fn(*mut sys::cublasLtHandle_t) -> Status,
+    destroy: unsafe extern "C" fn(sys::cublasLtHandle_t) -> Status,
+    version: unsafe extern "C" fn() -> usize,
+    status: unsafe extern "C" fn(Status) -> *const c_char,
+    new_layout: unsafe extern "C" fn(*mut sys::cublasLtMatrixLayout_t, u32, u64, u64, i64) -> Status,
+    end_layout: unsafe extern "C" fn(sys::cublasLtMatrixLayout_t) -> Status,
+    new_operation: unsafe extern "C" fn(*mut sys::cublasLtMatmulDesc_t, u32, u32) -> Status,
+    set_operation: unsafe extern "C" fn(sys::cublasLtMatmulDesc_t, u32, *const c_void, usize) -> Status,
+    end_operation: unsafe extern "C" fn(sys::cublasLtMatmulDesc_t) -> Status,
+    new_preference: unsafe extern "C" fn(*mut sys::cublasLtMatmulPreference_t) -> Status,
+    set_preference: unsafe extern "C" fn(sys::cublasLtMatmulPreference_t, u32, *const c_void, usize) -> Status,
+    end_preference: unsafe extern "C" fn(sys::cublasLtMatmulPreference_t) -> Status,
+    suggest: unsafe extern "C" fn(
+        sys::cublasLtHandle_t,
+        sys::cublasLtMatmulDesc_t,
+        sys::cublasLtMatrixLayout_t,
+        sys::cublasLtMatrixLayout_t,
+        sys::cublasLtMatrixLayout_t,
+        sys::cublasLtMatrixLayout_t,
+        sys::cublasLtMatmulPreference_t,
+        c_int,
+        *mut sys::cublasLtMatmulHeuristicResult_t,
+        *mut c_int,
+    ) -> Status,
+    multiply: unsafe extern "C" fn(
+        sys::cublasLtHandle_t,
+        sys::cublasLtMatmulDesc_t,
+        *const c_void,
+        *const c_void,
+        sys::cublasLtMatrixLayout_t,
+        *const c_void,
+        sys::cublasLtMatrixLayout_t,
+        *const c_void,
+        *const c_void,
+        sys::cublasLtMatrixLayout_t,
+        *mut c_void,
+        sys::cublasLtMatrixLayout_t,
+        *const sys::cublasLtMatmulAlgo_t,
+        *mut c_void,
+        usize,
+        sys::cudaStream_t,
+    ) -> Status,
+    _library: libloading::Library,
+}
+
+impl Functions {
+    /// The process's one library.
+    fn get() -> Result<&'static Self, CudaError> {
+        static FOUND: OnceLock<Result<Functions, String>> = OnceLock::new();
+        FOUND.get_or_init(Self::find).as_ref().map_err(|reason| CudaError::Unavailable(reason.clone()))
+    }
+
+    fn find() -> Result<Self, String> {
+        for name in NAMES {
+            // SAFETY: loading NVIDIA's library runs its initialisers, which are those of a plain shared library.
+            if let Ok(library) = unsafe { libloading::Library::new(name) } {
+                return Self::of(library)
+                    .map_err(|error| format!("the cuBLASLt on this machine is incomplete: {error}"));
+            }
+        }
+        Err("cuBLASLt (libcublasLt) is not on this machine".into())
+    }
+
+    fn of(library: libloading::Library) -> Result<Self, libloading::Error> {
+        // SAFETY: the signatures are those of cublasLt.h, the same in versions 12 and 13.
+        unsafe {
+            Ok(Self {
+                create: *library.get(b"cublasLtCreate\0")?,
+                destroy: *library.get(b"cublasLtDestroy\0")?,
+                version: *library.get(b"cublasLtGetVersion\0")?,
+                status: *library.get(b"cublasLtGetStatusString\0")?,
+                new_layout: *library.get(b"cublasLtMatrixLayoutCreate\0")?,
+                end_layout: *library.get(b"cublasLtMatrixLayoutDestroy\0")?,
+                new_operation: *library.get(b"cublasLtMatmulDescCreate\0")?,
+                set_operation: *library.get(b"cublasLtMatmulDescSetAttribute\0")?,
+                end_operation: *library.get(b"cublasLtMatmulDescDestroy\0")?,
+                new_preference: *library.get(b"cublasLtMatmulPreferenceCreate\0")?,
+                set_preference: *library.get(b"cublasLtMatmulPreferenceSetAttribute\0")?,
+                end_preference: *library.get(b"cublasLtMatmulPreferenceDestroy\0")?,
+                suggest: *library.get(b"cublasLtMatmulAlgoGetHeuristic\0")?,
+                multiply: *library.get(b"cublasLtMatmul\0")?,
+                _library: library,
+            })
+        }
+    }
+
+    fn check(&self, call: &'static str, status: Status) -> Result<(), CudaError> {
+        if status == 0 {
+            return Ok(());
+        }
+        // SAFETY: it takes any number and returns a static string.
+        let reason = unsafe { CStr::from_ptr((self.status)(status)) }.to_string_lossy().into_owned();
+        Err(CudaError::Call { call, reason })
     }
 }
 
@@ -326,16 +412,15 @@ mod tests {
         assert_eq!(error.to_string(), "cuBLASLt does not run on emulated on the host");
     }
 
-    /// Descriptions need the library and no device: where it is, it must understand every one, or say which attribute it lacks.
+    /// Descriptions need the library and no device: where it is, it must understand every one, or refuse what it is too old for.
     #[test]
     fn cuda_blas_understands_what_it_is_told() {
-        if !is_present() {
-            return println!("skipped: cuBLASLt (libcublasLt) is not on this machine");
-        }
-        let set = SetAttribute::load().unwrap();
-        Preference::new().unwrap();
+        let lt = match Functions::get() {
+            Ok(lt) => lt,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        Preference::new(lt).unwrap();
         let shape = Shape { m: 16, n: 128, k: 512 };
-        let factors = Factors { x: 0x100, w: 0x200, up: 0, by_block: false };
         let p = Product {
             dtype: DType::BF16,
             shape,
@@ -348,20 +433,18 @@ mod tests {
             finish: ADD_F32,
             activation: 0,
         };
-        Problem::new(set, &p, Scaling::None).unwrap();
-        let p = Product { fp8: Some(factors), ..p };
-        Problem::new(set, &p, Scaling::None).unwrap();
+        Problem::new(lt, &p, Scaling::None).unwrap();
+        let p = Product { fp8: Some(Factors { x: 0x100, w: 0x200, up: 0, by_block: false }), ..p };
+        Problem::new(lt, &p, Scaling::None).unwrap();
+        // SAFETY: takes nothing and returns a number.
+        let version = unsafe { (lt.version)() };
         for scaling in [Scaling::Rows, Scaling::Blocks] {
-            if let Err(error) = Problem::new(set, &p, scaling) {
-                // SAFETY: takes nothing and returns a number.
-                let version = unsafe { sys::cublasLtGetVersion() };
-                assert!(
-                    error.to_string().contains("attribute 31 is refused") && version < 120_800,
-                    "{version}: {error}"
-                );
-            }
+            let understood = Problem::new(lt, &p, scaling).map(|_| ());
+            assert!(understood.is_ok() || version < 120_800, "{version}: {understood:?}");
         }
-        let operation = Operation::new(set).unwrap();
-        assert!(operation.set(99, &1i32.to_ne_bytes()).is_err() && operation.set(A_SCALE_MODE, &[1]).is_err());
+        let operation = Operation::new(lt).unwrap();
+        for refused in [operation.set(99, &1i32.to_ne_bytes()), operation.set(A_SCALE_MODE, &[1])] {
+            assert!(matches!(&refused, Err(CudaError::Call { reason, .. }) if !reason.is_empty()), "{refused:?}");
+        }
     }
 }
