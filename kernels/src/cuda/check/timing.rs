@@ -243,7 +243,12 @@ impl Clock<'_> {
             };
             implementation.settle(product, best);
             // SAFETY: passed on.
-            self.time(name(implementation.name()), cost, || unsafe { implementation.multiply(product) })?;
+            match self.time(name(implementation.name()), cost, || unsafe { implementation.multiply(product) }) {
+                Err(error) if blas::refused(&error) => {
+                    tracing::warn!("{} has nothing for {:?} after all: {error}", implementation.name(), product.shape);
+                }
+                timed => timed?,
+            }
         }
         Ok(())
     }

@@ -38,6 +38,11 @@ pub fn open(device: &Arc<dyn Device>, columns: usize) -> Result<(Blas, BlasUnsca
     Ok((blas, BlasUnscaled { library, kernels: Kernels::default(), sums }))
 }
 
+/// Whether an error is the library's word that it cannot make a product, which may come as late as when it is asked for one.
+pub fn refused(error: &CudaError) -> bool {
+    matches!(error, CudaError::Call { call, .. } if *call == library::MULTIPLY)
+}
+
 /// Bytes that [`open`] takes for good.
 pub const fn bytes(columns: usize) -> usize {
     WORKSPACE_BYTES + Padding::bytes(columns) + sums_bytes(columns)
@@ -307,6 +312,13 @@ mod tests {
     fn plain(shape: Shape) -> Product {
         let (dtype, up, fp8) = (DType::BF16, None, None);
         Product { dtype, shape, x: 0, w: 0, up, fp8, bias: 0, y: 0, finish: 0, activation: 0 }
+    }
+
+    #[test]
+    fn cuda_blas_refusals_are_told_from_failures() {
+        let call = |call| CudaError::Call { call, reason: "CUBLAS_STATUS_NOT_SUPPORTED".into() };
+        assert!(refused(&call("cublasLtMatmul")));
+        assert!(!refused(&call("cuStreamSynchronize")) && !refused(&CudaError::Unavailable(String::new())));
     }
 
     #[test]

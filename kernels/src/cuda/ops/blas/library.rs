@@ -12,6 +12,8 @@ use std::sync::{Arc, OnceLock};
 
 /// What NVIDIA recommends on Hopper; older devices need less.
 pub const WORKSPACE_BYTES: usize = 32 << 20;
+/// The function that multiplies.
+pub const MULTIPLY: &str = "cublasLtMatmul";
 /// Kernels that the library is asked to suggest.
 const SUGGESTIONS: usize = 8;
 /// Rows of operands and results begin at multiples of this, and no better: the library is told, so that it suggests no kernel that
@@ -129,7 +131,7 @@ impl Library {
                 stream as sys::cudaStream_t,
             )
         };
-        self.lt.check("cublasLtMatmul", done)
+        self.lt.check(MULTIPLY, done)
     }
 }
 
