@@ -228,8 +228,9 @@ pub struct EngineArgs {
     /// CUDA kernels to choose from. `experimental` adds those that no device has checked yet.
     #[arg(long, env = "RIDGE_KERNELS", value_enum, default_value_t)]
     pub kernels: KernelsArg,
-    /// Products of prompts on a CUDA device. `measured` times Ridge's own and NVIDIA's cuBLASLt for every matrix when the model is
-    /// loaded, and takes the faster one; what was found is kept beside the compiled kernels.
+    /// Products of prompts on a CUDA device. `measured` times Ridge's own and NVIDIA's cuBLASLt, where that is installed, for every
+    /// matrix, and takes the faster one; what was found is kept beside the compiled kernels, for all processes of the machine. `own`
+    /// takes Ridge's: machines that were measured apart may choose differently.
     #[arg(long, env = "RIDGE_PRODUCTS", value_enum, default_value_t)]
     pub products: ProductsArg,
     /// Whether a CUDA device's decode steps are recorded as graphs of launches.
@@ -254,8 +255,8 @@ impl UpArgs {
         if self.engine.kernels == KernelsArg::Experimental {
             flags.push("--kernels=experimental".into());
         }
-        if self.engine.products == ProductsArg::Measured {
-            flags.push("--products=measured".into());
+        if self.engine.products == ProductsArg::Own {
+            flags.push("--products=own".into());
         }
         if self.engine.cuda_graphs == Switch::Off {
             flags.push("--cuda-graphs=off".into());
@@ -278,9 +279,9 @@ pub enum KernelsArg {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
 pub enum ProductsArg {
     /// Ridge's own.
-    #[default]
     Own,
     /// For each matrix, the fastest there is.
+    #[default]
     Measured,
 }
 
@@ -744,13 +745,14 @@ mod tests {
                 let node = ["cluster", "prefill", "--router", "127.0.0.1:1", "--tls-dir", "x", "--model", "x"];
                 let line = node.iter().map(|word| word.to_string()).chain(up.device_flags(role));
                 let Command::Prefill(node) = Cli::parse_from(line).command else { panic!("prefill") };
-                (node.engine.device, node.engine.gpu_memory_utilization, node.engine.kernels)
+                (node.engine.device, node.engine.gpu_memory_utilization, node.engine.kernels, node.engine.products)
             })
         };
-        let (cuda, stable) = (DeviceChoice::Cuda(1), KernelsArg::Stable);
-        assert_eq!(engines(&["--device", "cuda:1"]), [(cuda, 0.45, stable); 2]);
+        let (cuda, stable, measured) = (DeviceChoice::Cuda(1), KernelsArg::Stable, ProductsArg::Measured);
+        assert_eq!(engines(&["--device", "cuda:1"]), [(cuda, 0.45, stable, measured); 2]);
+        assert_eq!(engines(&["--device", "cuda:1", "--products", "own"]), [(cuda, 0.45, stable, ProductsArg::Own); 2]);
         let mixed = engines(&["--prefill-device", "cuda:1", "--device", "cpu", "--kernels", "experimental"]);
-        assert_eq!(mixed[0], (cuda, 0.9, KernelsArg::Experimental));
+        assert_eq!(mixed[0], (cuda, 0.9, KernelsArg::Experimental, measured));
         assert_eq!(mixed[1].0, DeviceChoice::Cpu);
         for bad in [["--device", "gpu"], ["--gpu-memory-utilization", "1.5"], ["--gpu-memory-utilization", "0"]] {
             assert!(Cli::try_parse_from(["cluster", "up", "--local"].iter().chain(&bad)).is_err());

@@ -160,6 +160,8 @@ fn the_emulated_device_passes_gpu_check() {
         "cluster, device, other blocks",
         "serving, device",
         "serving, mixed",
+        "matmul fp8 gemm",
+        "matmul fp8 by blocks gemm",
     ] {
         assert!(checks.iter().any(|check| check["check"] == name), "{name} is not in {checks:?}");
     }
@@ -168,6 +170,9 @@ fn the_emulated_device_passes_gpu_check() {
         "copy",
         "gemm bf16 out m=40 own",
         "gemm bf16 out m=40 chosen",
+        "gemm fp8 out m=40 own",
+        "gemm fp8 out m=40 chosen",
+        "gemm fp8_blocks out m=40 chosen",
         "attention prefill 48 mma",
         "gemv Q4_K out m=1",
         "model bf16 prefill 40",
@@ -183,6 +188,10 @@ fn the_emulated_device_passes_gpu_check() {
     }
     // The marks are there, and none is judged by times that mean nothing.
     let marks = list("marks");
+    for what in ["bf16 products: cuBLASLt's time / chosen path's", "fp8 products: cuBLASLt's time / chosen path's"] {
+        assert!(marks.iter().any(|mark| mark["what"] == what), "{what} is not in {marks:?}");
+    }
+    assert!(list("skipped").iter().any(|skipped| skipped["skipped"] == "cuBLASLt"), "{report}");
     assert!(marks.len() >= 12 && marks.iter().all(|mark| mark["met"].is_null()), "{marks:?}");
     assert!(said.contains("these times mean nothing"), "{said}");
     assert_eq!(report["device"]["name"], "emulated on the host");

@@ -1,5 +1,5 @@
-// The tensor-core product (gemm_mma.cuh) of fp8 (e4m3) by fp8, with a factor per row of x and per row or block of w; and the rows
-// that it reads.
+// The tensor-core product (gemm_mma.cuh) of fp8 (e4m3) by fp8, with a factor per row of x and per row or block of w; the rows
+// that it reads; and what NVIDIA's library leaves to do.
 // Architectures: sm_89 sm_90a sm_100a
 #include "elements.cuh"
 #include "gemm_mma.cuh"
@@ -78,6 +78,27 @@ extern "C" __global__ void __launch_bounds__(256)
         if (normed) normed[row * k + i] = v;
         out[row * k + i] = f32_to_e4m3(bf16_to_f32(v) * scale.y);
     }
+}
+
+// y = finish(sums[m, n] * factors) of a product of fp8 that was made without its factors. y may be `sums`. A block per row.
+extern "C" __global__ void __launch_bounds__(256)
+    scale_product(const float* sums, const float* x_scales, const float* w_scales, const float* bias, void* y, unsigned n,
+                  unsigned finish) {
+    const unsigned row = blockIdx.x;
+    const Finish<BF16> out{y, bias, n, finish};
+    const float* from = sums + static_cast<size_t>(row) * n;
+    const float scale = x_scales[row];
+    for (unsigned col = 2 * threadIdx.x; col < n; col += 512) {
+        const float first = from[col] * scale * w_scales[col];
+        const float second = col + 1 < n ? from[col + 1] * scale * w_scales[col + 1] : 0.0f;
+        out.put_pair(row, col, first, second);
+    }
+}
+
+// out[unit][row] = scales[row], a unit per block in y: a row's factor for each of its 128 columns. Any number of blocks of 256 in x.
+extern "C" __global__ void __launch_bounds__(256) repeat_scales(const float* scales, float* out, unsigned rows) {
+    const unsigned row = blockIdx.x * 256 + threadIdx.x;
+    if (row < rows) out[static_cast<size_t>(blockIdx.y) * rows + row] = scales[row];
 }
 
 #endif

@@ -70,9 +70,10 @@ pub enum KernelSet {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum ProductSet {
     /// Ridge's own.
-    #[default]
     Own,
-    /// For each matrix the fastest of Ridge's own and NVIDIA's library (cuBLASLt, where it is), measured when the model is loaded.
+    /// For each matrix the fastest of Ridge's own and NVIDIA's library (cuBLASLt, where it is), measured when a machine loads the model
+    /// for the first time.
+    #[default]
     Measured,
 }
 
@@ -88,13 +89,13 @@ pub struct DeviceOptions {
     /// Whether pages of prompts go to the host's memory as they are computed. If not, they are fetched when somebody reads them, and a
     /// prefill node's hand-off waits for that; for measuring what shipping costs.
     pub ship: bool,
-    /// Folder for compiled kernels and measured products; `None` makes them at every start.
+    /// Folder for compiled kernels and measured products; `None` compiles at every start, and measures nothing.
     pub cache: Option<PathBuf>,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        Self { kernels: KernelSet::Stable, products: ProductSet::Own, graphs: true, ship: true, cache: None }
+        Self { kernels: KernelSet::Stable, products: ProductSet::Measured, graphs: true, ship: true, cache: None }
     }
 }
 
@@ -107,13 +108,7 @@ pub fn open(choice: DeviceChoice, cache: Option<&Path>) -> Result<Option<Arc<dyn
     match choice {
         DeviceChoice::Cpu => Ok(None),
         DeviceChoice::Cuda(number) => checked(Driver::open(number, cache).map(|driver| Arc::new(driver) as _)),
-        DeviceChoice::Emulated => {
-            let device = match cache {
-                Some(cache) => Emulated::new(&cache.join("emulated")),
-                None => Emulated::beside_the_program(),
-            };
-            checked(device.map(|device| Arc::new(device) as _))
-        }
+        DeviceChoice::Emulated => checked(emulated(cache).map(|device| Arc::new(device) as _)),
         DeviceChoice::Auto if !driver::is_present() => {
             tracing::info!("computing on the CPU: no NVIDIA driver on this machine");
             Ok(None)
@@ -136,14 +131,17 @@ pub fn properties(choice: DeviceChoice, cache: Option<&Path>) -> Result<Option<P
         DeviceChoice::Auto if !driver::is_present() => Ok(None),
         DeviceChoice::Auto => Ok(Some(Driver::open(0, None)?.properties().clone())),
         DeviceChoice::Cuda(number) => Ok(Some(Driver::open(number, None)?.properties().clone())),
-        DeviceChoice::Emulated => {
-            let device = match cache {
-                Some(cache) => Emulated::new(&cache.join("emulated")),
-                None => Emulated::beside_the_program(),
-            };
-            Ok(Some(device?.properties().clone()))
-        }
+        DeviceChoice::Emulated => Ok(Some(emulated(cache)?.properties().clone())),
     }
+}
+
+/// The emulated device, with the instructions of every kernel that is on by default: fp8's came with 8.9.
+fn emulated(cache: Option<&Path>) -> Result<Emulated, CudaError> {
+    let device = match cache {
+        Some(cache) => Emulated::new(&cache.join("emulated")),
+        None => Emulated::beside_the_program(),
+    };
+    Ok(device?.with_properties(|properties| properties.sm = 89))
 }
 
 /// The first CUDA device, if the kernels have passed their checks on its like.

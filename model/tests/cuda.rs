@@ -271,9 +271,9 @@ fn pages_that_are_not_shipped_are_fetched() {
     assert!(run(true) == run(false));
 }
 
-/// Measured products compute what our own do; on the emulated device there are no others.
+/// Without NVIDIA's library nothing is measured and nothing kept, and products are our own: as on every emulated device.
 #[test]
-fn measured_products_are_taken() {
+fn products_are_our_own_where_there_are_no_others() {
     let Some(device) = Emulated::for_tests() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let run = |products: ProductSet| {
@@ -287,7 +287,7 @@ fn measured_products_are_taken() {
     };
     assert!(run(ProductSet::Own) == run(ProductSet::Measured));
     let kept: Vec<_> = std::fs::read_dir(folder.path()).expect("a folder").flatten().collect();
-    assert!(kept.iter().any(|file| file.file_name().to_string_lossy().starts_with("products-sm_80-")), "{kept:?}");
+    assert!(kept.is_empty(), "{kept:?}");
 }
 
 /// How the matrices of a checkpoint are stored.

@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use ridge_kernels::cuda::check::timing::{self, Subject};
 use ridge_kernels::cuda::check::{self, Effort, Group};
 use ridge_kernels::cuda::nvml::Nvml;
-use ridge_kernels::cuda::ops::blas::Blas;
+use ridge_kernels::cuda::ops::blas;
 use ridge_kernels::cuda::source::SOURCES;
 use ridge_kernels::cuda::{Device, compile};
 use ridge_model::device::{self, DeviceChoice};
@@ -146,7 +146,7 @@ fn timings(context: &Job<'_>) -> anyhow::Result<()> {
         let timing::Timing { name, seconds, operations, bytes } = timing;
         say(&Line::Time { name, seconds, operations, bytes });
     };
-    if let Err(error) = Blas::open(&device) {
+    if let Err(error) = blas::open(&device, 1) {
         say(&Line::Skipped { name: "cuBLASLt".into(), why: error.to_string() });
     }
     // What the marks are measured by comes first.

@@ -92,9 +92,9 @@ fn serve(
     prompt: usize,
 ) -> anyhow::Result<()> {
     let begun = Instant::now();
-    // A prompt in one pass, as the engine alone is timed; products as there.
+    // A prompt in one pass, as the engine alone is timed.
     let (context, pass) = (format!("--max-model-len={}", 2 * prompt), format!("--max-num-batched-tokens={prompt}"));
-    let cluster = start(job, model, devices, &[&context, &pass, "--products=measured"])?;
+    let cluster = start(job, model, devices, &[&context, &pass])?;
     say(&Line::seconds(format!("serving {what} start"), begun.elapsed().as_secs_f64()));
     let client = Client::new(&cluster.url(), None, ANSWER_TIMEOUT)?;
     let (mut firsts, mut gaps) = (Vec::new(), Vec::new());

@@ -9,7 +9,7 @@ use crate::cli::SynthArgs;
 use crate::synth::{self, SynthDType};
 use anyhow::Context;
 use clap::Parser;
-use ridge_model::device::{DeviceOptions, KernelSet, ProductSet};
+use ridge_model::device::{DeviceOptions, KernelSet};
 use serde_json::json;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -30,23 +30,18 @@ pub fn run(job: &Job<'_>) -> anyhow::Result<()> {
     let (batch, steps) = if job.is_small() { (2, 2) } else { (32, 16) };
     let prefill = Phase::Prefill { tokens: prompt, chunk: prompt };
     let decode = |batch| Phase::Decode { batch, context, steps };
-    let measured = |options: &mut DeviceOptions| options.products = ProductSet::Measured;
-
     let bf16 = made(job, SynthDType::Bf16)?;
     let whole = [
         (format!("model bf16 prefill {prompt}"), prefill),
         ("model bf16 decode b=1".into(), decode(1)),
         (format!("model bf16 decode b={batch}"), decode(batch)),
     ];
-    time(job, &bf16, &whole, measured).context("bf16")?;
+    time(job, &bf16, &whole, |_| {}).context("bf16")?;
     let bare = [
         (format!("model bf16 prefill {prompt}, pages not shipped"), prefill),
         ("model bf16 decode b=1, without graphs".into(), decode(1)),
     ];
-    let without = |options: &mut DeviceOptions| {
-        measured(options);
-        (options.graphs, options.ship) = (false, false);
-    };
+    let without = |options: &mut DeviceOptions| (options.graphs, options.ship) = (false, false);
     time(job, &bf16, &bare, without).context("bf16, bare")?;
     if job.is_late() {
         say(&Line::Skipped { name: "model q4_k".into(), why: "the time is used up".into() });
@@ -59,10 +54,7 @@ pub fn run(job: &Job<'_>) -> anyhow::Result<()> {
     // Kernels that are off by default, where there are any: whether they should be.
     if job.device()?.properties().sm == 90 {
         let name = format!("model bf16 prefill {prompt}, experimental kernels");
-        let experimental = |options: &mut DeviceOptions| {
-            measured(options);
-            options.kernels = KernelSet::Experimental;
-        };
+        let experimental = |options: &mut DeviceOptions| options.kernels = KernelSet::Experimental;
         time(job, &bf16, &[(name, prefill)], experimental).context("bf16, experimental kernels")?;
     }
     Ok(())

@@ -30,6 +30,7 @@ use crate::memory::PassLimits;
 use crate::spec::ModelSpec;
 use pages::DevicePages;
 use pass::Pass;
+use ridge_kernels::cuda::ops::blas;
 use ridge_kernels::cuda::ops::matmul::Products;
 use ridge_kernels::cuda::ops::sampling::{Sampler, scratch_bytes};
 use ridge_kernels::cuda::{CudaError, Device};
@@ -73,14 +74,16 @@ impl Footprint {
         let fp8 = weights::has_fp8(checkpoint, sm)?;
         let types = Types { compute: weights::compute_type(checkpoint)?, kv: format.dtype, apart, fp8 };
         let sampling = scratch_bytes(pass.sequences, checkpoint.spec.vocab, true) as u64;
-        let measured = match options.products {
-            ProductSet::Own => 0,
-            ProductSet::Measured => Products::measured_bytes(checkpoint.spec.ffn) as u64,
+        let spec = &checkpoint.spec;
+        let columns = spec.hidden.max(spec.ffn).max(spec.heads * spec.head_dim);
+        let library = match options.products {
+            ProductSet::Measured if blas::is_present() => Products::library_bytes(columns) as u64,
+            ProductSet::Measured | ProductSet::Own => 0,
         };
         let staging = pages::staging_bytes(format, KvMemory::page_stride_of(format), pass);
         Ok(Self {
             weights: weights::device_bytes(checkpoint, sm)?,
-            products: weights::product_bytes(checkpoint, sm)? + measured,
+            products: weights::product_bytes(checkpoint, sm)? + library,
             activations: scratch::scratch_bytes(&checkpoint.spec, types, pass) + staging + sampling,
         })
     }
@@ -119,7 +122,7 @@ impl CudaEngine {
         }
         let weights = upload(&device, checkpoint)?;
         // Before the pages, because measuring takes memory for a while.
-        let products = pass::products(&device, &weights, limits, options)?;
+        let products = pass::products(&device, &weights, options)?;
         let pages = DevicePages::new(&device, kv, limits)?;
         let pass = Pass::new(&device, &weights, products, pages.format(), limits, options)?;
         let sampler = Sampler::new(&device, checkpoint.spec.vocab)?;

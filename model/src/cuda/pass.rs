@@ -21,6 +21,7 @@ use crate::memory::PassLimits;
 use crate::spec::{Activation, ModelSpec};
 use ridge_kernels::cuda::ops::attention;
 use ridge_kernels::cuda::ops::matmul::{Finish, Path, Products, X};
+use ridge_kernels::cuda::ops::measure::MEASURED_ROWS;
 use ridge_kernels::cuda::ops::pages::{KeyTurn, Pages, Write, write_kv};
 use ridge_kernels::cuda::ops::rows::{self, Heads};
 use ridge_kernels::cuda::ops::scaled::{self, Fp8Rows, ScaledFinish, ScaledType, ScaledWeight};
@@ -42,18 +43,13 @@ pub struct Pass {
     graphs: Graphs,
     /// Whether pages of prompts go to the host as they are computed.
     ship: bool,
-    /// Whether kernels may be used that no device has run.
-    experimental: bool,
 }
 
-/// Most rows of the products that are measured: times of more are those of several times as many tiles.
-const MEASURED_ROWS_MAX: usize = 2048;
-
-/// What multiplies, settled for this device.
+/// What multiplies, settled for this device: by measurement, if that is asked for, NVIDIA's library is there, and there is a folder in
+/// which all processes of the machine find the same; else our own kernels.
 pub fn products(
     device: &Arc<dyn Device>,
     weights: &DeviceWeights,
-    limits: PassLimits,
     options: &DeviceOptions,
 ) -> Result<Products, CudaError> {
     let products = Products::new(device, scratch_of(weights))?;
@@ -61,12 +57,22 @@ pub fn products(
         KernelSet::Stable => products,
         KernelSet::Experimental => products.experimental(),
     };
-    if options.products == ProductSet::Measured {
-        let started = Instant::now();
-        let rows = limits.tokens.clamp(1, MEASURED_ROWS_MAX);
-        // SAFETY: these are the weights on the device.
-        let measured = unsafe { products.measure(&measurable(weights), rows, options.cache.as_deref())? };
-        tracing::info!(ways = measured.len(), ms = started.elapsed().as_millis() as u64, "products are measured");
+    if options.products == ProductSet::Own {
+        return Ok(products);
+    }
+    let Some(folder) = options.cache.as_deref() else {
+        tracing::info!("products of prompts are Ridge's own: there is no folder to keep in what is measured");
+        return Ok(products);
+    };
+    let (started, matrices) = (Instant::now(), measurable(weights));
+    match products.add_library(&matrices) {
+        Err(error) => tracing::info!("products of prompts are Ridge's own: {error}"),
+        Ok(()) => {
+            // SAFETY: these are the weights on the device.
+            let measured = unsafe { products.measure(&matrices, MEASURED_ROWS, Some(folder))? };
+            let ms = started.elapsed().as_millis() as u64;
+            tracing::info!(measured = measured.len(), ms, "products of prompts are chosen by measurement");
+        }
     }
     Ok(products)
 }
@@ -77,8 +83,6 @@ struct Step<'a> {
     weights: &'a DeviceWeights,
     scratch: &'a Scratch,
     products: &'a Products,
-    /// Whether fp8 may be multiplied by the kernel that no device has run.
-    experimental: bool,
     /// Type of queries.
     query: DType,
     /// Where the pass's numbers lie, and the block tables among them.
@@ -164,7 +168,6 @@ impl Pass {
             prefill: prefill.chosen,
             graphs: Graphs::new(options.graphs),
             ship: options.ship,
-            experimental: options.kernels == KernelSet::Experimental,
         })
     }
 
@@ -216,7 +219,6 @@ impl Pass {
             weights,
             scratch: &self.scratch,
             products: &self.products,
-            experimental: self.experimental,
             query: attention::query_dtype(format.dtype),
             numbers: base,
             tables: base + tables,
@@ -545,7 +547,7 @@ impl Step<'_> {
                     if !rounded {
                         scaled::quantize_rows(self.device, x, weight.k, &to)?;
                     }
-                    scaled::gemm(self.device, &to, weight, finish, y, self.experimental)
+                    self.products.fp8(&to, weight, finish, y)
                 }
             }
         }

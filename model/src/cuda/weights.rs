@@ -98,6 +98,10 @@ impl Linear {
     fn plain(&self) -> Option<Weight> {
         if let Self::Plain(weight) = self { Some(*weight) } else { None }
     }
+
+    fn scaled(&self) -> Option<ScaledWeight> {
+        if let Self::Scaled(weight) = self { Some(*weight) } else { None }
+    }
 }
 
 /// Whether a device multiplies fp8 by fp8: compute capability 8.9 and later. Others get such weights in bf16.
@@ -131,7 +135,7 @@ impl Projection {
     }
 }
 
-/// Matrices that prompts are multiplied by and that there is more than one way for.
+/// Matrices that prompts are multiplied by.
 pub(super) fn measurable(weights: &DeviceWeights) -> Vec<Matrix> {
     let of_layer = |layer: &Layer| {
         let heads = [&layer.query, &layer.key, &layer.value, &layer.out].map(|projection| (projection.weight, None));
@@ -141,8 +145,11 @@ pub(super) fn measurable(weights: &DeviceWeights) -> Vec<Matrix> {
         };
         heads.into_iter().chain(gate).chain([(layer.down, None)]).collect::<Vec<_>>()
     };
-    let all = weights.layers.iter().flat_map(of_layer);
-    all.filter_map(|(weight, up)| Some(Matrix { weight: weight.plain()?, up: up.and_then(|up| up.plain()) })).collect()
+    let matrix = |(weight, up): (Linear, Option<Linear>)| match (weight, up) {
+        (Linear::Plain(weight), up) => Matrix::Plain(weight, up.and_then(|up| up.plain())),
+        (Linear::Scaled(weight), up) => Matrix::Scaled(weight, up.and_then(|up| up.scaled())),
+    };
+    weights.layers.iter().flat_map(of_layer).map(matrix).collect()
 }
 
 /// Bytes that products with these weights need beside their operands. The output head only ever meets few rows.

@@ -73,7 +73,11 @@ impl Display for DevicePlan {
             ("weights", self.weights, "as stored, or in the compute type".to_owned()),
             ("KV cache", self.kv, format!("{} blocks, each with its copy in the host's memory", self.blocks)),
             ("activations", self.activations, "buffers of the largest pass".into()),
-            ("workspace", self.workspace, "decoded weights of one product; partial sums, code (estimated)".into()),
+            (
+                "workspace",
+                self.workspace,
+                "what products need beside their operands; partial sums, code (estimated)".into(),
+            ),
             ("headroom", self.headroom, "what the driver rounds up (a fiftieth)".into()),
         ];
         for (name, bytes, remark) in rows {

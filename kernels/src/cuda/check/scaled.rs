@@ -1,13 +1,15 @@
-//! Checks of products with fp8 and fp4 weights that have a factor per row.
+//! Checks of products with fp8 and fp4 weights: ours, and with fp8 those of NVIDIA's library.
 
 use super::{Checks, Draw, error, poisoned, precision, product_of, read, rounded};
 use crate::DType;
 use crate::cuda::device::{Buffer, CudaError, Device};
+use crate::cuda::ops::blas;
+use crate::cuda::ops::gemm::{Gemm, Own, Wgmma};
 use crate::cuda::ops::matmul::{Finish, Products, X};
 use crate::cuda::ops::pack::blocks_on_device;
 use crate::cuda::ops::rows;
 use crate::cuda::ops::scaled::{
-    Fp8Rows, SCALED_BLOCK, ScaledFinish, ScaledType, ScaledWeight, gemm, norm_rows, quantize_rows, skinny,
+    Fp8Rows, SCALED_BLOCK, ScaledFinish, ScaledType, ScaledWeight, norm_rows, product, quantize_rows, skinny,
 };
 use crate::cuda::planes::Blocks;
 use crate::kv::{e4m3_to_f32, f32_to_e4m3};
@@ -25,9 +27,41 @@ pub(super) fn run(checks: &mut Checks<'_>) {
     if checks.device.properties().sm >= 89 {
         for (dtype, name) in &types[..2] {
             let name = format!("matmul {name} gemm");
-            checks.check(name, cases, |device, draw| many(device, draw, (*dtype, false), rows_max, size_max));
+            let own = Own(checks.device.clone());
+            checks.check(name, cases, |device, draw| many(device, draw, (*dtype, &own), rows_max, size_max));
         }
+        library(checks, rows_max, size_max);
         checks.check("rms_norm to fp8".into(), cases, |device, draw| norm(device, draw, rows_max, size_max));
+    }
+}
+
+/// NVIDIA's library where it is, and what it has for the device.
+fn library(checks: &mut Checks<'_>, rows_max: usize, size_max: usize) {
+    // Four blocks in a row are the least that it takes.
+    let size_max = size_max.max(10);
+    let opened = blas::open(checks.device, 100 * size_max);
+    let Ok((blas, unscaled)) = opened else { return };
+    for implementation in [&blas as &dyn Gemm, &unscaled] {
+        for (dtype, name) in [(ScaledType::E4M3, "fp8"), (ScaledType::E4M3Blocks, "fp8 by blocks")] {
+            let rows = Fp8Rows { address: 0, scales: 0, rows: 2048 };
+            let w = ScaledWeight { dtype, n: 512, k: 512, address: 0, scales: 0 };
+            let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
+            let asked = product(&rows, &w, finish, 0);
+            let offers = implementation.takes(&asked) && implementation.variants(&asked).is_ok_and(|v| !v.is_empty());
+            if !offers {
+                tracing::info!("{} has no products of {name} here", implementation.name());
+                continue;
+            }
+            let name = format!("{} matmul {name}", implementation.name());
+            let cases = checks.size(2, 5);
+            checks.check(name, cases, |device, draw| {
+                // What it refuses after all is not chosen, and no failure.
+                match many(device, draw, (dtype, implementation), rows_max, size_max) {
+                    Err(error) if blas::refused(&error) => Ok(0.0),
+                    found => found,
+                }
+            });
+        }
     }
 }
 
@@ -37,8 +71,9 @@ pub(super) fn run_experimental(checks: &mut Checks<'_>) {
         return;
     }
     let (rows_max, size_max) = (checks.size(20, 700), checks.size(2, 40));
+    let wgmma = Wgmma(checks.device.clone());
     checks.check("wgmma matmul fp8".into(), checks.size(2, 5), |device, draw| {
-        many(device, draw, (ScaledType::E4M3, true), rows_max, size_max)
+        many(device, draw, (ScaledType::E4M3, &wgmma), rows_max, size_max)
     });
 }
 
@@ -119,15 +154,26 @@ fn decoded(device: &Arc<dyn Device>, draw: &mut Draw, rows_max: usize, size_max:
     Ok(error(&got, &want, precision(DType::BF16), loss))
 }
 
+/// Many rows, rounded here, by an implementation; in shapes that it takes.
 fn many(
     device: &Arc<dyn Device>,
     draw: &mut Draw,
-    (dtype, experimental): (ScaledType, bool),
+    (dtype, implementation): (ScaledType, &dyn Gemm),
     rows_max: usize,
     size_max: usize,
 ) -> Result<f64, CudaError> {
-    let k = 16 * draw.within(1, size_max * 4);
-    let (m, n) = (draw.within(1, rows_max), draw.within(1, 100 * size_max));
+    let (mut m, mut n, mut k);
+    loop {
+        k = 16 * draw.within(1, size_max * 4);
+        (m, n) = (draw.within(1, rows_max), draw.within(1, 100 * size_max));
+        let rows = Fp8Rows { address: 0, scales: 0, rows: m };
+        let w = ScaledWeight { dtype, n, k, address: 0, scales: 0 };
+        let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
+        // One in a hundred shapes at least.
+        if implementation.takes(&product(&rows, &w, finish, 0)) {
+            break;
+        }
+    }
     let (x_bytes, x) = rounded(DType::BF16, &draw.vector(m * k));
     let (bytes, values, factors) = weight(draw, dtype, n, k);
     let (x_on, w_on, factors_on) =
@@ -142,7 +188,7 @@ fn many(
     unsafe {
         let rows = X { address: x_on.address(), dtype: DType::BF16, rows: m };
         quantize_rows(&**device, rows, k, &to)?;
-        gemm(&**device, &to, &w, finish, y.address(), experimental)?;
+        implementation.multiply(&product(&to, &w, finish, y.address()))?;
     }
     // Rounding is judged by itself, and the product by what was rounded.
     let (codes, scales) = (codes.to_vec::<u8>(m * k)?, scales.to_vec::<f32>(m)?);

@@ -7,10 +7,10 @@
 use super::{Draw, Effort, poisoned};
 use crate::cuda::device::{Buffer, CudaError, Device};
 use crate::cuda::ops::attention::{self, Layer, Lists};
-use crate::cuda::ops::blas::Blas;
-use crate::cuda::ops::gemm::{Gemm, Own, Plain, STORE_F32, Wgmma};
+use crate::cuda::ops::blas;
+use crate::cuda::ops::gemm::{Gemm, Own, Product, STORE_F32, Wgmma};
 use crate::cuda::ops::matmul::{Finish, Path, Products, Weight, X};
-use crate::cuda::ops::measure::{Matrix, repeat};
+use crate::cuda::ops::measure::{MEASURED_ROWS, Matrix, repeat};
 use crate::cuda::ops::pack::pack;
 use crate::cuda::ops::pages::Pages;
 use crate::cuda::ops::scaled::{self, Fp8Rows, ScaledFinish, ScaledType, ScaledWeight};
@@ -18,7 +18,6 @@ use crate::cuda::plan::attention::{
     Decode, ITEM_WORDS, Prefill, PrefillKernel, Span, experimental_prefill_kernel, prefill_kernel,
 };
 use crate::cuda::plan::gemm::Shape;
-use crate::cuda::plan::wgmma;
 use crate::cuda::planes::Blocks;
 use crate::kv::f32_to_e4m3;
 use crate::quant::quantize_row;
@@ -44,8 +43,8 @@ pub struct Timing {
 pub enum Subject {
     /// A copy within the device's memory: what is read and what is written counts.
     Copy,
-    /// Products of many rows, bf16 and fp8: our own, Hopper's experiment, cuBLASLt at its best for each shape, and what
-    /// [`Products::measure`] chooses.
+    /// Products of many rows, bf16 and fp8 with factors per row and per block: our own, Hopper's experiment, cuBLASLt at its best for
+    /// each shape, and what [`Products::measure`] chooses.
     Gemm,
     /// Products of few rows with weights as stored.
     Gemv,
@@ -159,11 +158,16 @@ impl Clock<'_> {
     fn gemm(&mut self) -> Result<(), CudaError> {
         let rows: &[usize] = if self.full() { &[512, 1024, 2048, 4096, 8192] } else { &[40] };
         let most = rows.iter().copied().max().unwrap_or(1);
-        let blas = Blas::open(self.device);
-        if let Err(error) = &blas {
+        let columns = self.shapes().iter().map(|(_, n, k)| *n.max(k)).max().unwrap_or(1);
+        let library = blas::open(self.device, columns);
+        if let Err(error) = &library {
             tracing::warn!("products are not timed against cuBLASLt: {error}");
         }
         let (own, wgmma) = (Own(self.device.clone()), Wgmma(self.device.clone()));
+        let mut all: Vec<&dyn Gemm> = vec![&own, &wgmma];
+        if let Ok((blas, unscaled)) = &library {
+            all.extend([blas as &dyn Gemm, unscaled]);
+        }
         for &(what, n, k) in self.shapes() {
             if self.late() {
                 break;
@@ -171,37 +175,27 @@ impl Clock<'_> {
             let (weights, x) = (self.random(DType::BF16, n * k)?, self.random(DType::BF16, most * k)?);
             let y = poisoned(self.device, DType::F32, most * n)?;
             let weight = Weight { dtype: DType::BF16, n, k, address: weights.address() };
-            let mut products = Products::new(self.device, 0)?;
             // SAFETY: the matrix is on the device.
-            unsafe { products.measure(&[Matrix { weight, up: None }], most.min(2048), None)? };
+            let products = unsafe { self.measured(&Matrix::Plain(weight, None), most)? };
             for &m in rows {
                 let shape = Shape { m, n, k };
                 let cost = (2.0 * (m * n * k) as f64, (2 * n * k + 2 * m * k + 4 * m * n) as f64);
                 let (x, y) = (x.address(), y.address());
-                let plain = Plain {
+                let product = Product {
                     dtype: DType::BF16,
                     shape,
                     x,
                     w: weight.address,
                     up: None,
+                    fp8: None,
                     bias: 0,
                     y,
                     finish: STORE_F32,
                     activation: 0,
                 };
                 let name = |by: &str| format!("gemm bf16 {what} m={m} {by}");
-                let mut all: Vec<&dyn Gemm> = vec![&own, &wgmma];
-                if let Ok(blas) = &blas {
-                    // Its own choice for this number of rows, which our engine does not let it make.
-                    if let Some(best) = blas.variants(&plain).unwrap_or_default().first() {
-                        blas.settle(&plain, *best);
-                        all.push(blas);
-                    }
-                }
-                for implementation in all.into_iter().filter(|implementation| implementation.takes(&plain)) {
-                    // SAFETY: every operand has room for this many rows.
-                    self.time(name(implementation.name()), cost, || unsafe { implementation.multiply(&plain) })?;
-                }
+                // SAFETY: every operand has room for this many rows.
+                unsafe { self.by_each(&all, &product, &name, cost)? };
                 let operand = X { address: x, dtype: DType::BF16, rows: m };
                 let finish = Finish::Store { bias: 0, to: DType::F32 };
                 self.time(name("chosen"), cost, || {
@@ -210,7 +204,51 @@ impl Clock<'_> {
                 })?;
             }
             drop(weights);
-            self.gemm_fp8((what, n, k), (&x, &y), rows, blas.as_ref().ok())?;
+            self.gemm_fp8((what, n, k), (&x, &y), rows, &all)?;
+        }
+        Ok(())
+    }
+
+    /// What would be chosen for a matrix on a machine with nothing kept.
+    ///
+    /// # Safety
+    ///
+    /// The matrix lies on the device.
+    unsafe fn measured(&self, matrix: &Matrix, rows: usize) -> Result<Products, CudaError> {
+        let mut products = Products::new(self.device, 0)?;
+        // Without the library there is only our own kernel, which was said.
+        let _ = products.add_library(&[*matrix]);
+        // SAFETY: passed on.
+        unsafe { products.measure(&[*matrix], rows.min(MEASURED_ROWS), None)? };
+        Ok(products)
+    }
+
+    /// Times every implementation that takes a product and has a way to make it: NVIDIA's library at its own choice for this number of
+    /// rows, which our engine does not let it make.
+    ///
+    /// # Safety
+    ///
+    /// The operands are as large as the shape says.
+    unsafe fn by_each(
+        &mut self,
+        all: &[&dyn Gemm],
+        product: &Product,
+        name: &impl Fn(&str) -> String,
+        cost: (f64, f64),
+    ) -> Result<(), CudaError> {
+        for implementation in all.iter().filter(|implementation| implementation.takes(product)) {
+            // What a library lacks is left out.
+            let Some(best) = implementation.variants(product).ok().and_then(|all| all.first().copied()) else {
+                continue;
+            };
+            implementation.settle(product, best);
+            // SAFETY: passed on.
+            match self.time(name(implementation.name()), cost, || unsafe { implementation.multiply(product) }) {
+                Err(error) if blas::refused(&error) => {
+                    tracing::warn!("{} has nothing for {:?} after all: {error}", implementation.name(), product.shape);
+                }
+                timed => timed?,
+            }
         }
         Ok(())
     }
@@ -221,41 +259,43 @@ impl Clock<'_> {
         (what, n, k): (&str, usize, usize),
         (x, y): (&Buffer, &Buffer),
         rows: &[usize],
-        blas: Option<&Blas>,
+        all: &[&dyn Gemm],
     ) -> Result<(), CudaError> {
         if self.device.properties().sm < 89 {
             return Ok(());
         }
         let most = rows.iter().copied().max().unwrap_or(1);
-        let (weights, factors) = (self.random_fp8(n * k)?, self.random(DType::F32, n)?);
+        let factors = self.random(DType::F32, n.max(ScaledType::E4M3Blocks.factors(n, k)))?;
+        let weights = self.random_fp8(n * k)?;
         let (codes, scales) = (self.random_fp8(most * k)?, self.random(DType::F32, most)?);
         let w = ScaledWeight { dtype: ScaledType::E4M3, n, k, address: weights.address(), scales: factors.address() };
+        let blocks = ScaledWeight { dtype: ScaledType::E4M3Blocks, ..w };
+        // SAFETY: the matrices are on the device, with as many factors as either has.
+        let products = unsafe { [w, blocks].map(|w| self.measured(&Matrix::Scaled(w, None), most)) };
+        let [by_row, by_block] = products;
+        let (by_row, by_block) = (by_row?, by_block?);
         for &m in rows {
             let rows = X { address: x.address(), dtype: DType::BF16, rows: m };
             let to = Fp8Rows { address: codes.address(), scales: scales.address(), rows: m };
             let cost = (2.0 * (m * n * k) as f64, (n * k + m * k + 4 * m * n) as f64);
-            let (device, name) = (self.device.clone(), |by: &str| format!("gemm fp8 {what} m={m} {by}"));
-            self.time(name("rounding"), (0.0, (3 * m * k) as f64), || {
+            let device = self.device.clone();
+            self.time(format!("gemm fp8 {what} m={m} rounding"), (0.0, (3 * m * k) as f64), || {
                 // SAFETY: every operand has room for this many rows.
                 unsafe { scaled::quantize_rows(&*device, rows, k, &to) }
             })?;
-            let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
-            let hopper = wgmma::plan_fp8(self.device.properties(), Shape { m, n, k }, false).is_ok();
-            for (experimental, by) in [(false, "own"), (true, "wgmma")] {
-                if experimental && !hopper {
+            for (w, kind, products) in [(w, "fp8", &by_row), (blocks, "fp8_blocks", &by_block)] {
+                // A mark is about factors per row; of blocks one number of rows must do.
+                if kind == "fp8_blocks" && self.full() && m != MEASURED_ROWS {
                     continue;
                 }
-                self.time(name(by), cost, || {
+                let name = |by: &str| format!("gemm {kind} {what} m={m} {by}");
+                let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
+                // SAFETY: as above.
+                unsafe { self.by_each(all, &scaled::product(&to, &w, finish, y.address()), &name, cost)? };
+                self.time(name("chosen"), cost, || {
                     // SAFETY: as above.
-                    unsafe { scaled::gemm(&*device, &to, &w, finish, y.address(), experimental) }
+                    unsafe { products.fp8(&to, &w, finish, y.address()) }
                 })?;
-            }
-            let shape = Shape { m, n, k };
-            let offered = blas.and_then(|blas| Some((blas, blas.fp8_variant(shape).ok()?)));
-            if let Some((blas, variant)) = offered {
-                let operands = (codes.address(), weights.address(), y.address());
-                // SAFETY: as above; the result is in bf16, half as large.
-                self.time(name("cublasLt"), cost, || unsafe { blas.multiply_fp8(shape, operands, variant) })?;
             }
         }
         Ok(())
@@ -420,6 +460,9 @@ mod tests {
                     "gemm bf16 out m=40 chosen",
                     "gemm fp8 out m=40 rounding",
                     "gemm fp8 out m=40 own",
+                    "gemm fp8 out m=40 chosen",
+                    "gemm fp8_blocks out m=40 own",
+                    "gemm fp8_blocks out m=40 chosen",
                 ],
             ),
             (Subject::Attention, &["attention prefill 48 mma", "attention decode b=2 context=40"]),

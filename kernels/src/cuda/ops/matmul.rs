@@ -8,10 +8,10 @@
 //! implementation; it keeps to this: one for each matrix, whatever the rows.
 
 use super::dequantize::dequantize;
-use super::gemm::{ADD_F32, Gemm, Own, Plain, STORE_F32, STORE_NARROW, Wgmma};
+use super::gemm::{ADD_F32, Factors, Gemm, Own, Product, STORE_F32, STORE_NARROW, Wgmma};
 use super::measure::{Key, Way};
 use super::rows;
-use super::scaled::{ScaledFinish, ScaledType, ScaledWeight, decode_fp4};
+use super::scaled::{self, Fp8Rows, ScaledFinish, ScaledType, ScaledWeight, decode_fp4};
 use crate::cuda::device::{Arg, Buffer, CudaError, Device};
 use crate::cuda::plan::gemm::Shape;
 use crate::cuda::plan::gemv;
@@ -83,8 +83,9 @@ pub const fn supports(weights: DType, x: DType) -> bool {
     compute_type(weights) as u8 == x as u8
 }
 
-/// Rows of a gated product whose two halves are computed apart that go through at a time: so few in tests that there are several parts.
-pub(super) const HALVES_ROWS: usize = if cfg!(test) { 32 } else { 1024 };
+/// Rows of a product through memory of ours, such as the two halves of a gated one, that are done at a time: so few in tests that there
+/// are several parts.
+pub(super) const PART_ROWS: usize = if cfg!(test) { 32 } else { 1024 };
 
 /// Products on one device, with the memory they need beside their operands.
 #[derive(Debug)]
@@ -99,7 +100,9 @@ pub struct Products {
     /// How to multiply by matrices that were measured.
     pub(super) fastest: HashMap<Key, Way>,
     /// Where the two halves of a gated product lie, if they are computed apart.
-    pub(super) halves: Option<Buffer>,
+    pub(super) halves: Option<Arc<Buffer>>,
+    /// The version of NVIDIA's library among the implementations, or 0.
+    pub(super) library: usize,
 }
 
 impl Products {
@@ -118,6 +121,7 @@ impl Products {
             preferred: 0,
             fastest: HashMap::new(),
             halves: None,
+            library: 0,
         })
     }
 
@@ -185,26 +189,53 @@ impl Products {
     ///
     /// As [`Products::matmul`], and if the weights are not fp4.
     pub unsafe fn fp4(&self, x: X, w: &ScaledWeight, finish: ScaledFinish<'_>, y: u64) -> Result<(), CudaError> {
-        let ScaledWeight { dtype, n, k, .. } = *w;
-        assert_eq!(dtype, ScaledType::NvFp4, "fp4 weights");
-        let decoded = |w: &ScaledWeight, index: usize| {
-            let address = self.scratch.at(index * 2 * n * k, 2 * n * k);
-            // SAFETY: the matrix is the caller's promise; the scratch has room, and the stream's order keeps an earlier product that
-            // reads it apart from this.
-            unsafe { decode_fp4(&*self.device, w, address)? };
-            Ok(Weight { dtype: DType::BF16, n, k, address })
-        };
-        let first = decoded(w, 0)?;
         // SAFETY: passed on; the weights were just decoded.
         unsafe {
+            let first = self.decoded_fp4(w, 0)?;
             match finish {
                 ScaledFinish::Plain(finish) => self.matmul(Path::Gemm, x, &first, finish, y),
                 ScaledFinish::Gated { up, activation, to } => {
-                    let second = decoded(up, 1)?;
+                    let second = self.decoded_fp4(up, 1)?;
                     self.gated(Path::Gemm, x, &first, &second, activation, to, y)
                 }
             }
         }
+    }
+
+    /// The first or second fp4 matrix of a product in bf16, until the next product.
+    ///
+    /// # Safety
+    ///
+    /// The matrix lies on this device.
+    pub(super) unsafe fn decoded_fp4(&self, w: &ScaledWeight, index: usize) -> Result<Weight, CudaError> {
+        let ScaledWeight { dtype, n, k, .. } = *w;
+        assert_eq!(dtype, ScaledType::NvFp4, "fp4 weights");
+        let address = self.scratch.at(index * 2 * n * k, 2 * n * k);
+        // SAFETY: the matrix is the caller's promise; the scratch has room, and the stream's order keeps an earlier product that
+        // reads it apart from this.
+        unsafe { decode_fp4(&*self.device, w, address)? };
+        Ok(Weight { dtype: DType::BF16, n, k, address })
+    }
+
+    /// `y = finish(x · wᵀ)` of many fp8 rows by fp8 weights.
+    ///
+    /// # Errors
+    ///
+    /// [`CudaError::Unavailable`] with the reasons if the device or the shape cannot.
+    ///
+    /// # Safety
+    ///
+    /// As [`Products::matmul`].
+    ///
+    /// # Panics
+    ///
+    /// If the weights are not fp8.
+    pub unsafe fn fp8(&self, x: &Fp8Rows, w: &ScaledWeight, finish: ScaledFinish<'_>, y: u64) -> Result<(), CudaError> {
+        if x.rows == 0 || w.n == 0 {
+            return Ok(());
+        }
+        // SAFETY: passed on.
+        unsafe { self.multiply_settled(&scaled::product(x, w, finish, y)) }
     }
 
     /// # Safety
@@ -228,18 +259,26 @@ impl Products {
     ///
     /// As [`Products::matmul`].
     unsafe fn gemm(&self, call: &Call<'_>) -> Result<(), CudaError> {
-        // SAFETY: passed on.
-        let plain = unsafe { self.plain(call)? };
-        let settled = self.fastest.get(&Key::of(&plain)).copied();
-        let way = settled.unwrap_or(Way::Whole(self.preferred));
         // SAFETY: the operands are the caller's promise, or were just decoded.
-        let done = unsafe { self.multiply(way, &plain) };
+        unsafe { self.multiply_settled(&self.product(call)?) }
+    }
+
+    /// Multiplies in the way that was settled for the matrix, if one was.
+    ///
+    /// # Safety
+    ///
+    /// The operands are on the device and as large as the shape says; y overlaps none.
+    unsafe fn multiply_settled(&self, product: &Product) -> Result<(), CudaError> {
+        let settled = self.fastest.get(&Key::of(product)).copied();
+        let way = settled.unwrap_or(Way::Whole(self.preferred));
+        // SAFETY: passed on.
+        let done = unsafe { self.multiply(way, product) };
         match done {
             // A library that refuses a number of rows has computed nothing yet.
             Err(error) if settled.is_some() && way != Way::Whole(0) => {
-                tracing::warn!(%error, shape = ?plain.shape, "a measured product was refused: our own kernel computes it");
+                tracing::warn!(%error, shape = ?product.shape, "a measured product was refused: our own kernel computes it");
                 // SAFETY: as above.
-                unsafe { self.implementations[0].multiply(&plain) }
+                unsafe { self.implementations[0].multiply(product) }
             }
             done => done,
         }
@@ -250,16 +289,16 @@ impl Products {
     /// # Safety
     ///
     /// The operands are on the device and as large as the shape says; y overlaps none.
-    pub(super) unsafe fn multiply(&self, way: Way, plain: &Plain) -> Result<(), CudaError> {
+    pub(super) unsafe fn multiply(&self, way: Way, p: &Product) -> Result<(), CudaError> {
         match way {
             Way::Whole(index) => {
                 let wanted = &self.implementations[index];
-                let implementation = if wanted.takes(plain) { wanted } else { &self.implementations[0] };
+                let implementation = if wanted.takes(p) { wanted } else { &self.implementations[0] };
                 // SAFETY: the implementation takes the product; the rest is passed on.
-                unsafe { implementation.multiply(plain) }
+                unsafe { implementation.multiply(p) }
             }
             // SAFETY: passed on.
-            Way::Halves(index) => unsafe { self.multiply_halves(&*self.implementations[index], plain) },
+            Way::Halves(index) => unsafe { self.multiply_halves(&*self.implementations[index], p) },
         }
     }
 
@@ -268,34 +307,27 @@ impl Products {
     /// # Safety
     ///
     /// As [`Products::multiply`].
-    unsafe fn multiply_halves(&self, implementation: &dyn Gemm, p: &Plain) -> Result<(), CudaError> {
+    unsafe fn multiply_halves(&self, implementation: &dyn Gemm, p: &Product) -> Result<(), CudaError> {
         let (Some(up), Some(halves)) = (p.up, &self.halves) else {
             return Err(CudaError::Unavailable("no room for a gated product in two halves".into()));
         };
-        let Shape { m, n, k } = p.shape;
-        let to = if p.finish == STORE_NARROW { p.dtype } else { DType::F32 };
-        for first in (0..m).step_by(HALVES_ROWS) {
-            let rows = (m - first).min(HALVES_ROWS);
+        let (m, n) = (p.shape.m, p.shape.n);
+        for first in (0..m).step_by(PART_ROWS) {
+            let rows = (m - first).min(PART_ROWS);
             let bytes = 4 * rows * n;
             let (gate_y, up_y) = (halves.at(0, bytes), halves.at(bytes, bytes));
-            let half = Plain {
-                shape: Shape { m: rows, n, k },
-                x: p.x + (first * k * p.dtype.block_bytes()) as u64,
-                up: None,
-                y: gate_y,
-                finish: STORE_F32,
-                ..*p
-            };
+            let part = p.of_rows(first, rows);
+            let half = Product { up: None, y: gate_y, finish: STORE_F32, ..part };
             if !implementation.takes(&half) {
                 return Err(CudaError::Unavailable(format!("{} takes no {:?}", implementation.name(), half.shape)));
             }
-            let y = p.y + (first * n * to.block_bytes()) as u64;
+            let other = half.fp8.map(|factors| Factors { w: factors.up, ..factors });
             let combine = if p.activation == 0 { rows::silu_mul } else { rows::gelu_tanh_mul };
             // SAFETY: these rows of x and y are the caller's, and `halves` has room for two results of them.
             unsafe {
                 implementation.multiply(&half)?;
-                implementation.multiply(&Plain { w: up, y: up_y, ..half })?;
-                combine(&*self.device, rows * n, gate_y, up_y, to, y)?;
+                implementation.multiply(&Product { w: up, fp8: other, y: up_y, ..half })?;
+                combine(&*self.device, rows * n, gate_y, up_y, p.result(), part.y)?;
             }
         }
         Ok(())
@@ -306,7 +338,7 @@ impl Products {
     /// # Safety
     ///
     /// As [`Products::matmul`].
-    pub(super) unsafe fn plain(&self, call: &Call<'_>) -> Result<Plain, CudaError> {
+    pub(super) unsafe fn product(&self, call: &Call<'_>) -> Result<Product, CudaError> {
         let Weight { dtype, n, k, address } = *call.w;
         let mut weights = [address, call.up.map_or(address, |up| up.address)];
         if dtype.block_len() > 1 {
@@ -319,12 +351,13 @@ impl Products {
                 *from = to;
             }
         }
-        Ok(Plain {
+        Ok(Product {
             dtype: compute_type(dtype),
             shape: call.shape(call.x.rows),
             x: call.x.address,
             w: weights[0],
             up: call.up.map(|_| weights[1]),
+            fp8: None,
             bias: call.bias,
             y: call.y,
             finish: call.code,

@@ -1,6 +1,7 @@
 //! Products in the emulator, in every order of threads, against the f64 reference.
 
 use super::*;
+use crate::cuda::ops::gemm::Operands;
 use crate::cuda::ops::measure::Matrix as Measurable;
 use crate::cuda::ops::pack::on_device;
 use crate::cuda::ops::testing::{encode, in_every_order, on, poisoned, precision, read};
@@ -293,13 +294,13 @@ fn implementations_are_chosen() {
     let finish = Finish::Store { bias: 0, to: DType::F32 };
     let experimental = case.run(Path::Gemm, finish, None);
     assert_explained(&experimental, &want, &bound, 3e-6, DType::F32, "experimental");
-    let matrices = [Measurable { weight: case.weight(0), up: None }];
+    let matrices = [Measurable::Plain(case.weight(0), None)];
     // SAFETY: the weight is on the device.
     let times = unsafe { case.products.measure(&matrices, 4, None).unwrap() };
     let mut names: Vec<&str> = times.iter().map(|measured| measured.name.as_str()).collect();
     names.sort_unstable();
     assert_eq!(names, ["own", "wgmma"]);
-    let key = Key { dtype: DType::BF16, n: 24, k: 64, gated: false };
+    let key = Key { operands: Operands::Plain(DType::BF16), n: 24, k: 64, gated: false };
     assert!(matches!(case.products.fastest[&key], Way::Whole(_)), "{times:?}");
     assert_explained(&case.run(Path::Gemm, finish, None), &want, &bound, 3e-6, DType::F32, "measured");
 }

@@ -7,13 +7,13 @@
 //! fp4 weights (`NVFP4`'s values, with an e4m3 scale for each 16) lie in planes ([`crate::cuda::planes`]). A tensor-wide factor goes
 //! into the factors of the rows.
 
+use super::gemm::{Factors, Product};
 use super::matmul::{Finish, X, activation_code, code};
-use crate::cuda::Element;
 use crate::cuda::device::{Arg, CudaError, Device, Kernel, Launch};
+use crate::cuda::plan::gemm::Shape;
+use crate::cuda::plan::gemv;
 pub use crate::cuda::plan::gemv::{SCALED_BLOCK, ScaledType};
-use crate::cuda::plan::{gemm, gemv, wgmma};
 use crate::{DType, Gate};
-use gemm::Shape;
 
 /// A weight `[n, k]` on the device: row-major, or in planes if it is fp4.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -166,56 +166,28 @@ pub unsafe fn decode_fp4(device: &dyn Device, w: &ScaledWeight, to: u64) -> Resu
     unsafe { device.launch(Kernel { source: "dequant.cu", name: "dequant_nvfp4_bf16" }, &launch, &args) }
 }
 
-/// `y = finish(x · wᵀ)` of fp8 rows and fp8 weights; by the kernel that no device has run where it can be, if `experimental`. Which
-/// of the two it is does not depend on the number of rows.
-///
-/// # Errors
-///
-/// [`CudaError::Unavailable`] with the reasons if the device or the shape cannot.
-///
-/// # Safety
-///
-/// As [`skinny`].
+/// `y = finish(x · wᵀ)` of fp8 rows and fp8 weights, as implementations of [`super::gemm::Gemm`] take it. Devices of compute capability
+/// 8.9 and later can; k is a multiple of 16.
 ///
 /// # Panics
 ///
-/// If the weights are not fp8, or there is nothing to multiply.
-pub unsafe fn gemm(
-    device: &dyn Device,
-    x: &Fp8Rows,
-    w: &ScaledWeight,
-    finish: ScaledFinish<'_>,
-    y: u64,
-    experimental: bool,
-) -> Result<(), CudaError> {
+/// If the weights are not fp8.
+pub fn product(x: &Fp8Rows, w: &ScaledWeight, finish: ScaledFinish<'_>, y: u64) -> Product {
     assert_ne!(w.dtype, ScaledType::NvFp4, "fp8 weights");
     let (code, bias, up, activation) = finish.parts(w);
-    let shape = Shape { m: x.rows, n: w.n, k: w.k };
-    let by_row = w.dtype == ScaledType::E4M3;
-    let hopper = (experimental && by_row).then(|| wgmma::plan_fp8(device.properties(), shape, up.is_some()).ok());
-    let (plan, operand): (_, &dyn Fn(u64, usize) -> Result<Arg, CudaError>) = match hopper.flatten() {
-        Some(plan) => {
-            let map = |address, rows| wgmma::tensor_map(Element::Byte, address, rows, w.k);
-            (plan, &move |address, rows| Ok(Arg::Bytes128(device.tensor_map(&map(address, rows))?)))
-        }
-        None => {
-            let plan = gemm::plan_fp8(device.properties(), shape, up.is_some(), !by_row).map_err(|rejected| {
-                let reasons: Vec<String> = rejected.iter().map(|(name, reason)| format!("{name}: {reason}")).collect();
-                CudaError::Unavailable(reasons.join("; "))
-            })?;
-            (plan, &|address, _| Ok(Arg::Ptr(address)))
-        }
-    };
-    let mut args = vec![operand(x.address, x.rows)?, operand(w.address, w.n)?];
-    args.extend(up.map(|up| operand(up.address, w.n)).transpose()?);
-    args.extend([Arg::Ptr(x.scales), Arg::Ptr(w.scales)]);
-    args.push(Arg::Ptr(up.map_or(bias, |up| up.scales)));
-    args.push(Arg::Ptr(y));
-    args.extend([x.rows, w.n, w.k].map(|size| Arg::U32(size as u32)));
-    args.push(Arg::U32(code));
-    args.extend(up.map(|_| Arg::U32(activation)));
-    // SAFETY: passed on; these are the parameters of the kernels of `gemm_fp8.cu` and of `gemm_wgmma.cu`.
-    unsafe { device.launch(plan.kernel, &plan.launch, &args) }
+    let by_block = w.dtype == ScaledType::E4M3Blocks;
+    Product {
+        dtype: DType::BF16,
+        shape: Shape { m: x.rows, n: w.n, k: w.k },
+        x: x.address,
+        w: w.address,
+        up: up.map(|up| up.address),
+        fp8: Some(Factors { x: x.scales, w: w.scales, up: up.map_or(0, |up| up.scales), by_block }),
+        bias,
+        y,
+        finish: code,
+        activation,
+    }
 }
 
 #[cfg(test)]
@@ -456,12 +428,13 @@ mod tests {
                 let largest = products.each_ref().map(|p| p.iter().fold(1.0f32, |most, v| most.max(v.abs())));
                 let y = poisoned(device, DType::F32, m * n);
                 let plain = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
+                let ours = crate::cuda::ops::matmul::Products::new(device, 0).unwrap();
                 // SAFETY: the buffers have the sizes of the shape.
-                unsafe { gemm(&**device, &to, &gate, plain, y.address(), false).unwrap() };
+                unsafe { ours.fp8(&to, &gate, plain, y.address()).unwrap() };
                 assert_close(&read(&y, DType::F32), &products[0], 1e-5, 1e-5 * largest[0], "fp8");
                 let gated = ScaledFinish::Gated { up: &up, activation: Gate::GeluTanh, to: DType::F32 };
                 // SAFETY: as above.
-                unsafe { gemm(&**device, &to, &gate, gated, y.address(), false).unwrap() };
+                unsafe { ours.fp8(&to, &gate, gated, y.address()).unwrap() };
                 let mut want = products[0].clone();
                 reference::gelu_tanh_mul(&mut want, &products[1]);
                 assert_close(&read(&y, DType::F32), &want, 1e-5, 1e-5 * largest[0] * largest[1], "fp8, gated");
@@ -471,8 +444,8 @@ mod tests {
                 let alone = Fp8Rows { address: one.address(), scales: to.scales + 4 * row as u64, rows: 1 };
                 // SAFETY: as above, of one row and of all.
                 unsafe {
-                    gemm(&**device, &alone, &gate, plain, y_row.address(), false).unwrap();
-                    gemm(&**device, &to, &gate, plain, y.address(), false).unwrap();
+                    ours.fp8(&alone, &gate, plain, y_row.address()).unwrap();
+                    ours.fp8(&to, &gate, plain, y.address()).unwrap();
                 }
                 assert_eq!(read(&y_row, DType::F32), read(&y, DType::F32)[row * n..(row + 1) * n]);
             }

@@ -135,6 +135,8 @@ pub enum Reason {
     },
     /// f32 is not multiplied on tensor cores, which would round it.
     Precision,
+    /// The kernel has no place for a factor per block.
+    Factors,
 }
 
 impl fmt::Display for Reason {
@@ -149,6 +151,7 @@ impl fmt::Display for Reason {
             Self::Architecture { sm } => write!(f, "devices of compute capability {}.{} cannot", sm / 10, sm % 10),
             Self::Rows { rows, most } => write!(f, "{rows} rows of at most {most}"),
             Self::Precision => f.write_str("tensor cores would round f32"),
+            Self::Factors => f.write_str("factors per block are not taken"),
         }
     }
 }

@@ -88,9 +88,9 @@ mod tests {
     use super::*;
     use crate::cuda::device::{Buffer, Device};
     use crate::cuda::emulated::{Emulated, Order};
-    use crate::cuda::ops::gemm::{Gemm, Plain, STORE_F32, Wgmma};
+    use crate::cuda::ops::gemm::{Gemm, Product, STORE_F32, Wgmma};
     use crate::cuda::ops::matmul::Finish;
-    use crate::cuda::ops::scaled::{Fp8Rows, ScaledFinish, ScaledType, ScaledWeight, gemm};
+    use crate::cuda::ops::scaled::{self, Fp8Rows, ScaledFinish, ScaledType, ScaledWeight};
     use crate::testing::{Random, assert_close};
     use crate::{Gate, Matrix, quantize_row, reference};
     use std::sync::Arc;
@@ -160,12 +160,13 @@ mod tests {
             let wgmma = Wgmma(device.clone());
             for gated in [false, true] {
                 let y = Buffer::new(&device, m * n * 4).unwrap();
-                let product = Plain {
+                let product = Product {
                     dtype,
                     shape,
                     x: x_on.address(),
                     w: weights[0].address(),
                     up: gated.then(|| weights[1].address()),
+                    fp8: None,
                     bias: 0,
                     y: y.address(),
                     finish: STORE_F32,
@@ -220,7 +221,7 @@ mod tests {
         for (finish, is_gated) in [(plain, false), (gated, true)] {
             assert!(plan_fp8(device.properties(), Shape { m, n, k }, is_gated).is_ok());
             // SAFETY: the buffers have the sizes of the shape.
-            unsafe { gemm(&*device, &rows, &w, finish, y.address(), true).unwrap() };
+            unsafe { Wgmma(device.clone()).multiply(&scaled::product(&rows, &w, finish, y.address())).unwrap() };
             device.synchronize().unwrap();
             let (mut want, mut slack) = (wants[0].clone(), 1e-4);
             if is_gated {

@@ -91,7 +91,7 @@ mod tests {
     use crate::cuda::emulated::Emulated;
     use crate::cuda::ops::matmul::{Finish, Path, Products, Weight, X};
     use crate::cuda::ops::pack::on_device;
-    use crate::cuda::ops::scaled::{self, Fp8Rows, SCALED_BLOCK, ScaledFinish, ScaledType, ScaledWeight};
+    use crate::cuda::ops::scaled::{Fp8Rows, SCALED_BLOCK, ScaledFinish, ScaledType, ScaledWeight};
     use crate::cuda::{Buffer, Device};
     use crate::kv::e4m3_to_f32;
     use crate::quant::{dequantize_row, f16_to_f32, quantize_row};
@@ -175,7 +175,7 @@ mod tests {
         let weight = ScaledWeight { dtype: ScaledType::E4M3Blocks, n, k, address, scales };
         let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
         // SAFETY: the buffers have these shapes.
-        unsafe { scaled::gemm(&*device, &rows, &weight, finish, y.address(), false).unwrap() };
+        unsafe { Products::new(&device, 0).unwrap().fp8(&rows, &weight, finish, y.address()).unwrap() };
         let mut want = every(&x, &w, k, |x, w, row| {
             let of_row = &factors[row / SCALED_BLOCK * across..][..across];
             gemm(x, w, DEPTH_8, Some(of_row))
