@@ -239,10 +239,10 @@ pub(crate) fn constant<V: Vector>(_proof: V, v: f32) -> V {
 pub(crate) fn exp2<V: Vector>(x: V) -> V {
     let n = x.round();
     let r = x.sub(n);
-    let p = constant(x, 1.326_472_7e-3).fma(r, constant(x, 9.671_513e-3));
-    let p = p.fma(r, constant(x, 5.550_733_6e-2));
-    let p = p.fma(r, constant(x, 0.240_222_42));
-    let p = p.fma(r, constant(x, 0.693_147));
+    let p = constant(x, 1.330_060_5e-3).fma(r, constant(x, 9.669_691e-3));
+    let p = p.fma(r, constant(x, 5.550_558_5e-2));
+    let p = p.fma(r, constant(x, 0.240_222_83));
+    let p = p.fma(r, constant(x, std::f32::consts::LN_2));
     p.fma(r, constant(x, 1.0)).times_exp2(n)
 }
 
@@ -264,4 +264,49 @@ pub(crate) fn exp<V: Vector>(x: V) -> V {
     let p = p.fma(r, constant(x, 0.5));
     let e = p.fma(r.mul(r), r).add(constant(x, 1.0));
     e.mul(n.exp2_integral()).zero_below(x, -87.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Vector, exp2};
+
+    fn one<V: Vector>(x: f32) -> f32 {
+        let mut lanes = [0.0; 16];
+        // SAFETY: the callers know that the CPU has the features; there is room for the widest register.
+        unsafe { exp2(V::splat(x)).store(lanes.as_mut_ptr()) };
+        lanes[0]
+    }
+
+    fn powers_of_two<V: Vector>() {
+        assert_eq!(one::<V>(0.0), 1.0);
+        for n in [-126, -60, -1, 1, 60, 127] {
+            assert_eq!(one::<V>(n as f32), 2f32.powi(n));
+        }
+        assert_eq!(one::<V>(-126.6), 0.0);
+        assert_eq!(one::<V>(-1e30), 0.0);
+        assert_eq!(one::<V>(f32::NEG_INFINITY), 0.0);
+        assert!(one::<V>(f32::NAN).is_nan());
+        for i in -12_500..1270 {
+            let x = i as f32 / 100.0 + 0.001_7;
+            let want = f64::from(x).exp2();
+            let off = (f64::from(one::<V>(x)) / want - 1.0).abs();
+            assert!(off < 2.0 / f64::from(1 << 23), "2^{x} is off by {off:e}");
+        }
+    }
+
+    #[test]
+    fn powers_of_two_are_those_of_f64() {
+        powers_of_two::<crate::cpu::scalar::Lanes>();
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                powers_of_two::<crate::cpu::avx2::Ymm>();
+            }
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+                powers_of_two::<crate::cpu::avx512::Zmm>();
+            }
+        }
+        #[cfg(target_arch = "aarch64")]
+        powers_of_two::<crate::cpu::neon::Quad>();
+    }
 }
