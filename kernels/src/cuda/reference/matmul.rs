@@ -94,7 +94,7 @@ mod tests {
     use crate::cuda::ops::scaled::{Fp8Rows, SCALED_BLOCK, ScaledFinish, ScaledType, ScaledWeight};
     use crate::cuda::{Buffer, Device};
     use crate::kv::e4m3_to_f32;
-    use crate::quant::{dequantize_row, f16_to_f32, quantize_row};
+    use crate::quant::{dequantize_row, e2m1_to_f32, f16_to_f32, quantize_row, scales_and_minima};
     use crate::testing::{Random, assert_same};
     use std::sync::Arc;
 
@@ -103,6 +103,46 @@ mod tests {
         quantize_row(dtype, values, &mut bytes).unwrap();
         dequantize_row(dtype, &bytes, &mut back);
         (bytes, back)
+    }
+
+    /// Blocks taken apart: quants, and what groups of so many of them are multiplied by and lowered by.
+    fn apart(dtype: DType, blocks: &[u8]) -> (usize, Vec<f32>, Vec<f32>, Vec<f32>) {
+        let (mut quants, mut scales, mut minima) = (Vec::new(), Vec::new(), Vec::new());
+        for b in blocks.chunks(dtype.block_bytes()) {
+            let f16_at = |at: usize| f16_to_f32(u16::from_le_bytes([b[at], b[at + 1]]));
+            let nibble = |at: usize, high: bool| if high { b[at] >> 4 } else { b[at] & 15 };
+            match dtype {
+                DType::Q8_0 => {
+                    scales.push(f16_at(0));
+                    quants.extend(b[2..].iter().map(|q| f32::from(*q as i8)));
+                }
+                DType::Q4_0 => {
+                    scales.push(f16_at(0));
+                    quants.extend((0..32).map(|i| f32::from(nibble(2 + i % 16, i >= 16)) - 8.0));
+                }
+                DType::MXFP4 => {
+                    scales.push(f32::from_bits(u32::from(b[0]) << 23));
+                    quants.extend((0..32).map(|i| e2m1_to_f32(nibble(1 + i % 16, i >= 16))));
+                }
+                DType::Q4K => {
+                    let (scale, minimum) = scales_and_minima(&b[4..16]);
+                    scales.extend(scale.map(|scale| f16_at(0) * f32::from(scale)));
+                    minima.extend(minimum.map(|minimum| f16_at(2) * f32::from(minimum)));
+                    quants.extend((0..256).map(|i| f32::from(nibble(16 + i / 64 * 32 + i % 32, i % 64 >= 32))));
+                }
+                DType::Q6K => {
+                    scales.extend(b[192..208].iter().map(|scale| f16_at(208) * f32::from(*scale as i8)));
+                    quants.extend((0..256).map(|i| {
+                        let (half, quarter, at) = (i / 128, i / 32 % 4, i % 32);
+                        let low = nibble(64 * half + 32 * (quarter % 2) + at, quarter >= 2);
+                        let high = b[128 + 32 * half + at] >> (2 * quarter) & 3;
+                        f32::from(low | high << 4) - 32.0
+                    }));
+                }
+                _ => unreachable!("no test has {}", dtype.name()),
+            }
+        }
+        (quants.len() / scales.len(), quants, scales, minima)
     }
 
     /// `y[m, n]`, an output at a time.
@@ -119,7 +159,11 @@ mod tests {
         let mut random = Random::new(17);
         let (m, n) = (random.within(3, 12), random.within(20, 90));
         let plain = Finish::Store { bias: 0, to: DType::F32 };
-        for (dtype, k) in [(DType::BF16, 8 * random.within(20, 300)), (DType::Q8_0, 32 * random.within(5, 70))] {
+        let of_blocks = |dtype: DType, random: &mut Random| (dtype, dtype.block_len() * random.within(5, 70));
+        let quantised = [DType::Q8_0, DType::Q4_0, DType::MXFP4].map(|dtype| of_blocks(dtype, &mut random));
+        let super_blocks = [DType::Q4K, DType::Q6K].map(|dtype| (dtype, 256 * random.within(1, 12)));
+        let plain_k = 8 * random.within(20, 300);
+        for (dtype, k) in [(DType::BF16, plain_k)].into_iter().chain(quantised).chain(super_blocks) {
             let (x_bytes, x) = stored(DType::BF16, &random.vector(m * k));
             let (w_bytes, w) = stored(dtype, &random.vector(n * k));
             let (x_on, w_on) =
@@ -140,14 +184,12 @@ mod tests {
                     every(&x, &w, k, |x, w, _| skinny(x, w, false, STEP, None))
                 }
                 _ => {
-                    let blocks = w_bytes.as_chunks::<34>().0;
-                    let scales: Vec<f32> =
-                        blocks.iter().map(|b| f16_to_f32(u16::from_le_bytes([b[0], b[1]]))).collect();
-                    let quants: Vec<f32> =
-                        blocks.iter().flat_map(|b| b[2..].iter().map(|q| f32::from(*q as i8))).collect();
+                    let (len, quants, scales, minima) = apart(dtype, &w_bytes);
+                    let step = dtype.block_len().max(STEP);
                     every(&x, &quants, k, |x, w, row| {
-                        let scales = &scales[row * k / 32..(row + 1) * k / 32];
-                        skinny(x, w, true, STEP, Some(Groups { len: 32, scales, minima: &[] }))
+                        let groups = row * k / len..(row + 1) * k / len;
+                        let (scales, minima) = (&scales[groups.clone()], minima.get(groups).unwrap_or_default());
+                        skinny(x, w, true, step, Some(Groups { len, scales, minima }))
                     })
                 }
             };
