@@ -22,8 +22,6 @@ use rustix::process::Signal;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// Clusters compute where the oracle does, whatever this machine has and the environment says: a device's tokens are others.
-const ON_THE_CPU: &str = "--device=cpu";
 /// A cluster that does not serve by then does not start.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
 /// A stream that has not ended by then hangs.

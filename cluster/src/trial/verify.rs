@@ -12,7 +12,7 @@
 use super::ask::{Heard, Stay, Verdict, ask, hear};
 use super::cases::{Case, KvTypes, Limits, Oracle, Sketch, answer_all};
 use super::state::{State, settle};
-use super::{Logs, ON_THE_CPU, START_TIMEOUT, STREAM_TIMEOUT, TrialArgs, kill, on_threads, wait_back};
+use super::{Logs, START_TIMEOUT, STREAM_TIMEOUT, TrialArgs, kill, on_threads, wait_back};
 use crate::cli::KvCacheDtype;
 use crate::client::Client;
 use crate::up::{Embedded, Embedding, Model, find_model};
@@ -123,7 +123,6 @@ impl Shape {
             format!("--kv-cache-dtype={}", name_of(self.kv)),
             format!("--block-size={}", self.block_size),
             format!("--max-model-len={}", limits.max_model_len),
-            ON_THE_CPU.to_owned(),
         ];
         flags.extend(self.prefill_kv.map(|kv| format!("--prefill-kv-cache-dtype={}", name_of(kv))));
         flags.extend(self.prefill_block_size.map(|size| format!("--prefill-block-size={size}")));

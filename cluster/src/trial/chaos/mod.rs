@@ -19,7 +19,7 @@ use super::ask::{Stay, Verdict, ask};
 use super::cases::{Case, KvTypes, Limits, answer_all};
 use super::state::{State, settle};
 use super::verify::busiest;
-use super::{Logs, ON_THE_CPU, START_TIMEOUT, STREAM_TIMEOUT, TrialArgs, kill, wait_back};
+use super::{Logs, START_TIMEOUT, STREAM_TIMEOUT, TrialArgs, kill, wait_back};
 use crate::cli::KvCacheDtype;
 use crate::client::Client;
 use crate::size::parse_duration;
@@ -128,7 +128,6 @@ pub fn run(args: &ChaosArgs) -> anyhow::Result<()> {
         format!("--max-model-len={}", limits.max_model_len),
         format!("--chaos-corrupt-pages={}", args.corrupt_pages),
         format!("--model={}", model.path),
-        ON_THE_CPU.to_owned(),
         MTU.to_owned(),
     ];
     flags.extend(trial.threads.map(|threads| format!("--threads={threads}")));
