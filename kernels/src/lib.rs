@@ -21,6 +21,7 @@ mod cpu;
 pub mod cuda;
 mod dtype;
 mod kv;
+mod lock_file;
 #[cfg(not(loom))]
 pub mod machine;
 #[cfg(not(loom))]
@@ -41,6 +42,7 @@ pub use cpu::{
 };
 pub use dtype::{DType, Matrix, ShapeError};
 pub use kv::{AttentionItem, KvDtype, KvFormat, KvMove, KvWrite, e4m3_to_f32, f32_to_e4m3};
+pub use lock_file::lock_file;
 #[cfg(not(loom))]
 pub use packed::Packed;
 pub use quant::{QuantizeError, dequantize_row, e2m1_to_f32, quantize_row};

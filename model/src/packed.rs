@@ -14,7 +14,7 @@
 use crate::checkpoint::{Checkpoint, FileMap, NewFile, Tensor};
 use crate::mapping::{self, HugePages};
 use crate::memory::machine::MachineMemory;
-use ridge_kernels::{Cpu, DType, Matrix, Packed};
+use ridge_kernels::{Cpu, DType, Matrix, Packed, lock_file};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -152,7 +152,7 @@ impl Builder {
         if let Some(file) = self.open(&path, &key, cpu) {
             return Ok(file);
         }
-        let _lock = lock(&cache.join(format!("{name}.lock")))?;
+        let _lock = lock_file(&cache.join(format!("{name}.lock")), PATIENCE, || ())?;
         // Another process may have packed it meanwhile.
         if let Some(file) = self.open(&path, &key, cpu) {
             return Ok(file);
@@ -315,21 +315,6 @@ impl Header {
 fn boot_id() -> String {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
     id.map(|id| id.trim().to_owned()).unwrap_or_else(|_| format!("process {}", std::process::id()))
-}
-
-/// The right to write; it ends with the file's handle, also when the process dies.
-fn lock(path: &Path) -> io::Result<File> {
-    let file = File::options().create(true).truncate(false).write(true).open(path)?;
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(std::fs::TryLockError::WouldBlock) if Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
 }
 
 /// Removes files of earlier versions of the same checkpoint. Processes that have them mapped keep them.

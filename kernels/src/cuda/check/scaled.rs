@@ -4,7 +4,7 @@ use super::{Checks, Draw, error, poisoned, precision, product_of, read, rounded}
 use crate::DType;
 use crate::cuda::device::{Buffer, CudaError, Device};
 use crate::cuda::ops::blas;
-use crate::cuda::ops::gemm::{Gemm, Own, Wgmma};
+use crate::cuda::ops::gemm::{Gemm, Own, Product, Wgmma};
 use crate::cuda::ops::matmul::{Finish, Products, X};
 use crate::cuda::ops::pack::blocks_on_device;
 use crate::cuda::ops::rows;
@@ -43,10 +43,7 @@ fn library(checks: &mut Checks<'_>, rows_max: usize, size_max: usize) {
     let Ok((blas, unscaled)) = opened else { return };
     for implementation in [&blas as &dyn Gemm, &unscaled] {
         for (dtype, name) in [(ScaledType::E4M3, "fp8"), (ScaledType::E4M3Blocks, "fp8 by blocks")] {
-            let rows = Fp8Rows { address: 0, scales: 0, rows: 2048 };
-            let w = ScaledWeight { dtype, n: 512, k: 512, address: 0, scales: 0 };
-            let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
-            let asked = product(&rows, &w, finish, 0);
+            let asked = without_operands(dtype, (2048, 512, 512));
             let offers = implementation.takes(&asked) && implementation.variants(&asked).is_ok_and(|v| !v.is_empty());
             if !offers {
                 tracing::info!("{} has no products of {name} here", implementation.name());
@@ -154,6 +151,13 @@ fn decoded(device: &Arc<dyn Device>, draw: &mut Draw, rows_max: usize, size_max:
     Ok(error(&got, &want, precision(DType::BF16), loss))
 }
 
+/// A product to ask an implementation about.
+fn without_operands(dtype: ScaledType, (m, n, k): (usize, usize, usize)) -> Product {
+    let rows = Fp8Rows { address: 0, scales: 0, rows: m };
+    let w = ScaledWeight { dtype, n, k, address: 0, scales: 0 };
+    product(&rows, &w, ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 }), 0)
+}
+
 /// Many rows, rounded here, by an implementation; in shapes that it takes.
 fn many(
     device: &Arc<dyn Device>,
@@ -166,11 +170,8 @@ fn many(
     loop {
         k = 16 * draw.within(1, size_max * 4);
         (m, n) = (draw.within(1, rows_max), draw.within(1, 100 * size_max));
-        let rows = Fp8Rows { address: 0, scales: 0, rows: m };
-        let w = ScaledWeight { dtype, n, k, address: 0, scales: 0 };
-        let finish = ScaledFinish::Plain(Finish::Store { bias: 0, to: DType::F32 });
         // One in a hundred shapes at least.
-        if implementation.takes(&product(&rows, &w, finish, 0)) {
+        if implementation.takes(&without_operands(dtype, (m, n, k))) {
             break;
         }
     }

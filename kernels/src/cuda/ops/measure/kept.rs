@@ -4,9 +4,10 @@ use super::Key;
 use crate::cuda::device::Properties;
 use crate::cuda::ops::gemm::{Operands, Variant};
 use crate::cuda::source::{HEADERS, SOURCES};
+use crate::lock_file;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A choice as the file has it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -36,22 +37,7 @@ pub fn file_name(device: &Properties, (names, version): (&[&str], usize), rows: 
 /// The right to measure and to write down what was found: one process has it at a time, and loses it when it ends, however it ends.
 pub fn lock(path: &Path, patience: Duration) -> std::io::Result<File> {
     std::fs::create_dir_all(path.parent().expect("a file in a folder"))?;
-    let file = File::options().create(true).truncate(false).write(true).open(path)?;
-    let until = Instant::now() + patience;
-    let mut said = false;
-    loop {
-        match file.try_lock() {
-            Ok(()) => return Ok(file),
-            Err(std::fs::TryLockError::WouldBlock) if Instant::now() < until => {
-                if !said {
-                    tracing::info!("another process measures products: waiting for what it finds");
-                    said = true;
-                }
-                std::thread::sleep(Duration::from_millis(20));
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
+    lock_file(path, patience, || tracing::info!("another process measures products: waiting for what it finds"))
 }
 
 /// `BF16 4096 14336 plain cublasLt whole` and the eight words of the variant.
@@ -87,6 +73,7 @@ fn parse(line: &str) -> Option<Choice> {
 mod tests {
     use super::*;
     use crate::DType;
+    use std::time::Instant;
 
     /// One has it at a time; who waits gets it when it is let go of, or gives up.
     #[test]
